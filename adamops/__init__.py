@@ -1,0 +1,37 @@
+"""Adam and AdamW for training from host memory, compiled ahead of time.
+
+    from adamops import DeepSpeedCPUAdam
+    optimizer = DeepSpeedCPUAdam(model.parameters(), lr=1e-3)
+
+`python -m adamops.report` shows which ops are built and in use here, and why not; `python -m adamops.bench` times them.
+Importing adamops does not import torch: the optimizers do, when they are first asked for.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from .ops.adam import CPUAdam, DeepSpeedCPUAdam
+
+__version__ = "0.1.0"
+__all__ = ["CPUAdam", "DeepSpeedCPUAdam", "__version__"]
+
+# In a checkout, op_builder and csrc lie beside this folder and not in it. With the checkout on the path, `adamops` is
+# found here even where it is not installed in editable mode, and should work all the same.
+_checkout = Path(__file__).resolve().parent.parent
+if not (_checkout / "adamops" / "op_builder").is_dir() and (_checkout / "op_builder" / "builder.py").is_file():
+    __path__.append(str(_checkout))
+
+
+def __getattr__(name: str) -> Any:
+    if name in ("CPUAdam", "DeepSpeedCPUAdam"):
+        from .ops import adam
+
+        return getattr(adam, name)
+    raise AttributeError(f"module 'adamops' has no attribute {name!r}")
+
+
+def __dir__() -> list[str]:
+    return sorted({*globals(), *__all__})

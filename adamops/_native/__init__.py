@@ -1,0 +1,1 @@
+"""Holds the compiled extension modules and the records of their builds; see adamops.op_builder."""

@@ -1,0 +1,1 @@
+"""The ops by family, laid out as in deepspeed.ops."""

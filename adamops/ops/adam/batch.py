@@ -1,0 +1,165 @@
+"""One param group's work for one step, as the backends take it: tensors that belong together, checked and in order.
+
+Everything a user can get wrong about a tensor is found here, before anything is written.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from .hyper import AdamHyper
+
+DTYPES = (torch.float32, torch.bfloat16, torch.float16)
+STATE_TENSORS = ("exp_avg", "exp_avg_sq", "max_exp_avg_sq")
+
+@dataclasses.dataclass
+class AdamBatch:
+    """Parallel lists with an entry a param; every tensor of a row has the param's shape and lies in memory like it.
+
+    `max_exp_avg_sqs` is None without amsgrad; `steps` count from 1, this step included; `where` names the batch in
+    messages, as in "param group 0".
+    """
+
+    where: str
+    hyper: AdamHyper
+    params: list[Tensor]
+    grads: list[Tensor]
+    exp_avgs: list[Tensor]
+    exp_avg_sqs: list[Tensor]
+    max_exp_avg_sqs: list[Tensor] | None
+    steps: list[int]
+
+
+def check_params_and_grads(batch: AdamBatch) -> None:
+    """Raises for the first param or grad that cannot be updated. A grad laid out otherwise than its param is copied.
+
+    Raises
+    ------
+    TypeError
+        For a dtype or layout that is not supported.
+    ValueError
+        For a device, shape or memory format that is not supported.
+    """
+    for i, (param, grad) in enumerate(zip(batch.params, batch.grads, strict=True)):
+        batch.grads[i] = _checked_grad(param, grad, f"{batch.where}, param {i}")
+
+
+def check_param(param: Tensor, name: str) -> None:
+    """Raises for a param that cannot be updated whatever its grad."""
+    described = f"{name} (shape {tuple(param.shape)}, {param.dtype}, {param.device})"
+    if param.layout != torch.strided:
+        raise TypeError(f"{described} has layout {param.layout}; only dense (strided) params are supported")
+    if param.dtype not in DTYPES:
+        raise TypeError(f"{described}: its dtype is not supported; use float32, bfloat16 or float16")
+    if param.device.type != "cpu":
+        raise ValueError(f"{described} is not in host memory; move the params to the CPU, as ZeRO-Offload does")
+    if not is_dense(param):
+        raise ValueError(
+            f"{described} has strides {param.stride()}, which overlap or leave gaps; use a param that owns its memory, "
+            "such as param.detach().clone()"
+        )
+
+
+def _checked_grad(param: Tensor, grad: Tensor, name: str) -> Tensor:
+    check_param(param, name)
+    described = f"{name} (shape {tuple(param.shape)}, {param.dtype}, {param.device})"
+    if grad.layout != torch.strided:
+        raise TypeError(
+            f"{described} has a grad of layout {grad.layout}; sparse grads are not supported: use torch.optim.SparseAdam, "
+            "or an Embedding with sparse=False"
+        )
+    if grad.shape != param.shape:
+        raise ValueError(f"{described} has a grad of shape {tuple(grad.shape)}; the shapes must be equal")
+    if grad.device != param.device:
+        raise ValueError(f"{described} has a grad on {grad.device}; copy it to the param's device")
+    if grad.dtype not in (param.dtype, torch.float32):
+        raise TypeError(f"{described} has a grad of {grad.dtype}; use {param.dtype} or torch.float32")
+    return like_param(grad, param)
+
+
+def is_dense(tensor: Tensor) -> bool:
+    """Whether the elements fill their memory with neither gap nor overlap, in whatever order of dimensions."""
+    if tensor.is_contiguous():
+        return True
+    expected = 1
+    for stride, size in sorted((s, n) for s, n in zip(tensor.stride(), tensor.shape, strict=True) if n != 1):
+        if stride != expected:
+            return False
+        expected *= size
+    return True
+
+
+def same_layout(tensor: Tensor, param: Tensor) -> bool:
+    """Whether two dense tensors of one shape hold their elements in the same order in memory."""
+    if tensor.is_contiguous() and param.is_contiguous():
+        return True
+    pairs = zip(tensor.stride(), param.stride(), param.shape, strict=True)
+    return all(size == 1 or ours == theirs for ours, theirs, size in pairs)
+
+
+def like_param(tensor: Tensor, param: Tensor) -> Tensor:
+    """The tensor itself if it is laid out like the param, else a copy that is."""
+    if same_layout(tensor, param):
+        return tensor
+    return torch.empty_like(param, dtype=tensor.dtype).copy_(tensor)
+
+
+def check_no_overlap(batches: Sequence[AdamBatch]) -> None:
+    """Raises ValueError if two params share memory: the threads of one step would race for it."""
+    spans = sorted(
+        (param.data_ptr(), param.data_ptr() + param.numel() * param.element_size(), f"{batch.where}, param {i}")
+        for batch in batches
+        for i, param in enumerate(batch.params)
+        if param.numel()
+    )
+    for (_, end, first), (start, _, second) in zip(spans, spans[1:], strict=False):
+        if start < end:
+            raise ValueError(f"{first} and {second} share memory; pass each piece of memory once, as one param")
+
+
+def check_states(batch: AdamBatch) -> None:
+    """Raises for the first state that does not fit its param. A state laid out otherwise than its param is an error.
+
+    Raises
+    ------
+    TypeError, ValueError
+        As check_state().
+    """
+    columns = {"exp_avg": batch.exp_avgs, "exp_avg_sq": batch.exp_avg_sqs, "max_exp_avg_sq": batch.max_exp_avg_sqs}
+    for i, param in enumerate(batch.params):
+        state = {key: column[i] for key, column in columns.items() if column is not None}
+        check_state(state, param, f"{batch.where}, param {i}")
+        for key, value in state.items():
+            if not is_dense(value) or not same_layout(value, param):
+                raise ValueError(
+                    f"{batch.where}, param {i} has strides {param.stride()}, its state {key!r} has {value.stride()}; "
+                    "load_state_dict() brings states into the layout of their params"
+                )
+
+
+def check_state(state: Mapping[str, Any], param: Tensor, name: str) -> None:
+    """Raises if a tensor of the state (exp_avg, exp_avg_sq, max_exp_avg_sq) does not fit its param."""
+    described = f"{name} (shape {tuple(param.shape)}, {param.dtype}, {param.device})"
+    dtypes = set()
+    for key in STATE_TENSORS:
+        if key not in state:
+            continue
+        value = state[key]
+        if not isinstance(value, Tensor) or value.layout != torch.strided:
+            raise TypeError(f"{described} has a {type(value).__name__} as state {key!r}; expected a dense tensor")
+        if value.shape != param.shape:
+            raise ValueError(
+                f"{described} has state {key!r} of shape {tuple(value.shape)}; it belongs to another model or shard"
+            )
+        if value.dtype not in (param.dtype, torch.float32):
+            raise TypeError(f"{described} has state {key!r} of {value.dtype}; use {param.dtype} or torch.float32")
+        if value.device != param.device:
+            raise ValueError(f"{described} has state {key!r} on {value.device}")
+        dtypes.add(value.dtype)
+    if len(dtypes) > 1:
+        raise TypeError(f"{described} has states of different dtypes: {', '.join(sorted(map(str, dtypes)))}")

@@ -1,0 +1,82 @@
+"""The host's side of the update rule: hyper-parameters in, the scalars of one step out.
+
+The other side is csrc/adam/adam_update.h. Must not know of tensors.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+from typing import Any
+
+
+@dataclasses.dataclass(frozen=True)
+class AdamHyper:
+    """The hyper-parameters of one param group, as plain numbers."""
+
+    lr: float
+    beta1: float
+    beta2: float
+    eps: float
+    weight_decay: float
+    bias_correction: bool
+    adamw_mode: bool
+    amsgrad: bool
+    maximize: bool
+
+    @classmethod
+    def of_group(cls, group: dict[str, Any], adamw_mode: bool) -> AdamHyper:
+        """From a param group, whose lr, betas and weight_decay may be 0-dim tensors."""
+        beta1, beta2 = group["betas"]
+        return cls(
+            lr=float(group["lr"]),
+            beta1=float(beta1),
+            beta2=float(beta2),
+            eps=float(group["eps"]),
+            weight_decay=float(group["weight_decay"]),
+            bias_correction=bool(group["bias_correction"]),
+            adamw_mode=adamw_mode,
+            amsgrad=bool(group["amsgrad"]),
+            maximize=bool(group["maximize"]),
+        )
+
+    @property
+    def l2(self) -> bool:
+        """Whether weight decay is added to the gradient (Adam) and not taken from the param (AdamW)."""
+        return not self.adamw_mode and self.weight_decay != 0
+
+    def scalars(self, step: int) -> tuple[float, ...]:
+        """The fields of AdamScalars in csrc/adam/adam_update.h, in order, in double; the op rounds each to float once.
+
+        `step` counts from 1 (t in Algorithm 1 of arXiv 1412.6980).
+        """
+        bias1 = 1.0 - integer_power(self.beta1, step) if self.bias_correction else 1.0
+        bias2 = 1.0 - integer_power(self.beta2, step) if self.bias_correction else 1.0
+        return (
+            -1.0 if self.maximize else 1.0,
+            self.beta1,
+            1.0 - self.beta1,
+            self.beta2,
+            1.0 - self.beta2,
+            -self.lr / bias1,
+            1.0 / math.sqrt(bias2),
+            self.eps,
+            1.0 - self.lr * self.weight_decay if self.adamw_mode else 1.0,
+            self.weight_decay if self.l2 else 0.0,
+        )
+
+
+def integer_power(base: float, exponent: int) -> float:
+    """base ** exponent by squaring, in double.
+
+    Its bits depend on nothing but IEEE multiplication, while pow() differs in the last place between C libraries. The
+    relative error is below exponent * 2**-52 (each squaring doubles the error made so far), that is 1e-10 after a million
+    steps, when the power itself is long nothing.
+    """
+    result = 1.0
+    while exponent:
+        if exponent & 1:
+            result *= base
+        base *= base
+        exponent >>= 1
+    return result

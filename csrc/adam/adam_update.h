@@ -1,0 +1,55 @@
+// The Adam update rule: the only place that holds it, used by every backend. It must know nothing of memory, threads,
+// dtypes or instruction sets; a backend passes its number type as `Ops`, whose functions each round once (IEEE nearest-even).
+#pragma once
+
+namespace adamops {
+
+// Scalars of one step, computed by the host in double and rounded to float once (adamops/ops/adam/hyper.py).
+// t is the step count, beta1/beta2 the decay rates of Kingma & Ba (arXiv 1412.6980, Algorithm 1).
+struct AdamScalars {
+  float grad_scale;           // s: what every gradient is multiplied by; -1 maximises; multiplying by 1 changes no bit
+  float beta1;                // b1
+  float one_minus_beta1;      // c1
+  float beta2;                // b2
+  float one_minus_beta2;      // c2
+  float negative_step_size;   // -a = -lr / (1 - beta1^t)
+  float inverse_sqrt_bias2;   // r = 1 / sqrt(1 - beta2^t)
+  float eps;                  // e
+  float decay;                // w = 1 - lr * weight_decay (AdamW, arXiv 1711.05101); 1 in L2 mode, which changes no bit
+  float l2;                   // l = weight_decay (L2 mode only)
+};
+
+// The same scalars as the backend holds them (one per vector lane, or plain floats), made once per range of elements.
+template <class Ops>
+struct AdamConstants {
+  using Number = typename Ops::Number;
+  Number grad_scale, beta1, one_minus_beta1, beta2, one_minus_beta2, negative_step_size, inverse_sqrt_bias2, eps, decay,
+      l2;
+
+  explicit AdamConstants(const AdamScalars& s)
+      : grad_scale(Ops::set(s.grad_scale)),
+        beta1(Ops::set(s.beta1)),
+        one_minus_beta1(Ops::set(s.one_minus_beta1)),
+        beta2(Ops::set(s.beta2)),
+        one_minus_beta2(Ops::set(s.one_minus_beta2)),
+        negative_step_size(Ops::set(s.negative_step_size)),
+        inverse_sqrt_bias2(Ops::set(s.inverse_sqrt_bias2)),
+        eps(Ops::set(s.eps)),
+        decay(Ops::set(s.decay)),
+        l2(Ops::set(s.l2)) {}
+};
+
+// One step for one Number of elements: param, exp_avg (m), exp_avg_sq (v) and, with Amsgrad, max_exp_avg_sq are updated
+// in place. L2 is a template parameter because fma(0, param, grad) is not grad for infinite params and negative zeros.
+template <bool L2, bool Amsgrad, class Ops, class Number>
+inline void adam_update(const AdamConstants<Ops>& k, Number& param, Number grad, Number& m, Number& v, Number& max_v) {
+  grad = Ops::mul(grad, k.grad_scale);
+  if (L2) grad = Ops::fma(k.l2, param, grad);
+  m = Ops::fma(k.beta1, m, Ops::mul(k.one_minus_beta1, grad));
+  v = Ops::fma(k.beta2, v, Ops::mul(Ops::mul(k.one_minus_beta2, grad), grad));
+  if (Amsgrad) max_v = Ops::max(max_v, v);
+  const Number denominator = Ops::fma(Ops::sqrt(Amsgrad ? max_v : v), k.inverse_sqrt_bias2, k.eps);
+  param = Ops::fma(k.negative_step_size, Ops::div(m, denominator), Ops::mul(param, k.decay));
+}
+
+}  // namespace adamops

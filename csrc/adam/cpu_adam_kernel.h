@@ -1,0 +1,38 @@
+// What the dispatcher knows of the CPU kernels: the tensors they take and the table that each SIMD target offers.
+// Shared by code compiled for different CPUs, so it holds plain data and declarations only: no inline function.
+#pragma once
+
+#include <cstdint>
+
+#include "adam_update.h"
+
+namespace adamops {
+
+enum Dtype : uint8_t { kFloat32, kBfloat16, kFloat16, kDtypeCount };
+
+// The storage of one parameter and what belongs to it, all of `numel` elements in the same order in memory.
+struct AdamTensor {
+  void* param;
+  const void* grad;
+  void* exp_avg;
+  void* exp_avg_sq;
+  void* max_exp_avg_sq;  // null without amsgrad
+  int64_t numel;
+};
+
+// Updates the elements [begin, end) of a tensor, asking for memory `prefetch_bytes` ahead of its use.
+using AdamRange = void (*)(const AdamTensor&, int64_t begin, int64_t end, const AdamScalars&, int prefetch_bytes);
+
+// Reads and writes the same bytes as AdamRange with nothing to compute: the limit that the benchmark compares with.
+// Prefetches `prefetch_bytes` ahead, 0 for not at all. The values are destroyed.
+using TouchRange = void (*)(const AdamTensor&, int64_t begin, int64_t end, int prefetch_bytes);
+
+struct AdamTarget {
+  const char* name;
+  uint32_t required_features;  // of simd/cpu_features.h
+  // Null for combinations that do not exist: grads have the dtype of the params or fp32, and so have the states.
+  AdamRange (*adam_range)(Dtype param, Dtype grad, Dtype state, bool l2, bool amsgrad);
+  TouchRange (*touch_range)(Dtype param, Dtype grad, Dtype state);
+};
+
+}  // namespace adamops

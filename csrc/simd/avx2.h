@@ -1,0 +1,74 @@
+// Vector wrapper for AVX2 with FMA and F16C: 8 floats. Every operation rounds once, in the current (default) rounding mode.
+#pragma once
+
+#include <immintrin.h>
+
+#include "cpu_features.h"
+#include "half.h"
+
+namespace adamops {
+
+struct Avx2 {
+  using Number = __m256;
+  static constexpr int kWidth = 8;
+  static constexpr uint32_t kRequires = kAvx2 | kFma | kF16c;
+
+  static Number set(float x) { return _mm256_set1_ps(x); }
+  static Number mul(Number a, Number b) { return _mm256_mul_ps(a, b); }
+  static Number fma(Number a, Number b, Number c) { return _mm256_fmadd_ps(a, b, c); }
+  static Number div(Number a, Number b) { return _mm256_div_ps(a, b); }
+  static Number sqrt(Number a) { return _mm256_sqrt_ps(a); }
+
+  // a > b ? a : b, and NaN where either is NaN. VMAXPS alone returns b then, so a NaN in a is put back.
+  static Number max(Number a, Number b) {
+    return _mm256_blendv_ps(_mm256_max_ps(a, b), a, _mm256_cmp_ps(a, a, _CMP_UNORD_Q));
+  }
+
+  static Number load(const float* from) { return _mm256_loadu_ps(from); }
+  static Number load(const bf16* from) {
+    return _mm256_castsi256_ps(_mm256_slli_epi32(_mm256_cvtepu16_epi32(halves(from)), 16));
+  }
+  static Number load(const fp16* from) { return _mm256_cvtph_ps(halves(from)); }
+
+  static void store(float* to, Number a) { _mm256_storeu_ps(to, a); }
+  static void store(bf16* to, Number a) {
+    const __m256i high = _mm256_srli_epi32(rounded_to_bf16(a), 16);
+    // VPACKUSDW packs within 128-bit lanes; the two useful quarters are then brought together.
+    const __m256i packed = _mm256_permute4x64_epi64(_mm256_packus_epi32(high, high), 0b1000);
+    store_halves(to, _mm256_castsi256_si128(packed));
+  }
+  static void store(fp16* to, Number a) { store_halves(to, _mm256_cvtps_ph(a, _MM_FROUND_TO_NEAREST_INT)); }
+
+  static Number load_even(const bf16* from) { return _mm256_castsi256_ps(_mm256_slli_epi32(pairs(from), 16)); }
+  static Number load_odd(const bf16* from) {
+    return _mm256_castsi256_ps(_mm256_and_si256(pairs(from), _mm256_set1_epi32(-0x10000)));
+  }
+  // For results of arithmetic on bf16 values only: a NaN among them has an empty lower half, so no carry can change it.
+  static void store_even_odd(bf16* to, Number even, Number odd) {
+    const __m256i low = _mm256_srli_epi32(add_half_ulp(_mm256_castps_si256(even)), 16);
+    const __m256i high = add_half_ulp(_mm256_castps_si256(odd));
+    _mm256_storeu_si256(reinterpret_cast<__m256i*>(to), _mm256_blend_epi16(low, high, 0xAA));
+  }
+
+ private:
+  // Carries into the upper half of each lane as rounding to nearest even demands; the upper half is then the bf16.
+  static __m256i add_half_ulp(__m256i bits) {
+    const __m256i last = _mm256_and_si256(_mm256_srli_epi32(bits, 16), _mm256_set1_epi32(1));
+    return _mm256_add_epi32(bits, _mm256_add_epi32(last, _mm256_set1_epi32(0x7FFF)));
+  }
+
+  // The same for any number. NaN stays as it is: the carry could turn it into an infinity. (Arithmetic returns only quiet
+  // NaNs, whose upper half is a NaN by itself.)
+  static __m256i rounded_to_bf16(Number a) {
+    const __m256i is_nan = _mm256_castps_si256(_mm256_cmp_ps(a, a, _CMP_UNORD_Q));
+    return _mm256_blendv_epi8(add_half_ulp(_mm256_castps_si256(a)), _mm256_castps_si256(a), is_nan);
+  }
+
+  static __m256i pairs(const bf16* from) { return _mm256_loadu_si256(reinterpret_cast<const __m256i*>(from)); }
+  static __m128i halves(const void* from) { return _mm_loadu_si128(static_cast<const __m128i*>(from)); }
+  static void store_halves(void* to, __m128i a) { _mm_storeu_si128(static_cast<__m128i*>(to), a); }
+};
+
+using Ops = Avx2;
+
+}  // namespace adamops

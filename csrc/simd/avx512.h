@@ -1,0 +1,72 @@
+// Vector wrapper for AVX-512: 16 floats. Every operation rounds once, in the current (default) rounding mode.
+#pragma once
+
+#include <immintrin.h>
+
+#include "cpu_features.h"
+#include "half.h"
+
+namespace adamops {
+
+struct Avx512 {
+  using Number = __m512;
+  static constexpr int kWidth = 16;
+  static constexpr uint32_t kRequires = kAvx512f | kAvx512bw | kAvx512dq | kAvx512vl | kAvx2 | kFma | kF16c;
+
+  static Number set(float x) { return _mm512_set1_ps(x); }
+  static Number mul(Number a, Number b) { return _mm512_mul_ps(a, b); }
+  static Number fma(Number a, Number b, Number c) { return _mm512_fmadd_ps(a, b, c); }
+  static Number div(Number a, Number b) { return _mm512_div_ps(a, b); }
+  static Number sqrt(Number a) { return _mm512_sqrt_ps(a); }
+
+  // a > b ? a : b, and NaN where either is NaN. VMAXPS alone returns b then, so a NaN in a is put back.
+  static Number max(Number a, Number b) {
+    const __mmask16 a_is_nan = _mm512_cmp_ps_mask(a, a, _CMP_UNORD_Q);
+    return _mm512_mask_mov_ps(_mm512_max_ps(a, b), a_is_nan, a);
+  }
+
+  static Number load(const float* from) { return _mm512_loadu_ps(from); }
+  static Number load(const bf16* from) {
+    return _mm512_castsi512_ps(_mm512_slli_epi32(_mm512_cvtepu16_epi32(halves(from)), 16));
+  }
+  static Number load(const fp16* from) { return _mm512_cvtph_ps(halves(from)); }
+
+  static void store(float* to, Number a) { _mm512_storeu_ps(to, a); }
+  static void store(bf16* to, Number a) {
+    store_halves(to, _mm512_cvtepi32_epi16(_mm512_srli_epi32(rounded_to_bf16(a), 16)));
+  }
+  static void store(fp16* to, Number a) { store_halves(to, _mm512_cvtps_ph(a, _MM_FROUND_TO_NEAREST_INT)); }
+
+  static Number load_even(const bf16* from) { return _mm512_castsi512_ps(_mm512_slli_epi32(_mm512_loadu_si512(from), 16)); }
+  static Number load_odd(const bf16* from) {
+    return _mm512_castsi512_ps(_mm512_and_si512(_mm512_loadu_si512(from), _mm512_set1_epi32(-0x10000)));
+  }
+  // For results of arithmetic on bf16 values only: a NaN among them has an empty lower half, so no carry can change it.
+  static void store_even_odd(bf16* to, Number even, Number odd) {
+    const __m512i low = _mm512_srli_epi32(add_half_ulp(_mm512_castps_si512(even)), 16);
+    _mm512_storeu_si512(to, _mm512_mask_blend_epi16(0xAAAAAAAA, low, add_half_ulp(_mm512_castps_si512(odd))));
+  }
+
+ private:
+  // Carries into the upper half of each lane as rounding to nearest even demands; the upper half is then the bf16. (Not
+  // VCVTNEPS2BF16, which flushes subnormals.) To be added is 0x7FFF plus the last kept bit; its negative, ~(0x7FFE | last kept bit), takes an instruction less.
+  static __m512i add_half_ulp(__m512i bits) {
+    const __m512i one = _mm512_set1_epi32(1), most = _mm512_set1_epi32(0x7FFE);
+    constexpr int kNotOfAAndBOrC = 0x15;  // the truth table of ~((a & b) | c)
+    return _mm512_sub_epi32(bits, _mm512_ternarylogic_epi32(_mm512_srli_epi32(bits, 16), one, most, kNotOfAAndBOrC));
+  }
+
+  // The same for any number. NaN stays as it is: the carry could turn it into an infinity. (Arithmetic returns only quiet
+  // NaNs, whose upper half is a NaN by itself.)
+  static __m512i rounded_to_bf16(Number a) {
+    const __m512i bits = _mm512_castps_si512(a);
+    return _mm512_mask_mov_epi32(add_half_ulp(bits), _mm512_cmp_ps_mask(a, a, _CMP_UNORD_Q), bits);
+  }
+
+  static __m256i halves(const void* from) { return _mm256_loadu_si256(static_cast<const __m256i*>(from)); }
+  static void store_halves(void* to, __m256i a) { _mm256_storeu_si256(static_cast<__m256i*>(to), a); }
+};
+
+using Ops = Avx512;
+
+}  // namespace adamops

@@ -1,0 +1,26 @@
+// What a vector wrapper may ask of the CPU. Names only; cpu_features.cpp finds out which of them this machine has.
+#pragma once
+
+#include <cstdint>
+
+namespace adamops {
+
+enum Feature : uint32_t {
+  kNoFeatures = 0,
+  kAvx2 = 1u << 0,
+  kFma = 1u << 1,
+  kF16c = 1u << 2,
+  kAvx512f = 1u << 3,
+  kAvx512bw = 1u << 4,
+  kAvx512dq = 1u << 5,
+  kAvx512vl = 1u << 6,
+};
+
+// The features that this CPU has and whose registers the operating system saves.
+uint32_t cpu_features();
+
+// How far ahead of its use memory should be asked for on this CPU. The right distance depends on what the hardware
+// prefetchers do by themselves, which differs between makers; measured in docs/performance.md.
+int prefetch_distance_bytes();
+
+}  // namespace adamops

@@ -1,0 +1,75 @@
+// "Vector" wrapper of one float in plain C++: the baseline of architectures without a wrapper of their own.
+#pragma once
+
+#include <cmath>
+#include <cstring>
+
+#include "cpu_features.h"
+#include "half.h"
+
+namespace adamops {
+
+struct Scalar {
+  using Number = float;
+  static constexpr int kWidth = 1;
+  static constexpr uint32_t kRequires = kNoFeatures;
+
+  static Number set(float x) { return x; }
+  static Number mul(Number a, Number b) { return a * b; }
+  static Number fma(Number a, Number b, Number c) { return std::fma(a, b, c); }
+  static Number div(Number a, Number b) { return a / b; }
+  static Number sqrt(Number a) { return std::sqrt(a); }
+  // a > b ? a : b, and NaN where either is NaN.
+  static Number max(Number a, Number b) { return a > b || a != a ? a : b; }
+
+  static Number load(const float* from) { return *from; }
+  static Number load(const bf16* from) { return from_bits(uint32_t{from->bits} << 16); }
+  static Number load(const fp16* from) {
+    const uint32_t magnitude = (from->bits & 0x7FFFu) << 13, sign = (from->bits & 0x8000u) << 16;
+    const uint32_t scaled = to_bits(from_bits(magnitude) * 0x1p112f);
+    return from_bits(sign | scaled | (magnitude >= 0x7C00u << 13 ? 0x7F800000u : 0u));
+  }
+
+  static void store(float* to, Number a) { *to = a; }
+  static void store(bf16* to, Number a) {
+    const uint32_t bits = to_bits(a);
+    const uint32_t rounded = a != a ? bits | 0x400000u : bits + 0x7FFFu + ((bits >> 16) & 1u);
+    to->bits = static_cast<uint16_t>(rounded >> 16);
+  }
+  // Three ranges of |a|, as in sse2.h: subnormal halves, normal halves, infinity and NaN.
+  static void store(fp16* to, Number a) {
+    const uint32_t bits = to_bits(a), sign = (bits >> 16) & 0x8000u, magnitude = bits & 0x7FFFFFFFu;
+    uint32_t half;
+    if (magnitude >= 0x477FF000u) {
+      half = magnitude > 0x7F800000u ? 0x7E00u : 0x7C00u;
+    } else if (magnitude < (127u - 14u) << 23) {
+      half = to_bits(from_bits(magnitude) + 0.5f) - to_bits(0.5f);
+    } else {
+      half = (magnitude - ((127u - 15u) << 23) + 0xFFFu + ((magnitude >> 13) & 1u)) >> 13;
+    }
+    to->bits = static_cast<uint16_t>(sign | half);
+  }
+
+  static Number load_even(const bf16* from) { return load(from); }
+  static Number load_odd(const bf16* from) { return load(from + 1); }
+  static void store_even_odd(bf16* to, Number even, Number odd) {
+    store(to, even);
+    store(to + 1, odd);
+  }
+
+ private:
+  static uint32_t to_bits(float a) {
+    uint32_t bits;
+    std::memcpy(&bits, &a, sizeof bits);
+    return bits;
+  }
+  static float from_bits(uint32_t bits) {
+    float a;
+    std::memcpy(&a, &bits, sizeof a);
+    return a;
+  }
+};
+
+using Ops = Scalar;
+
+}  // namespace adamops

@@ -1,0 +1,96 @@
+"""The registry of ops: those that come with adamops, and those that other packages offer by entry point.
+
+Imports neither torch nor adamops, so that setup.py can use it before anything is installed.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+import importlib.metadata
+
+from .builder import Compatibility, OpBuilder, OpUnavailableError
+from .compile import BuildError, CompileUnit
+from .cpu import CPUOpBuilder
+from .cpu_adam import CPUAdamBuilder
+from .torch_adam import TorchAdamBuilder
+
+__all__ = [
+    "BuildError",
+    "CPUOpBuilder",
+    "Compatibility",
+    "CompileUnit",
+    "OpBuilder",
+    "OpUnavailableError",
+    "RegisteredOp",
+    "builtin_builders",
+    "get",
+    "registered_ops",
+]
+
+ENTRY_POINT_GROUP = "adamops.op_builders"
+
+# What an object must have to be used as a builder.
+_CONTRACT = ("NAME", "compatibility", "is_prebuilt", "load")
+
+
+@dataclasses.dataclass(frozen=True)
+class RegisteredOp:
+    """An op by name: its builder, or what is wrong with it; `origin` is "built-in" or the distribution that offers it."""
+
+    name: str
+    origin: str
+    builder: OpBuilder | None
+    error: str | None = None
+
+
+def builtin_builders() -> list[OpBuilder]:
+    """A builder for each op that comes with adamops and has something to compile."""
+    return [CPUAdamBuilder()]
+
+
+@functools.lru_cache(maxsize=None)
+def registered_ops() -> tuple[RegisteredOp, ...]:
+    """All ops, built-in ones first. What is wrong with a plugin is kept in its entry; nothing is raised."""
+    builtin = [*builtin_builders(), TorchAdamBuilder()]
+    ops = {builder.NAME: RegisteredOp(builder.NAME, "built-in", builder) for builder in builtin}
+    for entry_point in importlib.metadata.entry_points(group=ENTRY_POINT_GROUP):
+        plugin = _load_plugin(entry_point)
+        if plugin.name in ops:
+            error = f"the name {plugin.name!r} is taken by {ops[plugin.name].origin}"
+            plugin = RegisteredOp(f"{plugin.name} ({plugin.origin})", plugin.origin, None, error)
+        ops[plugin.name] = plugin
+    return tuple(ops.values())
+
+
+def _load_plugin(entry_point: importlib.metadata.EntryPoint) -> RegisteredOp:
+    origin = entry_point.dist.name if entry_point.dist else entry_point.value
+    try:
+        found = entry_point.load()
+        builder = found() if isinstance(found, type) else found
+        missing = [name for name in _CONTRACT if not hasattr(builder, name)]
+        if missing:
+            raise TypeError(f"{entry_point.value} is not an op builder: it has no {', '.join(missing)}")
+        if not isinstance(builder.NAME, str) or not builder.NAME:
+            raise TypeError(f"{entry_point.value} is not an op builder: its NAME is {builder.NAME!r}")
+    except Exception as error:  # whatever a third party's code does must not reach the user's import
+        return RegisteredOp(entry_point.name, origin, None, f"{type(error).__name__}: {error}")
+    return RegisteredOp(builder.NAME, origin, builder)
+
+
+def get(name: str) -> OpBuilder:
+    """The builder of the op with this name.
+
+    Raises
+    ------
+    KeyError
+        If there is no such op.
+    OpUnavailableError
+        If a plugin of this name is broken.
+    """
+    for op in registered_ops():
+        if op.name == name:
+            if op.builder is None:
+                raise OpUnavailableError(f"The op {name!r} of {op.origin} is broken: {op.error}")
+            return op.builder
+    raise KeyError(f"no op {name!r}; there are {', '.join(op.name for op in registered_ops())}")

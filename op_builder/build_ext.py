@@ -1,0 +1,84 @@
+"""The glue to setuptools: extensions made of builders, and the build_ext that compiles them.
+
+Used by adamops' own setup.py and by those of packages that add ops. The compiling itself is in compile.py.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from pathlib import Path
+from typing import Any
+
+from setuptools import Extension
+from setuptools.command.build_ext import build_ext as setuptools_build_ext
+
+from . import environment
+from .builder import OpBuilder
+from .compile import BuildError, compile_op, record_path, write_record
+
+
+class OpExtension(Extension):
+    """The extension module of one op, as setuptools knows it."""
+
+    def __init__(self, builder: OpBuilder) -> None:
+        # The sources are listed for the sdist only; what is compiled, and how often, is the builder's business.
+        super().__init__(builder.MODULE, sources=[])
+        self.builder = builder
+        # An op that cannot be built is left out, unless build_ext raises because it was asked for by name.
+        self.optional = True
+
+
+def extensions(builders: Iterable[OpBuilder]) -> list[OpExtension]:
+    """What to pass to setup() as ext_modules, together with cmdclass={"build_ext": build_ext}."""
+    return [OpExtension(builder) for builder in builders]
+
+
+class build_ext(setuptools_build_ext):
+    """Compiles each op with compile_op, and records beside it what was built, or why it was left out."""
+
+    def build_extension(self, ext: Any) -> None:
+        if not isinstance(ext, OpExtension):
+            super().build_extension(ext)
+            return
+        builder = ext.builder
+        output = Path(self.get_ext_fullpath(ext.name))
+        wanted, who_says_so = environment.build_switch(builder.NAME)
+        reason = self._build(builder, output, wanted, who_says_so)
+        if reason:
+            if wanted:
+                raise SystemExit(f"adamops: {builder.NAME} must be built ({who_says_so}) but cannot: {reason}")
+            output.unlink(missing_ok=True)
+            write_record(output, {"op": builder.NAME, "built": False, "reason": f"left out of the build: {reason}"})
+            self._say(f"{builder.NAME} is left out: {reason}")
+
+    def _build(self, builder: OpBuilder, output: Path, wanted: bool | None, who_says_so: str) -> str:
+        """Builds the op unless it must not or cannot be; returns the reason if it was not built."""
+        if wanted is False:
+            return who_says_so
+        compatible = builder.compatibility()
+        if not compatible:
+            return compatible.reason
+        try:
+            record = compile_op(builder, output)
+        except BuildError as error:
+            return str(error)
+        write_record(output, record)
+        self._say(f"{builder.NAME} is built, with {record['compiler']}")
+        for name in ("targets_requested", "targets", "targets_dropped"):
+            if record.get(name):
+                self._say(f"  {name.replace('_', ' ')}: {record[name]}")
+        return ""
+
+    def copy_extensions_to_source(self) -> None:
+        """For `pip install -e`: the records go where the extensions go."""
+        super().copy_extensions_to_source()
+        build_py = self.get_finalized_command("build_py")
+        for ext in self.extensions:
+            if isinstance(ext, OpExtension):
+                inplace, built = self._get_inplace_equivalent(build_py, ext)  # type: ignore[attr-defined]
+                self.copy_file(str(record_path(Path(built))), str(record_path(Path(inplace))))
+                if not Path(built).is_file():
+                    Path(inplace).unlink(missing_ok=True)  # left by an earlier build
+
+    def _say(self, message: str) -> None:
+        print(f"adamops: {message}", flush=True)

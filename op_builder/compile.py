@@ -1,0 +1,180 @@
+"""Runs the C++ compiler: finds it, asks what it can do, and makes one extension out of one builder.
+
+The only place that starts compilers, for setup.py (through build_ext.py) and for builds at run time (jit.py) alike. Must
+not know any particular op.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+import json
+import os
+import shlex
+import shutil
+import subprocess
+import sysconfig
+import tempfile
+from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from . import environment
+
+if TYPE_CHECKING:
+    from .builder import OpBuilder
+
+
+class BuildError(RuntimeError):
+    """An op could not be compiled; the message holds the compiler's output."""
+
+
+@dataclasses.dataclass(frozen=True)
+class CompileUnit:
+    """One run of the compiler: a source below the builder's source root, and the flags of its own that it needs.
+
+    `label` keeps apart the objects of a source that is compiled more than once (say, once per SIMD target).
+    """
+
+    source: str
+    flags: tuple[str, ...] = ()
+    label: str = ""
+
+    @property
+    def object_name(self) -> str:
+        stem = self.source.replace("/", "_").rsplit(".", 1)[0]
+        return f"{stem}.{self.label}.o" if self.label else f"{stem}.o"
+
+
+class Compiler:
+    """A C++ compiler that takes GCC's options (GCC, Clang)."""
+
+    # Order matters: what stands later wins over $CXXFLAGS, which may hold -march=native or -ffast-math.
+    # No fast math and no contraction, on any account: equal bits on every machine are the point of this project.
+    # No debug info and no absolute paths: the same sources give the same bytes.
+    COMMON_FLAGS = (
+        "-std=c++17",
+        "-O3",
+        "-g0",
+        "-fPIC",
+        "-fvisibility=hidden",
+        "-fno-fast-math",
+        "-ffp-contract=off",
+        "-fno-math-errno",
+        "-Wall",
+        "-Wextra",
+    )
+    LINK_FLAGS = ("-shared", "-Wl,--as-needed", "-Wl,-s")
+
+    def __init__(self, command: Sequence[str]) -> None:
+        self.command = list(command)
+
+    @classmethod
+    def find(cls) -> Compiler | None:
+        """The compiler named by $CXX, else the first of c++, g++ and clang++ on PATH; None if there is none."""
+        named = os.environ.get("CXX", "").strip()
+        for candidate in [named] if named else ["c++", "g++", "clang++"]:
+            command = shlex.split(candidate)
+            if command and shutil.which(command[0]):
+                return cls(command)
+        return None
+
+    @functools.cached_property
+    def version(self) -> str:
+        """The compiler's own description of itself, one line."""
+        return self._ask("--version").splitlines()[0].strip()
+
+    @functools.cached_property
+    def machine(self) -> str:
+        """The architecture it compiles for: x86_64, aarch64, ..."""
+        return self._ask("-dumpmachine").strip().split("-")[0]
+
+    def _ask(self, question: str) -> str:
+        result = subprocess.run([*self.command, question], capture_output=True, text=True, check=False)
+        if result.returncode or not result.stdout.strip():
+            raise BuildError(f"{shlex.join(self.command)} {question} failed: {result.stderr.strip()}")
+        return result.stdout
+
+    def accepts(self, flags: Sequence[str]) -> bool:
+        """Whether it compiles an empty file with these flags."""
+        command = [*self.command, *flags, "-Werror", "-fsyntax-only", "-x", "c++", os.devnull]
+        return subprocess.run(command, capture_output=True, check=False).returncode == 0
+
+    def run(self, arguments: Sequence[str]) -> None:
+        """Runs it with these arguments; BuildError with its output if it fails."""
+        command = [*self.command, *arguments]
+        result = subprocess.run(command, capture_output=True, text=True, errors="replace", check=False)
+        if result.returncode:
+            raise BuildError(f"{shlex.join(command)}\nfailed:\n{result.stderr or result.stdout}")
+
+
+def python_headers() -> Path:
+    """The folder of Python.h."""
+    return Path(sysconfig.get_paths()["include"])
+
+
+def extension_suffix() -> str:
+    """How the file name of an extension for this Python ends."""
+    return sysconfig.get_config_var("EXT_SUFFIX") or ".so"
+
+
+def compile_op(builder: OpBuilder, output: Path) -> dict[str, Any]:
+    """Compiles and links the builder's extension into `output`, and returns the record of what was built.
+
+    Raises BuildError. Nothing is left at `output` on failure.
+    """
+    compiler = Compiler.find()
+    if compiler is None:
+        raise BuildError("no C++ compiler found (set CXX, or install g++ or clang++)")
+    root = builder.source_root()
+    environment_flags = shlex.split(os.environ.get("CXXFLAGS", ""))
+    includes = [f"-I{path}" for path in (*builder.include_paths(), python_headers())]
+    flags = [*environment_flags, *Compiler.COMMON_FLAGS, *builder.cxx_args()]
+    units = builder.compile_units()
+
+    with tempfile.TemporaryDirectory(prefix=f"adamops-{builder.NAME}-") as scratch:
+
+        def compile_unit(unit: CompileUnit) -> None:
+            prefix_map = f"-ffile-prefix-map={root}=."
+            compiler.run(
+                [*flags, prefix_map, *unit.flags, *includes, "-c", str(root / unit.source)]
+                + ["-o", str(Path(scratch) / unit.object_name)]
+            )
+
+        with ThreadPoolExecutor(environment.max_jobs()) as pool:
+            list(pool.map(compile_unit, units))
+        linked = Path(scratch) / "linked.so"
+        objects = [str(Path(scratch) / unit.object_name) for unit in units]
+        compiler.run([*objects, *Compiler.LINK_FLAGS, *builder.extra_ldflags(), "-o", str(linked)])
+        output.parent.mkdir(parents=True, exist_ok=True)
+        shutil.move(linked, output)
+
+    return {
+        "op": builder.NAME,
+        "built": True,
+        "compiler": compiler.version,
+        "machine": compiler.machine,
+        "flags": [*flags, *builder.extra_ldflags()],
+        "units": {unit.object_name: list(unit.flags) for unit in units},
+        **builder.record(),
+    }
+
+
+def record_path(extension: Path) -> Path:
+    """Where the record of an extension lies: beside it, whatever Python it is for."""
+    return extension.with_name(extension.name.split(".")[0] + ".build.json")
+
+
+def write_record(extension: Path, record: dict[str, Any]) -> None:
+    path = record_path(extension)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text(json.dumps(record, indent=2, sort_keys=True) + "\n")
+
+
+def read_record(extension: Path) -> dict[str, Any] | None:
+    """The record written when the extension was built or left out; None if there is none."""
+    try:
+        return json.loads(record_path(extension).read_text())
+    except (OSError, ValueError):
+        return None

@@ -1,0 +1,169 @@
+"""SIMD targets: which there are, which can be compiled, which this CPU has; and the builder that ops on CPUs share.
+
+Runs at build time. At run time the extension itself asks CPUID, which takes no time; py-cpuinfo takes about a second.
+"""
+
+from __future__ import annotations
+
+import copy
+import dataclasses
+import functools
+import os
+import platform
+from typing import Any
+
+from . import environment
+from .builder import Compatibility, OpBuilder
+from .compile import CompileUnit, Compiler, python_headers
+
+
+@dataclasses.dataclass(frozen=True)
+class SimdTarget:
+    """One way to compile the kernels.
+
+    `machine` is the architecture (None: any other), `flags` are the compiler's, `cpu_flags` are py-cpuinfo's names of what
+    a CPU must have, `header` is the vector wrapper in csrc, which states the same for CPUID.
+    """
+
+    name: str
+    machine: str | None
+    flags: tuple[str, ...]
+    cpu_flags: frozenset[str]
+    header: str
+
+
+def _x86(name: str, header: str, *extensions: str) -> SimdTarget:
+    # -march first: it undoes a -march=native in CXXFLAGS, so that "baseline" means what it says.
+    flags = ("-march=x86-64", "-mtune=generic", *(f"-m{extension}" for extension in extensions))
+    return SimdTarget(name, "x86_64", flags, frozenset(extensions), header)
+
+
+# Best first. A new target is a row here and the wrapper that it names.
+TARGETS = (
+    _x86("avx512", "simd/avx512.h", "avx512f", "avx512bw", "avx512dq", "avx512vl", "avx2", "fma", "f16c"),
+    _x86("avx2", "simd/avx2.h", "avx2", "fma", "f16c"),
+    _x86("baseline", "simd/sse2.h"),
+    SimdTarget("baseline", None, (), frozenset(), "simd/scalar.h"),
+)
+
+
+def targets_of(machine: str) -> list[SimdTarget]:
+    """The targets of an architecture, best first."""
+    own = [target for target in TARGETS if target.machine == machine]
+    return own or [target for target in TARGETS if target.machine is None]
+
+
+@functools.lru_cache(maxsize=None)
+def native_cpu_flags() -> frozenset[str]:
+    """What py-cpuinfo finds in the CPU of this machine."""
+    import cpuinfo
+
+    return frozenset(cpuinfo.get_cpu_info().get("flags", ()))
+
+
+@dataclasses.dataclass(frozen=True)
+class TargetChoice:
+    """Which targets were asked for, which will be built (best first), and which not, with the reason."""
+
+    requested: str
+    enabled: tuple[SimdTarget, ...]
+    dropped: tuple[tuple[str, str], ...]
+
+    def __str__(self) -> str:
+        lines = [
+            f"SIMD targets requested: {self.requested}",
+            f"SIMD targets enabled:   {' '.join(target.name for target in self.enabled)}",
+        ]
+        lines += [f"SIMD target dropped:    {name} ({reason})" for name, reason in self.dropped]
+        return "\n".join(lines)
+
+
+def choose_targets(compiler: Compiler, default: str) -> TargetChoice:
+    """The targets to build with this compiler: those of ADAMOPS_CPU_TARGETS, else of the word `default`.
+
+    The baseline is always among them, so that a build can run on every CPU of its architecture.
+    """
+    available = targets_of(compiler.machine)
+    requested = environment.cpu_targets([target.name for target in available]) or default
+    enabled, dropped = [], []
+    for target in available:
+        if requested == "native" and not target.cpu_flags <= native_cpu_flags():
+            missing = ", ".join(sorted(target.cpu_flags - native_cpu_flags()))
+            dropped.append((target.name, f"this CPU has no {missing}"))
+        elif isinstance(requested, list) and target.name not in requested and target is not available[-1]:
+            dropped.append((target.name, "not requested"))
+        elif not compiler.accepts(target.flags):
+            dropped.append((target.name, f"the compiler does not accept {' '.join(target.flags)}"))
+        else:
+            enabled.append(target)
+    words = requested if isinstance(requested, str) else " ".join(requested)
+    return TargetChoice(words, tuple(enabled), tuple(dropped))
+
+
+class CPUOpBuilder(OpBuilder):
+    """An op whose kernels are compiled once per SIMD target and chosen by CPUID when the op is loaded."""
+
+    # In an ahead-of-time build for whoever may come, "all"; in a build at run time, "native".
+    default_targets = "all"
+
+    def kernel_sources(self) -> list[str]:
+        """C++ files below source_root() that are compiled once per SIMD target."""
+        raise NotImplementedError
+
+    def target_choice(self) -> TargetChoice:
+        """The SIMD targets that a build on this machine takes in, and those it leaves out."""
+        compiler = Compiler.find()
+        if compiler is None:
+            raise RuntimeError("no C++ compiler found")
+        return choose_targets(compiler, self.default_targets)
+
+    def compile_units(self) -> list[CompileUnit]:
+        choice = self.target_choice()
+        names = " ".join(f"X({target.name})" for target in choice.enabled)
+        common = (*choice.enabled[-1].flags, f"-DADAMOPS_TARGETS(X)={names}")
+        units = [CompileUnit(source, common) for source in self.sources()]
+        for target in choice.enabled:
+            flags = (
+                *target.flags,
+                f"-DADAMOPS_TARGET={target.name}",
+                f'-DADAMOPS_SIMD_HEADER="{target.header}"',
+                # GCC 12 takes its own AVX-512 headers for reading uninitialised values (GCC bug 105593).
+                "-Wno-uninitialized",
+                "-Wno-maybe-uninitialized",
+            )
+            units += [CompileUnit(source, flags, target.name) for source in self.kernel_sources()]
+        return units
+
+    def record(self) -> dict[str, Any]:
+        choice = self.target_choice()
+        return {
+            "targets_requested": choice.requested,
+            "targets": [target.name for target in choice.enabled],
+            "targets_dropped": dict(choice.dropped),
+        }
+
+    def compatibility(self) -> Compatibility:
+        if os.name != "posix":
+            return Compatibility(False, f"the CPU ops need a POSIX system with GCC or Clang, this is {platform.system()}")
+        compiler = Compiler.find()
+        if compiler is None:
+            return Compatibility(False, "no C++ compiler found (set CXX, or install g++ or clang++)")
+        if not (python_headers() / "Python.h").is_file():
+            return Compatibility(False, f"no Python.h in {python_headers()} (install python3-dev)")
+        try:
+            import pybind11  # noqa: F401
+        except ImportError:
+            return Compatibility(False, "pybind11 is not installed")
+        return Compatibility(True, f"{compiler.version} for {compiler.machine}")
+
+    def for_this_machine(self) -> CPUOpBuilder:
+        clone = copy.copy(self)
+        clone.default_targets = "native"
+        return clone
+
+    def prepare(self, module: Any) -> Any:
+        """Forces the SIMD target that ADAMOPS_SIMD names, if it does."""
+        wanted = environment.simd(module.supported_targets())
+        if wanted:
+            module.use_target(wanted)
+        return module

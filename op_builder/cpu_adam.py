@@ -1,0 +1,18 @@
+"""The builder of cpu_adam, Adam for tensors in host memory."""
+
+from __future__ import annotations
+
+from .cpu import CPUOpBuilder
+
+
+class CPUAdamBuilder(CPUOpBuilder):
+    """Adam for tensors in host memory, with csrc/adam."""
+
+    NAME = "cpu_adam"
+    MODULE = "adamops._native.cpu_adam"
+
+    def sources(self) -> list[str]:
+        return ["adam/cpu_adam.cpp", "parallel.cpp", "simd/cpu_features.cpp"]
+
+    def kernel_sources(self) -> list[str]:
+        return ["adam/cpu_adam_kernel.cpp"]

@@ -1,0 +1,76 @@
+"""The environment variables that steer building and loading, each read in one place.
+
+Must not know what they are used for. An unknown value is a ValueError that names the valid ones.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Sequence
+from pathlib import Path
+
+
+def _switch(name: str) -> bool | None:
+    value = os.environ.get(name, "").strip()
+    if value == "":
+        return None
+    if value not in ("0", "1"):
+        raise ValueError(f"{name}={value!r} is not valid; use 0 (never build), 1 (must build) or leave it unset")
+    return value == "1"
+
+
+def build_switch(op: str) -> tuple[bool | None, str]:
+    """Whether the op may be built: False never, True it must succeed, None if it is compatible; and who says so."""
+    own = f"ADAMOPS_BUILD_{op.upper()}"
+    for variable in (own, "ADAMOPS_BUILD_OPS"):
+        decision = _switch(variable)
+        if decision is not None:
+            return decision, f"{variable}={int(decision)}"
+    return None, f"{own} is not set"
+
+
+def cpu_targets(valid: Sequence[str]) -> list[str] | str | None:
+    """ADAMOPS_CPU_TARGETS: the word "native" or "all", a list of target names, or None if unset."""
+    value = os.environ.get("ADAMOPS_CPU_TARGETS", "").strip()
+    if not value:
+        return None
+    if value in ("native", "all"):
+        return value
+    names = value.replace(",", " ").replace(";", " ").split()
+    unknown = [name for name in names if name not in valid]
+    if unknown:
+        raise ValueError(
+            f"ADAMOPS_CPU_TARGETS={value!r} names no target: {', '.join(unknown)}; "
+            f"use native, all, or a list of {', '.join(valid)}"
+        )
+    return names
+
+
+def simd(valid: Sequence[str]) -> str | None:
+    """ADAMOPS_SIMD: the SIMD target to use at run time, or None if unset."""
+    value = os.environ.get("ADAMOPS_SIMD", "").strip()
+    if not value:
+        return None
+    if value not in valid:
+        raise ValueError(f"ADAMOPS_SIMD={value!r} is not valid on this machine; use one of {', '.join(valid)}")
+    return value
+
+
+def max_jobs() -> int:
+    """MAX_JOBS: how many compilers may run at once; the number of CPUs if unset."""
+    value = os.environ.get("MAX_JOBS", "").strip()
+    if not value:
+        return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    if not value.isdigit() or int(value) < 1:
+        raise ValueError(f"MAX_JOBS={value!r} is not valid; use a whole number from 1")
+    return int(value)
+
+
+def cache_dir() -> Path:
+    """ADAMOPS_CACHE_DIR: where ops built at run time are kept; the user's cache folder if unset."""
+    value = os.environ.get("ADAMOPS_CACHE_DIR", "").strip()
+    if value:
+        return Path(value).expanduser()
+    import platformdirs
+
+    return Path(platformdirs.user_cache_dir("adamops", appauthor=False))

@@ -1,0 +1,111 @@
+"""Builds an op on the user's machine at its first use and keeps it in a cache folder.
+
+One build per content: the file name holds a hash of everything that went into it. Two processes never build the same op at
+once, and a process that dies in the middle leaves nothing that another would load.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import importlib.machinery
+import importlib.util
+import json
+import os
+import stat
+import sys
+import time
+from pathlib import Path
+from types import ModuleType
+from typing import TYPE_CHECKING
+
+from . import environment
+from .compile import BuildError, Compiler, compile_op, extension_suffix, write_record
+
+if TYPE_CHECKING:
+    from .builder import OpBuilder
+
+
+def load(builder: OpBuilder) -> ModuleType:
+    """The op's module from the cache, built first if need be. Raises BuildError or ImportError."""
+    compatible = builder.compatibility()
+    if not compatible:
+        raise BuildError(compatible.reason)
+    return _import_file(builder.MODULE, _built_extension(builder))
+
+
+def cached_path(builder: OpBuilder) -> Path:
+    """Where the build of this op for this machine lies, or would lie, in the cache."""
+    name = builder.MODULE.rpartition(".")[2]
+    return environment.cache_dir() / f"{builder.NAME}-{_fingerprint(builder)}" / f"{name}{extension_suffix()}"
+
+
+def _built_extension(builder: OpBuilder) -> Path:
+    extension = cached_path(builder)
+    _make_private_folder(extension.parent.parent)
+    _make_private_folder(extension.parent)
+    if extension.is_file():
+        return extension
+    import filelock
+
+    with filelock.FileLock(extension.parent / "lock"):
+        if not extension.is_file():
+            started = time.monotonic()
+            print(f"adamops: building {builder.NAME} for this machine, once ...", end=" ", file=sys.stderr, flush=True)
+            unfinished = extension.with_name(f"unfinished-{os.getpid()}.so")
+            try:
+                record = compile_op(builder, unfinished)
+                write_record(extension, record)
+                os.replace(unfinished, extension)
+            except BaseException:
+                print("failed", file=sys.stderr, flush=True)
+                raise
+            finally:
+                unfinished.unlink(missing_ok=True)
+            print(f"done in {time.monotonic() - started:.0f} s", file=sys.stderr, flush=True)
+    return extension
+
+
+def _fingerprint(builder: OpBuilder) -> str:
+    import pybind11
+
+    compiler = Compiler.find()
+    units = builder.compile_units()
+    ingredients = [
+        builder.NAME,
+        compiler.version if compiler else "",
+        compiler.machine if compiler else "",
+        extension_suffix(),
+        pybind11.__version__,
+        os.environ.get("CXXFLAGS", ""),
+        [*Compiler.COMMON_FLAGS, *Compiler.LINK_FLAGS, *builder.cxx_args(), *builder.extra_ldflags()],
+        [(unit.object_name, unit.flags) for unit in units],
+    ]
+    digest = hashlib.sha256(json.dumps(ingredients).encode())
+    for name in sorted({unit.source for unit in units} | set(builder.headers())):
+        digest.update(name.encode())
+        digest.update((builder.source_root() / name).read_bytes())
+    return digest.hexdigest()[:16]
+
+
+def _make_private_folder(folder: Path) -> None:
+    """Makes the folder; BuildError if someone else could put code there for this user to run."""
+    try:
+        folder.mkdir(mode=0o700, parents=True, exist_ok=True)
+        status = folder.stat()
+    except OSError as error:
+        raise BuildError(f"the cache folder {folder} cannot be used: {error}; set ADAMOPS_CACHE_DIR") from error
+    if status.st_uid != os.getuid() or status.st_mode & (stat.S_IWGRP | stat.S_IWOTH):
+        raise BuildError(
+            f"the cache folder {folder} belongs to, or may be written by, other users, who could put code there; "
+            "make it yours alone (chmod 700) or set ADAMOPS_CACHE_DIR"
+        )
+
+
+def _import_file(name: str, path: Path) -> ModuleType:
+    loader = importlib.machinery.ExtensionFileLoader(name, str(path))
+    spec = importlib.util.spec_from_file_location(name, path, loader=loader)
+    if spec is None:
+        raise ImportError(f"{path} is not an extension module")
+    module = importlib.util.module_from_spec(spec)
+    loader.exec_module(module)
+    return module

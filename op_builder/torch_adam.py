@@ -1,0 +1,31 @@
+"""The builder of torch_adam, the last resort: the same update by torch calls. There is nothing to compile."""
+
+from __future__ import annotations
+
+import importlib
+import importlib.util
+from typing import Any
+
+from .builder import Compatibility, OpBuilder
+
+
+class TorchAdamBuilder(OpBuilder):
+    """Adam by torch calls: slow, but wherever torch runs."""
+
+    NAME = "torch_adam"
+    MODULE = "adamops.ops.adam.torch_adam"
+    HELP = "Install torch."
+
+    def sources(self) -> list[str]:
+        return []
+
+    def compatibility(self) -> Compatibility:
+        if importlib.util.find_spec("torch") is None:
+            return Compatibility(False, "torch is not installed")
+        return Compatibility(True, "runs wherever torch does")
+
+    def is_prebuilt(self) -> bool:
+        return True
+
+    def load_prebuilt(self) -> Any:
+        return importlib.import_module(self.MODULE)
