@@ -100,6 +100,7 @@ struct Dtypes {
 
 // A list of tensors with what belongs to each, ready for the kernels. It holds addresses and owns nothing.
 struct AdamTable {
+  bool amsgrad;  // of its own, since an empty tensor has a null address in every column
   std::vector<AdamTensor> tensors;
   std::vector<Dtypes> dtypes;
 
@@ -120,7 +121,7 @@ AdamTable table_of_addresses(const py::list& params, const py::list& grads, cons
   const Column param(params, count, "params"), grad(grads, count, "grads"), exp_avg(exp_avgs, count, "exp_avgs"),
       exp_avg_sq(exp_avg_sqs, count, "exp_avg_sqs"), max_exp_avg_sq(max_list, count, "max_exp_avg_sqs"),
       numel(numels, count, "numels"), dtype(dtypes, count, "dtypes");
-  AdamTable table;
+  AdamTable table{amsgrad, {}, {}};
   table.tensors.reserve(count);
   table.dtypes.reserve(count);
   for (size_t i = 0; i < count; ++i) {
@@ -201,7 +202,7 @@ std::optional<AdamTable> table_of_tensors(const TensorReader& reader, const py::
   const py::list max_list = amsgrad ? py::list(max_exp_avg_sqs) : params;
   if (grads.size() != count || exp_avgs.size() != count || exp_avg_sqs.size() != count || max_list.size() != count)
     throw py::value_error("the lists of tensors differ in length");
-  AdamTable table;
+  AdamTable table{amsgrad, {}, {}};
   table.tensors.reserve(count);
   table.dtypes.reserve(count);
   for (size_t i = 0; i < count; ++i) {
@@ -251,9 +252,8 @@ void adam_step(const AdamTable& table, const py::list& scalar_rows, const std::v
                int threads) {
   const AdamTarget& target = *current_target.load();
   const size_t count = table.tensors.size();
-  const bool amsgrad = count && table.tensors[0].max_exp_avg_sq;
   const auto ranges = kernels<AdamRange>(
-      table, [&](const Dtypes& d) { return target.adam_range(d.param, d.grad, d.state, l2, amsgrad); });
+      table, [&](const Dtypes& d) { return target.adam_range(d.param, d.grad, d.state, l2, table.amsgrad); });
   const Column row(scalar_rows, count, "scalar_rows");
   std::vector<AdamScalars> tensor_scalars(count);
   for (size_t i = 0; i < count; ++i) std::memcpy(&tensor_scalars[i], scalars.at(row[i]).data(), sizeof(AdamScalars));
