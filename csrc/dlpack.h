@@ -1,5 +1,5 @@
-// Reads torch tensors from C++ without torch's headers: the part of the DLPack C exchange ABI that this takes, declared from
-// its published layout (dlpack.h, version 1.3, DLPackExchangeAPI). torch offers it since 2.10, as
+// Reads torch tensors from C++ without torch's headers: the part of the DLPack C exchange ABI that this takes, declared
+// from its published layout (dlpack.h, version 1.3, DLPackExchangeAPI). torch offers it since 2.10, as
 // Tensor.__dlpack_c_exchange_api__; it describes a tensor in some 20 ns, where each of its Python attributes costs 50.
 #pragma once
 

@@ -1,11 +1,12 @@
 // OpenMP found at run time, the fork case, and the cutting of a list of tensors. Knows nothing of what the parts do.
 #include "parallel.h"
 
-#include <algorithm>
 #include <dlfcn.h>
+#include <unistd.h>
+
+#include <algorithm>
 #include <mutex>
 #include <thread>
-#include <unistd.h>
 
 #if defined(__SSE2__)
 #include <xmmintrin.h>
@@ -15,8 +16,8 @@ namespace adamops {
 
 namespace {
 
-// The floating-point control register, set to its default while an object lives. A program may have turned on flushing of
-// subnormals in one thread only (torch.set_flush_denormal does), and then results would depend on the split.
+// The floating-point control register, set to its default while an object lives. A program may have turned on flushing
+// of subnormals in one thread only (torch.set_flush_denormal does), and then results would depend on the split.
 class DefaultFloatEnvironment {
  public:
 #if defined(__SSE2__)
@@ -43,8 +44,8 @@ struct OpenMp {
   explicit operator bool() const { return parallel && thread_num && num_threads; }
 };
 
-// torch loads its runtime with global visibility, under a file name that differs between releases, so it is asked for by
-// symbol. Asked again until it is found, since this code may be loaded before torch.
+// torch loads its runtime with global visibility, under a file name that differs between releases, so it is asked for
+// by symbol. Asked again until it is found, since this code may be loaded before torch.
 OpenMp find_openmp() {
   static std::mutex mutex;
   static OpenMp found;
@@ -91,8 +92,8 @@ void parallel_for(int parts, void (*body)(void* context, int part), void* contex
   } else if (getpid() == process_at_load) {
     run_region(region);
   } else {
-    // A forked child. The forking thread's team did not survive the fork, but libgomp still believes in it and would wait
-    // for it forever; a new thread starts with a team of its own.
+    // A forked child. The forking thread's team did not survive the fork, but libgomp still believes in it and would
+    // wait for it forever; a new thread starts with a team of its own.
     std::thread([&region] { run_region(region); }).join();
   }
 }

@@ -1,5 +1,5 @@
-// Splits work over the threads that torch already has. Knows of OpenMP only the three entry points of the GNU ABI, which
-// it looks up in the running process: adamops never brings an OpenMP runtime of its own.
+// Splits work over the threads that torch already has. Knows of OpenMP only the three entry points of the GNU ABI,
+// which it looks up in the running process: adamops never brings an OpenMP runtime of its own.
 #pragma once
 
 #include <cstddef>
@@ -22,9 +22,9 @@ void parallel_for(int parts, const Body& body) {
 // The file that holds the OpenMP runtime in use; empty where the process has none.
 const char* openmp_runtime();
 
-// Cuts the elements of a list of tensors, laid end to end, into parts of about the same size. A part starts at a multiple
-// of kGrain elements of its tensor, so no two threads write to one cache line of it; and it depends on nothing but the
-// sizes and the number of parts, so that each thread meets the same memory at every step.
+// Cuts the elements of a list of tensors, laid end to end, into parts of about the same size. A part starts at a
+// multiple of kGrain elements of its tensor, so no two threads write to one cache line of it; and it depends on nothing
+// but the sizes and the number of parts, so that each thread meets the same memory at every step.
 class Partition {
  public:
   static constexpr int64_t kGrain = 64;

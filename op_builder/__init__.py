@@ -36,7 +36,10 @@ _CONTRACT = ("NAME", "compatibility", "is_prebuilt", "load")
 
 @dataclasses.dataclass(frozen=True)
 class RegisteredOp:
-    """An op by name: its builder, or what is wrong with it; `origin` is "built-in" or the distribution that offers it."""
+    """An op by name, with its builder or what is wrong with it.
+
+    `origin` is "built-in", or the distribution that offers it.
+    """
 
     name: str
     origin: str
@@ -49,7 +52,7 @@ def builtin_builders() -> list[OpBuilder]:
     return [CPUAdamBuilder()]
 
 
-@functools.lru_cache(maxsize=None)
+@functools.cache
 def registered_ops() -> tuple[RegisteredOp, ...]:
     """All ops, built-in ones first. What is wrong with a plugin is kept in its entry; nothing is raised."""
     builtin = [*builtin_builders(), TorchAdamBuilder()]

@@ -75,7 +75,7 @@ class build_ext(setuptools_build_ext):
         build_py = self.get_finalized_command("build_py")
         for ext in self.extensions:
             if isinstance(ext, OpExtension):
-                inplace, built = self._get_inplace_equivalent(build_py, ext)  # type: ignore[attr-defined]
+                inplace, built = self._get_inplace_equivalent(build_py, ext)
                 self.copy_file(str(record_path(Path(built))), str(record_path(Path(inplace))))
                 if not Path(built).is_file():
                     Path(inplace).unlink(missing_ok=True)  # left by an earlier build

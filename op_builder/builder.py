@@ -33,8 +33,8 @@ class Compatibility:
 class OpBuilder:
     """One op: what to compile, whether that is possible here, and how to get the result.
 
-    A subclass sets NAME, MODULE and PACKAGE and says what its sources and flags are. Third parties offer theirs under the
-    entry-point group ``adamops.op_builders``.
+    A subclass sets NAME, MODULE and PACKAGE and says what its sources and flags are. Third parties offer theirs under
+    the entry-point group ``adamops.op_builders``.
 
     Attributes
     ----------

@@ -1,7 +1,7 @@
 """Runs the C++ compiler: finds it, asks what it can do, and makes one extension out of one builder.
 
-The only place that starts compilers, for setup.py (through build_ext.py) and for builds at run time (jit.py) alike. Must
-not know any particular op.
+The only place that starts compilers, for setup.py (through build_ext.py) and for builds at run time (jit.py) alike.
+Must not know any particular op.
 """
 
 from __future__ import annotations

@@ -14,15 +14,15 @@ from typing import Any
 
 from . import environment
 from .builder import Compatibility, OpBuilder
-from .compile import CompileUnit, Compiler, python_headers
+from .compile import Compiler, CompileUnit, python_headers
 
 
 @dataclasses.dataclass(frozen=True)
 class SimdTarget:
     """One way to compile the kernels.
 
-    `machine` is the architecture (None: any other), `flags` are the compiler's, `cpu_flags` are py-cpuinfo's names of what
-    a CPU must have, `header` is the vector wrapper in csrc, which states the same for CPUID.
+    `machine` is the architecture (None: any other), `flags` are the compiler's, `cpu_flags` are py-cpuinfo's names of
+    what a CPU must have, `header` is the vector wrapper in csrc, which states the same for CPUID.
     """
 
     name: str
@@ -53,7 +53,7 @@ def targets_of(machine: str) -> list[SimdTarget]:
     return own or [target for target in TARGETS if target.machine is None]
 
 
-@functools.lru_cache(maxsize=None)
+@functools.cache
 def native_cpu_flags() -> frozenset[str]:
     """What py-cpuinfo finds in the CPU of this machine."""
     import cpuinfo
@@ -144,7 +144,9 @@ class CPUOpBuilder(OpBuilder):
 
     def compatibility(self) -> Compatibility:
         if os.name != "posix":
-            return Compatibility(False, f"the CPU ops need a POSIX system with GCC or Clang, this is {platform.system()}")
+            return Compatibility(
+                False, f"the CPU ops need a POSIX system with GCC or Clang, this is {platform.system()}"
+            )
         compiler = Compiler.find()
         if compiler is None:
             return Compatibility(False, "no C++ compiler found (set CXX, or install g++ or clang++)")

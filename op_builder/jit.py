@@ -1,7 +1,7 @@
 """Builds an op on the user's machine at its first use and keeps it in a cache folder.
 
-One build per content: the file name holds a hash of everything that went into it. Two processes never build the same op at
-once, and a process that dies in the middle leaves nothing that another would load.
+One build per content: the file name holds a hash of everything that went into it. Two processes never build the same op
+at once, and a process that dies in the middle leaves nothing that another would load.
 """
 
 from __future__ import annotations
@@ -55,7 +55,7 @@ def _built_extension(builder: OpBuilder) -> Path:
             try:
                 record = compile_op(builder, unfinished)
                 write_record(extension, record)
-                os.replace(unfinished, extension)
+                unfinished.replace(extension)
             except BaseException:
                 print("failed", file=sys.stderr, flush=True)
                 raise

@@ -1,5 +1,6 @@
 """What the tests share: a fresh random seed for each test, printed when it fails, and every SIMD target of this CPU."""
 
+import os
 import random
 import secrets
 
@@ -12,8 +13,6 @@ from adamops import op_builder
 @pytest.fixture(autouse=True)
 def seed(request):
     """Seeds all generators. Set ADAMOPS_TEST_SEED to repeat a failure."""
-    import os
-
     value = int(os.environ.get("ADAMOPS_TEST_SEED") or secrets.randbits(32))
     torch.manual_seed(value)
     random.seed(value)

@@ -2,8 +2,8 @@
 
     python kernel_check.py PATH_OF_EXTENSION [TARGET]
 
-Run under an emulator of another CPU it shows that the right target is chosen and the bits are the same. The last line is
-`TARGET DIGEST`. Must not import anything that needs a newer CPU than the extension does.
+Run under an emulator of another CPU it shows that the right target is chosen and the bits are the same. The last line
+is `TARGET DIGEST`. Must not import anything that needs a newer CPU than the extension does.
 """
 
 import array
@@ -78,7 +78,7 @@ def digest(module, threads=1):
                 scalars = (-1.0 if maximize else 1.0, 0.9, 1 - 0.9, 0.999, 1 - 0.999, -1e-3 / bias1, bias2**-0.5, 1e-8)
                 scalars += (1.0, 0.01) if l2 else (1 - 1e-5, 0.0)
                 module.adam_step(table, [0], [scalars], bool(l2), threads)
-            for x, dtype in zip(data, (param, grad, state, state, state)):
+            for x, dtype in zip(data, (param, grad, state, state, state), strict=True):
                 sha.update(canonical(x, dtype))
     return sha.hexdigest()
 

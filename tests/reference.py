@@ -1,6 +1,7 @@
 """The update rule of DESIGN.md, section 3, in numpy: written from the text, one rounding an operation, and slow.
 
-`exact` gives the very bits that every kernel must give; `float64` computes the same in double, to measure errors against.
+`exact` gives the very bits that every kernel must give; `float64` computes the same in double, to measure errors
+against.
 """
 
 import numpy as np
@@ -11,8 +12,8 @@ F32, F64 = np.float32, np.float64
 def fma(a, b, c):
     """a * b + c of float32 arrays, rounded once.
 
-    In float64 the product is exact; the sum is rounded to odd (last bit set if anything was lost), after which rounding to
-    float32 is as good as rounding the exact value.
+    In float64 the product is exact; the sum is rounded to odd (last bit set if anything was lost), after which rounding
+    to float32 is as good as rounding the exact value.
     """
     product, c = F64(a) * F64(b), np.asarray(c, F64)
     total = product + c

@@ -1,4 +1,4 @@
-"""The same bits on every SIMD target, for every number of threads and every way of cutting tensors; and the right bits."""
+"""The same bits on every SIMD target, for any number of threads and any way of cutting tensors; and the right bits."""
 
 import itertools
 
@@ -173,7 +173,9 @@ def test_narrowing_rounds_ties_to_even(target, name):
     half_ulp = 0x8000 if name == "bfloat16" else 0x1000
     ties = (patterns // (2 * half_ulp)) * (2 * half_ulp) + half_ulp
     grads = torch.cat([patterns, ties, ties + 1, ties - 1]).view(torch.float32)
-    grads = torch.cat([grads, torch.tensor([65504.0, 65519.99, 65520.0, -65520.0, 2**-24, 2**-25, 1.5 * 2**-25, 3.4e38])])
+    grads = torch.cat(
+        [grads, torch.tensor([65504.0, 65519.99, 65520.0, -65520.0, 2**-24, 2**-25, 1.5 * 2**-25, 3.4e38])]
+    )
     case = Case(len(grads), (name, "float32", name))
     case.data[1], case.data[2] = grads, torch.zeros(len(grads), dtype=DTYPES[name])
     hyper = AdamHyper(0.0, 0.0, 0.0, 1e-8, 0.0, True, True, False, False)
@@ -197,7 +199,9 @@ def test_nan_and_inf_stay_with_their_elements(target, dtypes):
     assert (exp_avg_sq[[100, 999]] == float("inf")).all()
     others = torch.ones(1000, dtype=torch.bool)
     others[[5, 100, 999]] = False
-    assert_same_bits([x[others] for x in (param, exp_avg, exp_avg_sq, max_exp_avg_sq)], [x[others] for x in clean], "rest")
+    assert_same_bits(
+        [x[others] for x in (param, exp_avg, exp_avg_sq, max_exp_avg_sq)], [x[others] for x in clean], "rest"
+    )
 
 
 def test_results_do_not_depend_on_flush_denormal():

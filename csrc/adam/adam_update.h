@@ -1,5 +1,6 @@
 // The Adam update rule: the only place that holds it, used by every backend. It must know nothing of memory, threads,
-// dtypes or instruction sets; a backend passes its number type as `Ops`, whose functions each round once (IEEE nearest-even).
+// dtypes or instruction sets; a backend passes its number type as `Ops`, whose functions each round once (IEEE
+// nearest-even).
 #pragma once
 
 namespace adamops {
@@ -7,16 +8,16 @@ namespace adamops {
 // Scalars of one step, computed by the host in double and rounded to float once (adamops/ops/adam/hyper.py).
 // t is the step count, beta1/beta2 the decay rates of Kingma & Ba (arXiv 1412.6980, Algorithm 1).
 struct AdamScalars {
-  float grad_scale;           // s: what every gradient is multiplied by; -1 maximises; multiplying by 1 changes no bit
-  float beta1;                // b1
-  float one_minus_beta1;      // c1
-  float beta2;                // b2
-  float one_minus_beta2;      // c2
-  float negative_step_size;   // -a = -lr / (1 - beta1^t)
-  float inverse_sqrt_bias2;   // r = 1 / sqrt(1 - beta2^t)
-  float eps;                  // e
-  float decay;                // w = 1 - lr * weight_decay (AdamW, arXiv 1711.05101); 1 in L2 mode, which changes no bit
-  float l2;                   // l = weight_decay (L2 mode only)
+  float grad_scale;          // s: what every gradient is multiplied by; -1 maximises; multiplying by 1 changes no bit
+  float beta1;               // b1
+  float one_minus_beta1;     // c1
+  float beta2;               // b2
+  float one_minus_beta2;     // c2
+  float negative_step_size;  // -a = -lr / (1 - beta1^t)
+  float inverse_sqrt_bias2;  // r = 1 / sqrt(1 - beta2^t)
+  float eps;                 // e
+  float decay;               // w = 1 - lr * weight_decay (AdamW, arXiv 1711.05101); 1 in L2 mode, which changes no bit
+  float l2;                  // l = weight_decay (L2 mode only)
 };
 
 // The same scalars as the backend holds them (one per vector lane, or plain floats), made once per range of elements.

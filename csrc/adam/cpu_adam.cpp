@@ -1,6 +1,6 @@
 // The Python module of the CPU op. It takes addresses, sizes and dtype codes, so it needs no torch to build or to run;
-// picks the kernel for this CPU; and splits the work over threads. The arithmetic is in adam_update.h. Callers are trusted
-// with addresses: adamops/ops/adam/cpu_backend.py checks every tensor first.
+// picks the kernel for this CPU; and splits the work over threads. The arithmetic is in adam_update.h. Callers are
+// trusted with addresses: adamops/ops/adam/cpu_backend.py checks every tensor first.
 #include <pybind11/pybind11.h>
 #include <pybind11/stl.h>
 
@@ -22,8 +22,8 @@ namespace py = pybind11;
 namespace adamops {
 
 // ADAMOPS_TARGETS(X) comes from the build (op_builder/cpu.py): X(avx512) X(avx2) X(baseline), say, best first.
-#define ADAMOPS_DECLARE(name) \
-  namespace name {            \
+#define ADAMOPS_DECLARE(name)     \
+  namespace name {                \
   extern const AdamTarget target; \
   }
 ADAMOPS_TARGETS(ADAMOPS_DECLARE)
@@ -133,8 +133,8 @@ AdamTable table_of_addresses(const py::list& params, const py::list& grads, cons
   return table;
 }
 
-// Reads tensors through torch's DLPack exchange table, and only the plain ones: exactly of one of the given types (not a
-// subclass, whose data may live elsewhere), in host memory, contiguous, of a dtype that the kernels know.
+// Reads tensors through torch's DLPack exchange table, and only the plain ones: exactly of one of the given types (not
+// a subclass, whose data may live elsewhere), in host memory, contiguous, of a dtype that the kernels know.
 class TensorReader {
  public:
   // `capsule` is Tensor.__dlpack_c_exchange_api__; `types` are the Python types to read.
@@ -182,8 +182,7 @@ class TensorReader {
   static void* address(const View& view) { return static_cast<char*>(view.tensor.data) + view.tensor.byte_offset; }
 
   static bool same_shape(const View& a, const View& b) {
-    return a.tensor.ndim == b.tensor.ndim &&
-           std::equal(a.tensor.shape, a.tensor.shape + a.tensor.ndim, b.tensor.shape);
+    return a.tensor.ndim == b.tensor.ndim && std::equal(a.tensor.shape, a.tensor.shape + a.tensor.ndim, b.tensor.shape);
   }
 
  private:
@@ -192,8 +191,8 @@ class TensorReader {
   const DlExchangeApi* api_;
 };
 
-// The table of these lists of tensors if every tensor is plain and fits its param; None otherwise, and then it is for the
-// caller to find out what is the matter.
+// The table of these lists of tensors if every tensor is plain and fits its param; None otherwise, and then it is for
+// the caller to find out what is the matter.
 std::optional<AdamTable> table_of_tensors(const TensorReader& reader, const py::list& params, const py::list& grads,
                                           const py::list& exp_avgs, const py::list& exp_avg_sqs,
                                           const py::object& max_exp_avg_sqs) {
@@ -301,30 +300,39 @@ PYBIND11_MODULE(cpu_adam, module) {
   py::class_<TensorReader>(module, "TensorReader", "Reads plain tensors through torch's DLPack exchange table.")
       .def(py::init<const py::object&, const py::tuple&>(), py::arg("capsule"), py::arg("types"));
 
-  module.def("table_of_addresses", &table_of_addresses, py::arg("params"), py::arg("grads"), py::arg("exp_avgs"),
-             py::arg("exp_avg_sqs"), py::arg("max_exp_avg_sqs"), py::arg("numels"), py::arg("dtypes"),
-             "A table of columns of addresses, sizes and dtype codes (param + 3 * grad + 9 * state), which are trusted.");
+  module.def(
+      "table_of_addresses", &table_of_addresses, py::arg("params"), py::arg("grads"), py::arg("exp_avgs"),
+      py::arg("exp_avg_sqs"), py::arg("max_exp_avg_sqs"), py::arg("numels"), py::arg("dtypes"),
+      "A table of columns of addresses, sizes and dtype codes (param + 3 * grad + 9 * state), which are trusted.");
   module.def("table_of_tensors", &table_of_tensors, py::arg("reader"), py::arg("params"), py::arg("grads"),
              py::arg("exp_avgs"), py::arg("exp_avg_sqs"), py::arg("max_exp_avg_sqs"),
              "A table of lists of tensors, or None if one of them is not plain or does not fit its param.");
   module.def("adam_step", &adam_step, py::arg("table"), py::arg("scalar_rows"), py::arg("scalars"), py::arg("l2"),
-             py::arg("threads"), "One step for the table's tensors, each with the row of scalars that scalar_rows names.");
-  module.def("zero_fill", &zero_fill, py::arg("addresses"), py::arg("numels"), py::arg("element_size"), py::arg("threads"),
+             py::arg("threads"),
+             "One step for the table's tensors, each with the row of scalars that scalar_rows names.");
+  module.def("zero_fill", &zero_fill, py::arg("addresses"), py::arg("numels"), py::arg("element_size"),
+             py::arg("threads"),
              "Zeroes tensors with the split of adam_step, so that each page lies near the thread that will use it.");
   module.def("touch", &touch, py::arg("table"), py::arg("prefetch_bytes"), py::arg("threads"),
              "Moves the bytes of adam_step and computes nothing; destroys the values. For the benchmark.");
 
-  module.def("targets", [] {
-    std::vector<std::string> names;
-    for (const AdamTarget* target : kTargets) names.emplace_back(target->name);
-    return names;
-  }, "The SIMD targets in this build, best first.");
-  module.def("supported_targets", [] {
-    std::vector<std::string> names;
-    for (const AdamTarget* target : kTargets)
-      if (runs_here(*target)) names.emplace_back(target->name);
-    return names;
-  }, "Those of targets() that this CPU can run, best first.");
+  module.def(
+      "targets",
+      [] {
+        std::vector<std::string> names;
+        for (const AdamTarget* target : kTargets) names.emplace_back(target->name);
+        return names;
+      },
+      "The SIMD targets in this build, best first.");
+  module.def(
+      "supported_targets",
+      [] {
+        std::vector<std::string> names;
+        for (const AdamTarget* target : kTargets)
+          if (runs_here(*target)) names.emplace_back(target->name);
+        return names;
+      },
+      "Those of targets() that this CPU can run, best first.");
   module.def("target", [] { return current_target.load()->name; }, "The SIMD target in use.");
   module.def("use_target", &use_target, py::arg("name"), "Chooses a SIMD target; ValueError if it cannot run here.");
   module.def("openmp_runtime", &openmp_runtime, "The file of the OpenMP runtime in use; empty if there is none.");

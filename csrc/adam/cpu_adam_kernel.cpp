@@ -1,8 +1,8 @@
-// The CPU kernel: compiled once per SIMD target with that target's flags, into the namespace ADAMOPS_TARGET, on the vector
-// wrapper ADAMOPS_SIMD_HEADER. Knows nothing of threads, Python or which target will be chosen.
+// The CPU kernel: compiled once per SIMD target with that target's flags, into the namespace ADAMOPS_TARGET, on the
+// vector wrapper ADAMOPS_SIMD_HEADER. Knows nothing of threads, Python or which target will be chosen.
 //
-// Nothing here may have external linkage outside the target's namespace, standard library templates included: the linker
-// would keep one copy for all targets, perhaps the one that only a newer CPU can run.
+// Nothing here may have external linkage outside the target's namespace, standard library templates included: the
+// linker would keep one copy for all targets, perhaps the one that only a newer CPU can run.
 #include "cpu_adam_kernel.h"
 
 #include ADAMOPS_SIMD_HEADER
@@ -33,9 +33,9 @@ inline const T* at(const void* base, int64_t index) {
   return static_cast<const T*>(base) + index;
 }
 
-// Two Numbers at a time, in memory order, or the even elements and the odd ones. Which element is in which lane is all the
-// same to an element-wise rule, and even and odd bf16 values are a shift and a mask away from fp32, where widening them in
-// order takes shuffles.
+// Two Numbers at a time, in memory order, or the even elements and the odd ones. Which element is in which lane is all
+// the same to an element-wise rule, and even and odd bf16 values are a shift and a mask away from fp32, where widening
+// them in order takes shuffles.
 template <bool EvenOdd, class T>
 inline void load_two(const T* from, Ops::Number (&to)[2]) {
   if constexpr (EvenOdd) {
@@ -131,7 +131,8 @@ void adam_range(const AdamTensor& tensor, int64_t begin, int64_t end, const Adam
 template <class Param, class Grad, class State>
 void touch_range(const AdamTensor& tensor, int64_t begin, int64_t end, int prefetch_bytes) {
   using Word = uint64_t;
-  constexpr int64_t kParamWords = kBlock * sizeof(Param) / sizeof(Word), kGradWords = kBlock * sizeof(Grad) / sizeof(Word);
+  constexpr int64_t kParamWords = kBlock * sizeof(Param) / sizeof(Word),
+                    kGradWords = kBlock * sizeof(Grad) / sizeof(Word);
   constexpr int64_t kStateWords = kBlock * sizeof(State) / sizeof(Word);
   const Word change = static_cast<Word>(prefetch_bytes);
   for (int64_t i = begin; i + kBlock <= end; i += kBlock) {
@@ -162,7 +163,8 @@ AdamRange choose_mode(bool l2, bool amsgrad) {
   return amsgrad ? adam_range<Param, Grad, State, false, true> : adam_range<Param, Grad, State, false, false>;
 }
 
-// Calls `visit` with a value of each storage type, and returns what it returns; null where the combination does not exist.
+// Calls `visit` with a value of each storage type, and returns what it returns; null where the combination does not
+// exist.
 template <class Result, class Visit>
 Result choose_types(Dtype param, Dtype grad, Dtype state, Visit visit) {
   if (param == kFloat32) {

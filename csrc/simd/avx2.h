@@ -1,4 +1,5 @@
-// Vector wrapper for AVX2 with FMA and F16C: 8 floats. Every operation rounds once, in the current (default) rounding mode.
+// Vector wrapper for AVX2 with FMA and F16C: 8 floats. Every operation rounds once, in the current (default) rounding
+// mode.
 #pragma once
 
 #include <immintrin.h>
@@ -57,8 +58,8 @@ struct Avx2 {
     return _mm256_add_epi32(bits, _mm256_add_epi32(last, _mm256_set1_epi32(0x7FFF)));
   }
 
-  // The same for any number. NaN stays as it is: the carry could turn it into an infinity. (Arithmetic returns only quiet
-  // NaNs, whose upper half is a NaN by itself.)
+  // The same for any number. NaN stays as it is: the carry could turn it into an infinity. (Arithmetic returns only
+  // quiet NaNs, whose upper half is a NaN by itself.)
   static __m256i rounded_to_bf16(Number a) {
     const __m256i is_nan = _mm256_castps_si256(_mm256_cmp_ps(a, a, _CMP_UNORD_Q));
     return _mm256_blendv_epi8(add_half_ulp(_mm256_castps_si256(a)), _mm256_castps_si256(a), is_nan);

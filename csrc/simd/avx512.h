@@ -37,7 +37,9 @@ struct Avx512 {
   }
   static void store(fp16* to, Number a) { store_halves(to, _mm512_cvtps_ph(a, _MM_FROUND_TO_NEAREST_INT)); }
 
-  static Number load_even(const bf16* from) { return _mm512_castsi512_ps(_mm512_slli_epi32(_mm512_loadu_si512(from), 16)); }
+  static Number load_even(const bf16* from) {
+    return _mm512_castsi512_ps(_mm512_slli_epi32(_mm512_loadu_si512(from), 16));
+  }
   static Number load_odd(const bf16* from) {
     return _mm512_castsi512_ps(_mm512_and_si512(_mm512_loadu_si512(from), _mm512_set1_epi32(-0x10000)));
   }
@@ -49,15 +51,16 @@ struct Avx512 {
 
  private:
   // Carries into the upper half of each lane as rounding to nearest even demands; the upper half is then the bf16. (Not
-  // VCVTNEPS2BF16, which flushes subnormals.) To be added is 0x7FFF plus the last kept bit; its negative, ~(0x7FFE | last kept bit), takes an instruction less.
+  // VCVTNEPS2BF16, which flushes subnormals.) To be added is 0x7FFF plus the last kept bit; its negative, ~(0x7FFE |
+  // last kept bit), takes an instruction less.
   static __m512i add_half_ulp(__m512i bits) {
     const __m512i one = _mm512_set1_epi32(1), most = _mm512_set1_epi32(0x7FFE);
     constexpr int kNotOfAAndBOrC = 0x15;  // the truth table of ~((a & b) | c)
     return _mm512_sub_epi32(bits, _mm512_ternarylogic_epi32(_mm512_srli_epi32(bits, 16), one, most, kNotOfAAndBOrC));
   }
 
-  // The same for any number. NaN stays as it is: the carry could turn it into an infinity. (Arithmetic returns only quiet
-  // NaNs, whose upper half is a NaN by itself.)
+  // The same for any number. NaN stays as it is: the carry could turn it into an infinity. (Arithmetic returns only
+  // quiet NaNs, whose upper half is a NaN by itself.)
   static __m512i rounded_to_bf16(Number a) {
     const __m512i bits = _mm512_castps_si512(a);
     return _mm512_mask_mov_epi32(add_half_ulp(bits), _mm512_cmp_ps_mask(a, a, _CMP_UNORD_Q), bits);

@@ -12,7 +12,9 @@ namespace adamops {
 
 namespace {
 
-bool bit(uint32_t word, int index) { return (word >> index) & 1u; }
+bool bit(uint32_t word, int index) {
+  return (word >> index) & 1u;
+}
 
 // XCR0: which register files the operating system saves on a context switch. A CPU may have AVX under a kernel that
 // does not save it (an old one, or one booted with `noxsave`), and then the first AVX instruction is SIGILL.
@@ -56,8 +58,12 @@ int prefetch_distance_bytes() {
 
 #else
 
-uint32_t cpu_features() { return kNoFeatures; }
-int prefetch_distance_bytes() { return 256; }
+uint32_t cpu_features() {
+  return kNoFeatures;
+}
+int prefetch_distance_bytes() {
+  return 256;
+}
 
 #endif
 

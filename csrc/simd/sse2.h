@@ -1,5 +1,5 @@
-// Vector wrapper for the x86-64 baseline, SSE2: 4 floats. It has neither FMA, half conversions nor blends; they are built
-// here from what it has, with the same bits as the instructions of later CPUs.
+// Vector wrapper for the x86-64 baseline, SSE2: 4 floats. It has neither FMA, half conversions nor blends; they are
+// built here from what it has, with the same bits as the instructions of later CPUs.
 #pragma once
 
 #include <emmintrin.h>
@@ -21,7 +21,8 @@ struct Sse2 {
 
   static Number fma(Number a, Number b, Number c) {
     const __m128 low = _mm_cvtpd_ps(fma_to_odd(_mm_cvtps_pd(a), _mm_cvtps_pd(b), _mm_cvtps_pd(c)));
-    const __m128 high = _mm_cvtpd_ps(fma_to_odd(_mm_cvtps_pd(upper(a)), _mm_cvtps_pd(upper(b)), _mm_cvtps_pd(upper(c))));
+    const __m128 high =
+        _mm_cvtpd_ps(fma_to_odd(_mm_cvtps_pd(upper(a)), _mm_cvtps_pd(upper(b)), _mm_cvtps_pd(upper(c))));
     return _mm_movelh_ps(low, high);
   }
 
@@ -43,14 +44,16 @@ struct Sse2 {
     const __m128i sign = _mm_slli_epi32(_mm_and_si128(bits, _mm_set1_epi32(0x8000)), 16);
     const __m128 scaled = _mm_mul_ps(_mm_castsi128_ps(magnitude), _mm_castsi128_ps(_mm_set1_epi32((127 + 112) << 23)));
     const __m128i not_finite = _mm_cmpgt_epi32(magnitude, _mm_set1_epi32(0x7BFF << 13));
-    const __m128i completed = _mm_or_si128(_mm_castps_si128(scaled), _mm_and_si128(not_finite, _mm_set1_epi32(0x7F800000)));
+    const __m128i completed =
+        _mm_or_si128(_mm_castps_si128(scaled), _mm_and_si128(not_finite, _mm_set1_epi32(0x7F800000)));
     return _mm_castsi128_ps(_mm_or_si128(completed, sign));
   }
 
   static void store(float* to, Number a) { _mm_storeu_ps(to, a); }
   static void store(bf16* to, Number a) { store_halves(to, _mm_srai_epi32(rounded_to_bf16(a), 16)); }
-  // Three ranges of |a|: up to 2^-14, where adding 0.5 leaves the half's subnormal bits at the bottom of the sum, rounded
-  // by the adder; up to 65520, where the exponent is rebiased and 13 bits are rounded off; beyond, infinity or NaN.
+  // Three ranges of |a|: up to 2^-14, where adding 0.5 leaves the half's subnormal bits at the bottom of the sum,
+  // rounded by the adder; up to 65520, where the exponent is rebiased and 13 bits are rounded off; beyond, infinity or
+  // NaN.
   static void store(fp16* to, Number a) {
     const __m128i bits = _mm_castps_si128(a);
     const __m128i sign = _mm_and_si128(bits, _mm_set1_epi32(INT32_MIN));
@@ -81,9 +84,9 @@ struct Sse2 {
   }
 
  private:
-  // The bf16 nearest to a, ties to even, in the upper halves; anything in the lower ones. Adding 0x7FFF plus the last kept
-  // bit carries into the upper half as rounding demands. Nothing is added to NaN: the carry could turn it into an infinity.
-  // (Every NaN that arithmetic returns is quiet, so its upper half is a NaN too.)
+  // The bf16 nearest to a, ties to even, in the upper halves; anything in the lower ones. Adding 0x7FFF plus the last
+  // kept bit carries into the upper half as rounding demands. Nothing is added to NaN: the carry could turn it into an
+  // infinity. (Every NaN that arithmetic returns is quiet, so its upper half is a NaN too.)
   static __m128i rounded_to_bf16(Number a) {
     const __m128i bits = _mm_castps_si128(a);
     const __m128i last = _mm_and_si128(_mm_srli_epi32(bits, 16), _mm_set1_epi32(1));
@@ -93,10 +96,10 @@ struct Sse2 {
 
   static __m128i pairs(const bf16* from) { return _mm_loadu_si128(reinterpret_cast<const __m128i*>(from)); }
   // a * b + c of two floats each, in double, rounded to odd: the product is exact (24 + 24 bits), the sum is rounded
-  // towards zero and its last bit set if anything was lost. Rounding such a value to float gives what one rounding of the
-  // exact value gives, since a double has more than two bits beyond a float (Boldo & Melquiond, 2008, "Emulation of a FMA
-  // and correctly rounded sums"). `lost` is the exact error of the sum (Knuth's TwoSum); neither it nor lost * sum leaves
-  // the range of double.
+  // towards zero and its last bit set if anything was lost. Rounding such a value to float gives what one rounding of
+  // the exact value gives, since a double has more than two bits beyond a float (Boldo & Melquiond, 2008, "Emulation of
+  // a FMA and correctly rounded sums"). `lost` is the exact error of the sum (Knuth's TwoSum); neither it nor lost *
+  // sum leaves the range of double.
   static __m128d fma_to_odd(__m128d a, __m128d b, __m128d c) {
     const __m128d product = _mm_mul_pd(a, b);
     const __m128d sum = _mm_add_pd(product, c);

@@ -17,6 +17,7 @@ from .hyper import AdamHyper
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 STATE_TENSORS = ("exp_avg", "exp_avg_sq", "max_exp_avg_sq")
 
+
 @dataclasses.dataclass
 class AdamBatch:
     """Parallel lists with an entry a param; every tensor of a row has the param's shape and lies in memory like it.
@@ -70,8 +71,8 @@ def _checked_grad(param: Tensor, grad: Tensor, name: str) -> Tensor:
     described = f"{name} (shape {tuple(param.shape)}, {param.dtype}, {param.device})"
     if grad.layout != torch.strided:
         raise TypeError(
-            f"{described} has a grad of layout {grad.layout}; sparse grads are not supported: use torch.optim.SparseAdam, "
-            "or an Embedding with sparse=False"
+            f"{described} has a grad of layout {grad.layout}; sparse grads are not supported: "
+            "use torch.optim.SparseAdam, or an Embedding with sparse=False"
         )
     if grad.shape != param.shape:
         raise ValueError(f"{described} has a grad of shape {tuple(grad.shape)}; the shapes must be equal")

@@ -39,7 +39,7 @@ def _load_backend() -> NativeBackend | TorchBackend:
     try:
         return NativeBackend(op_builder.get("cpu_adam").load())
     except op_builder.OpUnavailableError as error:
-        warnings.warn(f"adamops falls back to torch calls, which are slow. {error}", RuntimeWarning, stacklevel=4)
+        warnings.warn(f"adamops falls back to torch calls, which are slow. {error}", RuntimeWarning, stacklevel=3)
         op_builder.get("torch_adam").load()
         return TorchBackend()
 
@@ -47,15 +47,16 @@ def _load_backend() -> NativeBackend | TorchBackend:
 class DeepSpeedCPUAdam(Optimizer):
     """Adam (arXiv 1412.6980, Algorithm 1) and AdamW (arXiv 1711.05101, Algorithm 2) in one pass over host memory.
 
-    A drop-in for ``deepspeed.ops.adam.DeepSpeedCPUAdam`` and a true ``torch.optim.Optimizer``. Each step is one parallel
-    region per param group, on torch's own threads. Results are the same bits on every CPU, for every number of threads and
-    however the elements are cut into tensors.
+    A drop-in for ``deepspeed.ops.adam.DeepSpeedCPUAdam`` and a true ``torch.optim.Optimizer``. Each step is one
+    parallel region per param group, on torch's own threads. Results are the same bits on every CPU, for every number of
+    threads and however the elements are cut into tensors.
 
     Parameters
     ----------
     model_params
         Params to optimise, or dicts of param groups, which may have settings of their own. Each param is a dense tensor
-        in host memory of any shape and strides, of float32, bfloat16 or float16. Its grad has the same dtype or float32.
+        in host memory of any shape and strides, of float32, bfloat16 or float16. Its grad has the same dtype or
+        float32.
     lr
         Learning rate, 0 or more; a float or a 0-dim tensor.
     bias_correction
@@ -65,8 +66,8 @@ class DeepSpeedCPUAdam(Optimizer):
     eps
         Added to the denominator, 0 or more.
     weight_decay
-        0 or more. With `adamw_mode` the param is multiplied by ``1 - lr * weight_decay``; otherwise ``weight_decay * param``
-        is added to the grad (L2).
+        0 or more. With `adamw_mode` the param is multiplied by ``1 - lr * weight_decay``; otherwise ``weight_decay *
+        param`` is added to the grad (L2).
     amsgrad
         Whether to use the largest second moment so far (arXiv 1904.09237, Algorithm 2).
     adamw_mode
@@ -145,8 +146,8 @@ class DeepSpeedCPUAdam(Optimizer):
         Raises
         ------
         TypeError, ValueError
-            For a grad or state that does not fit its param: sparse, or of another shape, dtype or device; or params that
-            share memory.
+            For a grad or state that does not fit its param: sparse, or of another shape, dtype or device; or params
+            that share memory.
         """
         loss = None
         if closure is not None:
@@ -205,8 +206,8 @@ class DeepSpeedCPUAdam(Optimizer):
     def step_subgroup(self, subgroup_id: int, closure: Callable[[], Any] | None = None) -> Any:
         """Updates the one param that has a grad, with the state kept under `subgroup_id` instead of the param.
 
-        DeepSpeed's ZeRO-3 and SuperOffload lend the optimizer one flat shard after another this way, each time as the only
-        param with a grad.
+        DeepSpeed's ZeRO-3 and SuperOffload lend the optimizer one flat shard after another this way, each time as the
+        only param with a grad.
 
         Raises
         ------
@@ -217,11 +218,11 @@ class DeepSpeedCPUAdam(Optimizer):
         if closure is not None:
             with torch.enable_grad():
                 loss = closure()
-        group, param = self._subgroup_param()
+        group, param, grad = self._subgroup_param()
         held = self.state.get(subgroup_id)  # type: ignore[call-overload]
         hyper = AdamHyper.of_group(group, self.adam_w_mode)
         where = f"subgroup {subgroup_id}"
-        batch = AdamBatch(where, hyper, [param], [param.grad], [], [], None, [])
+        batch = AdamBatch(where, hyper, [param], [grad], [], [], None, [])
         check_params_and_grads(batch)
         needed = STATE_TENSORS if hyper.amsgrad else STATE_TENSORS[:2]
         state = self._with_new_states([param], [held or {}], needed)[0]
@@ -256,17 +257,23 @@ class DeepSpeedCPUAdam(Optimizer):
             raise RuntimeError(f"Cannot roll back subgroup {sub_group_id}: it was never stepped")
         if state["step"] < 1:
             raise RuntimeError(f"Cannot roll back subgroup {sub_group_id}: all its steps have been undone")
-        group, param = self._subgroup_param()
+        group, param, grad = self._subgroup_param()
         hyper = AdamHyper.of_group(group, self.adam_w_mode)
-        batch = AdamBatch(f"subgroup {sub_group_id}", hyper, [param], [param.grad], [], [], None, [])
+        batch = AdamBatch(f"subgroup {sub_group_id}", hyper, [param], [grad], [], [], None, [])
         check_params_and_grads(batch)
         check_state(state, param, batch.where)
         undo_step(param, batch.grads[0], state, hyper)
         state["step"] -= 1
         return loss
 
-    def _subgroup_param(self) -> tuple[dict[str, Any], Tensor]:
-        found = [(group, param) for group in self.param_groups for param in group["params"] if param.grad is not None]
+    def _subgroup_param(self) -> tuple[dict[str, Any], Tensor, Tensor]:
+        """The only param that has a grad, with its group before and its grad behind it."""
+        found = [
+            (group, param, grad)
+            for group in self.param_groups
+            for param in group["params"]
+            if (grad := param.grad) is not None
+        ]
         if len(found) != 1:
             raise ValueError(
                 f"a subgroup is the one param that has a grad, but {len(found)} have one; "
@@ -277,7 +284,8 @@ class DeepSpeedCPUAdam(Optimizer):
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Loads the state of this class, of torch.optim.Adam or AdamW, or of DeepSpeed's CPU Adam.
 
-        Tensors of the state are taken as they are where they fit, and converted to this optimizer's state dtype otherwise.
+        Tensors of the state are taken as they are where they fit, and converted to this optimizer's state dtype
+        otherwise.
 
         Raises
         ------
@@ -295,9 +303,7 @@ class DeepSpeedCPUAdam(Optimizer):
         state = {**state}
         state.setdefault("fp32_optimizer_states", getattr(self, "fp32_optimizer_states", True))
         if "state" in state and "param_groups" in state:
-            state["state"] = _adopted_states(
-                state["state"], state["param_groups"], state["fp32_optimizer_states"]
-            )
+            state["state"] = _adopted_states(state["state"], state["param_groups"], state["fp32_optimizer_states"])
         super().__setstate__(state)
         for group in self.param_groups:
             group.setdefault("bias_correction", True)
@@ -332,7 +338,9 @@ def _adopted_states(states: dict[Any, Any], groups: list[dict[str, Any]], fp32: 
     """Loaded states, checked, as this optimizer keeps them: steps as ints, tensors in dtype and layout as new ones."""
     adopted: defaultdict[Any, Any] = defaultdict(dict)
     names = {
-        param: f"param group {g}, param {i}" for g, group in enumerate(groups) for i, param in enumerate(group["params"])
+        param: f"param group {g}, param {i}"
+        for g, group in enumerate(groups)
+        for i, param in enumerate(group["params"])
     }
     for key, entry in states.items():
         if not isinstance(entry, dict):

@@ -70,8 +70,8 @@ def integer_power(base: float, exponent: int) -> float:
     """base ** exponent by squaring, in double.
 
     Its bits depend on nothing but IEEE multiplication, while pow() differs in the last place between C libraries. The
-    relative error is below exponent * 2**-52 (each squaring doubles the error made so far), that is 1e-10 after a million
-    steps, when the power itself is long nothing.
+    relative error is below exponent * 2**-52 (each squaring doubles the error made so far), that is 1e-10 after a
+    million steps, when the power itself is long nothing.
     """
     result = 1.0
     while exponent:

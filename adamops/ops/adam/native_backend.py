@@ -37,8 +37,8 @@ class NativeBackend:
     def prepare(self, batch: AdamBatch) -> Callable[[], None]:
         """Checks the batch, and returns what updates its params and states in place when called.
 
-        The call runs on torch's threads, in one parallel region, without the GIL. Raises what the checks of batch.py raise;
-        nothing is written until the call.
+        The call runs on torch's threads, in one parallel region, without the GIL. Raises what the checks of batch.py
+        raise; nothing is written until the call.
         """
         table = self._table_of_plain_tensors(batch)
         if table is None:

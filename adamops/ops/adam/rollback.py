@@ -1,12 +1,13 @@
 """Undoes one step of Adam by arithmetic, for DeepSpeed's SuperOffload, which steps before it knows the global norm.
 
 The update rule is inverted in float64 from the grad, the hyper-parameters and the state after the step. Rounding in the
-step itself cannot be undone, so the former values come back to within these bounds (u is half an ulp of the stored dtype,
-2**-24 for float32; `former` are the values before the step):
+step itself cannot be undone, so the former values come back to within these bounds (u is half an ulp of the stored
+dtype, 2**-24 for float32; `former` are the values before the step):
 
     exp_avg      |error| <= 4u * max(|exp_avg|, |grad|) / beta1
     exp_avg_sq   |error| <= 4u * max(exp_avg_sq, grad**2) / beta2
-    param        |error| <= 4u * (|former| + |former - param|) / (1 - lr * weight_decay), in AdamW mode and without decay
+    param        |error| <= 4u * (|former| + |former - param|) / (1 - lr * weight_decay), in AdamW mode and without
+    decay
 
 measured in tests/test_subgroup.py. The state before the first step is known, zero, and restored exactly.
 """

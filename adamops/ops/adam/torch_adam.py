@@ -51,9 +51,18 @@ def _adam_update(
     l2: bool,
 ) -> None:
     """adam_update() of csrc/adam/adam_update.h in torch calls; float32 inside, whatever the tensors hold."""
-    scale, beta1, one_minus_beta1, beta2, one_minus_beta2, negative_step_size, inverse_sqrt_bias2, eps, decay, l2_decay = (
-        scalars
-    )
+    (
+        scale,
+        beta1,
+        one_minus_beta1,
+        beta2,
+        one_minus_beta2,
+        negative_step_size,
+        inverse_sqrt_bias2,
+        eps,
+        decay,
+        l2_decay,
+    ) = scalars
     p, g, m, v = param.float(), grad.float() * scale, exp_avg.float(), exp_avg_sq.float()
     if l2:
         g = g + l2_decay * p
@@ -67,4 +76,3 @@ def _adam_update(
     param.copy_(p * decay + negative_step_size * (m / denominator))
     exp_avg.copy_(m)
     exp_avg_sq.copy_(v)
-

@@ -1,0 +1,30 @@
+#!/usr/bin/env bash
+# Runs all tests against the installed package, in an environment of its own. Needs Python 3.10+ with venv and a C++ compiler.
+# ADAMOPS_TEST_ENV names the folder of the environment (.venv-test unless set), PYTHON the interpreter, and arguments go to
+# pytest.
+set -euo pipefail
+cd "$(dirname "$0")/.."
+environment=${ADAMOPS_TEST_ENV:-.venv-test}
+
+"${PYTHON:-python3}" -m venv --clear "$environment"
+python=$PWD/$environment/bin/python
+[[ $environment = /* ]] && python=$environment/bin/python
+"$python" -m pip install --quiet --upgrade pip
+
+# The CPU build of torch suffices; a plain `torch` may bring several GB of CUDA libraries.
+"$python" -m pip install --quiet torch==2.13.0
+"$python" -m pip install --quiet ".[test,demo]"
+
+# The tests on other CPUs need QEMU's user emulation; without it they are skipped, and say so.
+if ! command -v qemu-x86_64 >/dev/null && command -v apt-get >/dev/null && [[ $(id -u) = 0 ]]; then
+    (apt-get update -qq && apt-get install -y -qq qemu-user) >/dev/null 2>&1 || echo "qemu-user could not be installed"
+fi
+
+bin=$(dirname "$python")
+"$bin/ruff" check .
+"$bin/ruff" format --check .
+"$bin/mypy" adamops op_builder
+git ls-files 'csrc/*.cpp' 'csrc/*.h' | xargs "$bin/clang-format" --dry-run --Werror
+
+"$python" -P -m adamops.report
+exec "$bin/pytest" "$@"

@@ -1,0 +1,292 @@
+"""Bad calls: the message says what is wrong and what to do, and nothing is written."""
+
+import copy
+
+import pytest
+import torch
+
+from adamops import DeepSpeedCPUAdam
+from adamops.ops.adam.batch import AdamBatch, check_params_and_grads
+from adamops.ops.adam.hyper import AdamHyper
+
+
+def snapshot(optimizer, params):
+    return [p.detach().clone() for p in params], copy.deepcopy(optimizer.state_dict())
+
+
+def assert_untouched(optimizer, params, before):
+    old_params, old_state = before
+    for param, old in zip(params, old_params, strict=True):
+        if param.device.type == "cpu" and param.shape == old.shape:
+            assert torch.equal(param.detach(), old)
+    state = optimizer.state_dict()
+    assert state["param_groups"] == old_state["param_groups"]
+    assert state["state"].keys() == old_state["state"].keys()
+    for key, entry in old_state["state"].items():
+        for name, value in entry.items():
+            now = state["state"][key][name]
+            assert torch.equal(now, value) if isinstance(value, torch.Tensor) else now == value
+
+
+@pytest.mark.parametrize(
+    ("setting", "value", "message"),
+    [
+        ("lr", -1.0, "Invalid learning rate: -1.0"),
+        ("lr", float("nan"), "Invalid learning rate: nan"),
+        ("lr", torch.tensor([0.1, 0.2]), r"Tensor lr must have one element, has shape \(2,\)"),
+        ("eps", -1e-8, "Invalid epsilon value: -1e-08"),
+        ("weight_decay", -0.1, "Invalid weight_decay value: -0.1"),
+        ("betas", (1.0, 0.9), "Invalid beta parameter at index 0: 1.0"),
+        ("betas", (0.9, 1.0), "Invalid beta parameter at index 1: 1.0"),
+        ("betas", (-0.1, 0.9), "Invalid beta parameter at index 0: -0.1"),
+    ],
+)
+def test_hyper_parameters_out_of_range(setting, value, message):
+    with pytest.raises(ValueError, match=message):
+        DeepSpeedCPUAdam([torch.nn.Parameter(torch.ones(3))], **{setting: value})
+    optimizer = DeepSpeedCPUAdam([torch.nn.Parameter(torch.ones(3))])
+    with pytest.raises(ValueError, match=f"{message} in param group 1"):
+        optimizer.add_param_group({"params": [torch.nn.Parameter(torch.ones(3))], setting: value})
+    assert len(optimizer.param_groups) == 1
+
+
+def test_betas_changed_out_of_range_after_construction():
+    param = torch.nn.Parameter(torch.ones(3))
+    param.grad = torch.ones(3)
+    optimizer = DeepSpeedCPUAdam([param])
+    optimizer.param_groups[0]["betas"] = (1.0, 0.9)
+    with pytest.raises(ValueError, match="Invalid beta parameter at index 0: 1.0 in param group 0"):
+        optimizer.step()
+    assert torch.equal(param.detach(), torch.ones(3))
+
+
+@pytest.mark.parametrize(
+    ("param", "error", "message"),
+    [
+        (
+            torch.zeros(3, dtype=torch.float64),
+            TypeError,
+            r"param 0 \(shape \(3,\), torch.float64.*use float32, bfloat16",
+        ),
+        (torch.zeros(3, dtype=torch.complex64), TypeError, "torch.complex64.*dtype is not supported"),
+        (torch.zeros(3, device="meta"), ValueError, "param 0 .*meta.* is not in host memory; move"),
+        (torch.zeros(1).expand(4), ValueError, r"strides \(0,\), which overlap or leave gaps"),
+        (torch.zeros(4, 6)[:, ::2], ValueError, r"strides \(6, 2\), which overlap or leave gaps"),
+        (torch.zeros(6).as_strided((3, 2), (1, 1)), ValueError, r"strides \(1, 1\), which overlap"),
+        (torch.zeros(3, 3).to_sparse(), TypeError, "layout torch.sparse_coo; only dense"),
+    ],
+    ids=["float64", "complex", "meta", "expanded", "gaps", "overlapping", "sparse"],
+)
+def test_params_that_cannot_be_updated(param, error, message):
+    good = torch.nn.Parameter(torch.ones(2))
+    with pytest.raises(error, match=message):
+        DeepSpeedCPUAdam([torch.nn.Parameter(param)])
+    with pytest.raises(error, match="param group 1, param 1"):
+        DeepSpeedCPUAdam([good]).add_param_group(
+            {"params": [torch.nn.Parameter(torch.ones(2)), torch.nn.Parameter(param)]}
+        )
+
+
+def test_arguments_that_torch_refuses():
+    with pytest.raises(TypeError, match="params argument"):
+        DeepSpeedCPUAdam(torch.nn.Parameter(torch.ones(2)))
+    with pytest.raises(ValueError, match="empty parameter list"):
+        DeepSpeedCPUAdam([])
+    with pytest.raises(TypeError, match="ordered collection"):
+        DeepSpeedCPUAdam([{"params": {torch.nn.Parameter(torch.ones(2))}}])
+    with pytest.raises(TypeError, match="Tensors"):
+        DeepSpeedCPUAdam([1, 2])
+    param = torch.nn.Parameter(torch.ones(2))
+    with pytest.raises(ValueError, match="more than one parameter group"):
+        DeepSpeedCPUAdam([{"params": [param]}, {"params": [param]}])
+    with pytest.raises(ValueError, match="leaf"):
+        DeepSpeedCPUAdam([param * 2])
+
+
+def sparse_grad(param):
+    param.grad = torch.ones_like(param).to_sparse()
+
+
+def grad_of_other_shape(param):
+    param.grad = torch.ones_like(param)
+    param.grad.data = torch.ones(2, 2)
+
+
+def grad_of_other_order(param):
+    param.grad = torch.ones_like(param)
+    param.grad.data = torch.ones(5, 4)
+
+
+def grad_of_other_dtype(param):
+    param.grad = torch.ones_like(param)
+    param.grad.data = torch.ones(4, 5, dtype=torch.float64)
+
+
+def param_of_other_dtype(param):
+    param.grad = torch.ones_like(param)
+    param.data = param.data.double()
+    param.grad.data = param.grad.data.double()
+
+
+def param_of_other_shape(param):
+    param.data = param.data[:2]
+    param.grad = torch.ones_like(param)
+
+
+BAD_STEPS = [
+    (
+        sparse_grad,
+        TypeError,
+        "param group 1, param 1 .* grad of layout torch.sparse_coo; sparse grads are not supported",
+    ),
+    (grad_of_other_shape, ValueError, r"param group 1, param 1 .*\(4, 5\).* grad of shape \(2, 2\)"),
+    (grad_of_other_order, ValueError, r"param group 1, param 1 .*\(4, 5\).* grad of shape \(5, 4\)"),
+    (grad_of_other_dtype, TypeError, "param group 1, param 1 .* grad of torch.float64; use torch.float32"),
+    (param_of_other_dtype, TypeError, "param group 1, param 1 .*torch.float64.*dtype is not supported"),
+    (param_of_other_shape, ValueError, r"param group 1, param 1 .*\(2, 5\).* state 'exp_avg' of shape \(4, 5\)"),
+]
+
+
+# A param that has no states yet may have any shape.
+BAD_FIRST_STEPS = [bad for bad in BAD_STEPS if bad[0] is not param_of_other_shape]
+
+
+@pytest.mark.parametrize(("spoil", "error", "message"), BAD_STEPS, ids=[bad[0].__name__ for bad in BAD_STEPS])
+def test_bad_steps_are_found_before_anything_is_written(spoil, error, message):
+    check_bad_step(spoil, error, message, stepped=True)
+
+
+@pytest.mark.parametrize(
+    ("spoil", "error", "message"), BAD_FIRST_STEPS, ids=[bad[0].__name__ for bad in BAD_FIRST_STEPS]
+)
+def test_bad_first_steps_are_found_before_anything_is_written(spoil, error, message):
+    check_bad_step(spoil, error, message, stepped=False)
+
+
+def check_bad_step(spoil, error, message, stepped):
+    params = [torch.nn.Parameter(torch.randn(4, 5)) for _ in range(4)]
+    optimizer = DeepSpeedCPUAdam([{"params": params[:2]}, {"params": params[2:], "lr": 0.5}])
+    for param in params:
+        param.grad = torch.randn_like(param)
+    if stepped:
+        optimizer.step()
+    spoil(params[3])
+    before = snapshot(optimizer, params)
+    with pytest.raises(error, match=message):
+        optimizer.step()
+    assert_untouched(optimizer, params, before)
+
+
+def test_grad_on_another_device():
+    """torch itself does not let a grad live elsewhere, so the check is called directly."""
+    hyper = AdamHyper(1e-3, 0.9, 0.999, 1e-8, 0.0, True, True, False, False)
+    batch = AdamBatch("param group 0", hyper, [torch.ones(2)], [torch.ones(2, device="meta")], [], [], None, [1])
+    with pytest.raises(
+        ValueError, match="param group 0, param 0 .*cpu.* has a grad on meta; copy it to the param's device"
+    ):
+        check_params_and_grads(batch)
+
+
+def state_of_other_shape(state):
+    state["exp_avg_sq"] = torch.zeros(5, 4)
+
+
+def state_of_other_dtype(state):
+    state["exp_avg"] = state["exp_avg"].double()
+
+
+def state_on_other_device(state):
+    state["exp_avg"] = state["exp_avg"].to("meta")
+
+
+def state_without_gaps(state):
+    state["exp_avg"] = torch.zeros(4, 10)[:, ::2]
+
+
+def state_that_is_no_tensor(state):
+    state["exp_avg"] = [0.0] * 20
+
+
+@pytest.mark.parametrize(
+    ("spoil", "error", "message"),
+    [
+        (
+            state_of_other_shape,
+            ValueError,
+            r"param 1 .* state 'exp_avg_sq' of shape \(5, 4\); it belongs to another model",
+        ),
+        (state_of_other_dtype, TypeError, "param 1 .* state 'exp_avg' of torch.float64"),
+        (state_on_other_device, ValueError, "param 1 .* state 'exp_avg' on meta"),
+        (state_without_gaps, ValueError, r"param 1 has strides \(5, 1\), its state 'exp_avg' has \(10, 2\)"),
+        (state_that_is_no_tensor, TypeError, "param 1 .* has a list as state 'exp_avg'"),
+    ],
+)
+def test_states_replaced_by_the_user(spoil, error, message):
+    params = [torch.nn.Parameter(torch.randn(4, 5)) for _ in range(2)]
+    optimizer = DeepSpeedCPUAdam(params)
+    for param in params:
+        param.grad = torch.randn_like(param)
+    optimizer.step()
+    spoil(optimizer.state[params[1]])
+    before = [p.detach().clone() for p in params]
+    with pytest.raises(error, match=message):
+        optimizer.step()
+    assert all(torch.equal(p, b) for p, b in zip(params, before, strict=True))
+    assert [optimizer.state[p]["step"] for p in params] == [1, 1]
+
+
+@pytest.mark.parametrize(
+    ("change", "error", "message"),
+    [
+        (lambda s: s.update(exp_avg=torch.zeros(3)), ValueError, r"param 0 .*\(4, 5\).* 'exp_avg' of shape \(3,\)"),
+        (lambda s: s.pop("exp_avg_sq"), ValueError, "has no 'exp_avg_sq' in its state but 'step', 'exp_avg'"),
+        (lambda s: (s.clear(), s.update(momentum_buffer=torch.zeros(4, 5))), ValueError, "not the state of an Adam"),
+    ],
+)
+def test_loading_a_state_that_does_not_fit_changes_nothing(change, error, message):
+    param = torch.nn.Parameter(torch.randn(4, 5))
+    optimizer = DeepSpeedCPUAdam([param])
+    param.grad = torch.randn_like(param)
+    optimizer.step()
+    bad = copy.deepcopy(optimizer.state_dict())
+    bad["param_groups"][0]["lr"] = 123.0
+    change(bad["state"][0])
+    before = snapshot(optimizer, [param])
+    with pytest.raises(error, match=message):
+        optimizer.load_state_dict(bad)
+    assert_untouched(optimizer, [param], before)
+    optimizer.step()
+
+
+def test_params_that_share_memory():
+    base = torch.randn(100)
+    params = [torch.nn.Parameter(base[:60]), torch.nn.Parameter(torch.ones(3)), torch.nn.Parameter(base[50:])]
+    for param in params:
+        param.grad = torch.ones_like(param)
+    optimizer = DeepSpeedCPUAdam([{"params": params[:2]}, {"params": params[2:]}])
+    before = base.clone()
+    with pytest.raises(
+        ValueError, match="param group 0, param 0 and param group 1, param 0 share memory; pass each piece"
+    ):
+        optimizer.step()
+    assert torch.equal(base, before) and not optimizer.state
+    with pytest.warns(UserWarning, match="duplicate"):
+        twice = DeepSpeedCPUAdam([params[0], params[0]])
+    with pytest.raises(ValueError, match="share memory"):
+        twice.step()
+    halves = [torch.nn.Parameter(half) for half in base.split(50)]
+    for half in halves:
+        half.grad = torch.ones(50)
+    DeepSpeedCPUAdam(halves).step()  # neighbours are no overlap
+
+
+def test_the_op_refuses_columns_that_do_not_belong_together(cpu_adam):
+    with pytest.raises(ValueError, match="exp_avgs has 1 entries, expected 2"):
+        cpu_adam.table_of_addresses([1, 2], [1, 2], [1], [1, 2], None, [0, 0], [0, 0])
+    with pytest.raises(ValueError, match="unknown dtype code 27"):
+        cpu_adam.table_of_addresses([1], [1], [1], [1], None, [0], [27])
+    table = cpu_adam.table_of_addresses([1], [1], [1], [1], None, [0], [3])
+    with pytest.raises(ValueError, match="no kernel for these dtypes"):
+        cpu_adam.adam_step(table, [0], [(0.0,) * 10], False, 1)
+    with pytest.raises(ValueError, match="no SIMD target 'avx1024' in this build; it has: .*baseline"):
+        cpu_adam.use_target("avx1024")
