@@ -69,13 +69,12 @@ def test_betas_changed_out_of_range_after_construction():
             r"param 0 \(shape \(3,\), torch.float64.*use float32, bfloat16",
         ),
         (torch.zeros(3, dtype=torch.complex64), TypeError, "torch.complex64.*dtype is not supported"),
-        (torch.zeros(3, device="meta"), ValueError, "param 0 .*meta.* is not in host memory; move"),
         (torch.zeros(1).expand(4), ValueError, r"strides \(0,\), which overlap or leave gaps"),
         (torch.zeros(4, 6)[:, ::2], ValueError, r"strides \(6, 2\), which overlap or leave gaps"),
         (torch.zeros(6).as_strided((3, 2), (1, 1)), ValueError, r"strides \(1, 1\), which overlap"),
         (torch.zeros(3, 3).to_sparse(), TypeError, "layout torch.sparse_coo; only dense"),
     ],
-    ids=["float64", "complex", "meta", "expanded", "gaps", "overlapping", "sparse"],
+    ids=["float64", "complex", "expanded", "gaps", "overlapping", "sparse"],
 )
 def test_params_that_cannot_be_updated(param, error, message):
     good = torch.nn.Parameter(torch.ones(2))
@@ -85,6 +84,18 @@ def test_params_that_cannot_be_updated(param, error, message):
         DeepSpeedCPUAdam([good]).add_param_group(
             {"params": [torch.nn.Parameter(torch.ones(2)), torch.nn.Parameter(param)]}
         )
+
+
+def test_params_outside_host_memory_are_refused_at_the_step_only():
+    """An optimizer may be made for a model on the GPU: ZeRO-Offload then puts shards in host memory into its groups."""
+    there, here = torch.nn.Parameter(torch.zeros(3, device="meta")), torch.nn.Parameter(torch.ones(3))
+    optimizer = DeepSpeedCPUAdam([here, there])
+    here.grad, there.grad = torch.ones(3), torch.ones(3, device="meta")
+    with pytest.raises(ValueError, match="param group 0, param 1 .*meta.* is not in host memory; move the params"):
+        optimizer.step()
+    assert torch.equal(here.detach(), torch.ones(3)) and not optimizer.state
+    optimizer.param_groups[0]["params"] = [here]
+    optimizer.step()
 
 
 def test_arguments_that_torch_refuses():

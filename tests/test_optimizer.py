@@ -190,6 +190,15 @@ def test_step_counts_of_late_and_idle_params():
     assert_close([first, idle, late], expected, 6, lr=1e-3)
 
 
+@pytest.mark.skipif(torch.__version__ < "2.6", reason="torch takes named params since 2.6")
+def test_named_params():
+    model = torch.nn.Linear(3, 2)
+    optimizer = DeepSpeedCPUAdam(model.named_parameters())
+    model(torch.ones(1, 3)).sum().backward()
+    optimizer.step()
+    assert optimizer.param_groups[0]["param_names"] == ["weight", "bias"]
+
+
 def test_without_any_grad_nothing_happens():
     params = new_params()
     before = twins(params)
@@ -347,7 +356,7 @@ def test_loads_a_deepspeed_checkpoint():
     set_grads(params, expected)
     optimizer.step()
     reference.step()
-    assert_close(params, expected, 1)
+    assert_close(params, expected, 1, lr=2.5)  # random averages make updates of several lr
 
 
 def test_loading_keeps_fp32_states_of_16_bit_params():

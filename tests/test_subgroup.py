@@ -78,6 +78,18 @@ def test_rollback_in_l2_mode():
     torch.testing.assert_close(param.detach(), former, rtol=1e-6, atol=1e-7)
 
 
+def test_rollback_of_long_and_of_strided_params():
+    for param in (torch.randn(2**20 + 77), torch.randn(300, 20).t(), torch.randn(2, 3, 4, 5).permute(3, 1, 0, 2)):
+        param = torch.nn.Parameter(param)
+        optimizer = DeepSpeedCPUAdam([param], lr=0.1)
+        for _ in range(2):
+            former = param.detach().clone()
+            param.grad = torch.randn_like(param)
+            optimizer.step_subgroup(0)
+        optimizer.rollback_subgroup(0)
+        torch.testing.assert_close(param.detach(), former, rtol=1e-6, atol=1e-6)
+
+
 def test_step_again_after_rollback():
     optimizer, param, _ = stepped(3)
     after = param.detach().clone()

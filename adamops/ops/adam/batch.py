@@ -79,8 +79,12 @@ def _checked_grad(param: Tensor, grad: Tensor, name: str) -> Tensor:
     if grad.device != param.device:
         raise ValueError(f"{described} has a grad on {grad.device}; copy it to the param's device")
     if grad.dtype not in (param.dtype, torch.float32):
-        raise TypeError(f"{described} has a grad of {grad.dtype}; use {param.dtype} or torch.float32")
+        raise TypeError(f"{described} has a grad of {grad.dtype}; use {_param_dtype_or_fp32(param)}")
     return like_param(grad, param)
+
+
+def _param_dtype_or_fp32(param: Tensor) -> str:
+    return " or ".join(dict.fromkeys([str(param.dtype), "torch.float32"]))
 
 
 def is_dense(tensor: Tensor) -> bool:
@@ -158,7 +162,7 @@ def check_state(state: Mapping[str, Any], param: Tensor, name: str) -> None:
                 f"{described} has state {key!r} of shape {tuple(value.shape)}; it belongs to another model or shard"
             )
         if value.dtype not in (param.dtype, torch.float32):
-            raise TypeError(f"{described} has state {key!r} of {value.dtype}; use {param.dtype} or torch.float32")
+            raise TypeError(f"{described} has state {key!r} of {value.dtype}; use {_param_dtype_or_fp32(param)}")
         if value.device != param.device:
             raise ValueError(f"{described} has state {key!r} on {value.device}")
         dtypes.add(value.dtype)

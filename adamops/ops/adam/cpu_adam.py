@@ -80,7 +80,7 @@ class DeepSpeedCPUAdam(Optimizer):
     Raises
     ------
     ValueError
-        For a hyper-parameter out of its range, or a param in other memory or of overlapping elements.
+        For a hyper-parameter out of its range, or a param whose elements overlap or leave gaps.
     TypeError
         For a param of another dtype or layout.
     """
@@ -123,8 +123,11 @@ class DeepSpeedCPUAdam(Optimizer):
             params = [params]
         elif not isinstance(params, set):  # the base class explains what is wrong with a set
             params = list(params)
-        for i, param in enumerate(params):
-            if isinstance(param, Tensor):
+        for i, entry in enumerate(params):
+            param = entry[1] if isinstance(entry, tuple) else entry  # named_parameters() gives pairs
+            # Elsewhere than in host memory a param may wait: ZeRO-Offload takes an optimizer made for the model on the
+            # GPU, and puts its own shards in host memory into the groups. step() checks again.
+            if isinstance(param, Tensor) and param.device.type == "cpu":
                 check_param(param, f"{where}, param {i}")
         super().add_param_group({**param_group, "params": params})
 

@@ -21,6 +21,8 @@ from torch import Tensor
 
 from .hyper import AdamHyper
 
+_PIECE = 2**20  # elements taken to float64 at a time
+
 
 def undo_step(param: Tensor, grad: Tensor, state: dict[str, Any], hyper: AdamHyper) -> None:
     """Restores param, exp_avg and exp_avg_sq in place; the caller decrements the step count.
@@ -36,17 +38,34 @@ def undo_step(param: Tensor, grad: Tensor, state: dict[str, Any], hyper: AdamHyp
     k = dict(zip(names, torch.tensor(hyper.scalars(step), dtype=torch.float32).double().tolist(), strict=True))
     if k["decay"] == 0.0:
         raise RuntimeError("Cannot roll back a step with lr * weight_decay = 1: nothing is left of the former param")
-    exp_avg, exp_avg_sq = state["exp_avg"].double(), state["exp_avg_sq"].double()
-    largest_sq = state["max_exp_avg_sq"].double() if hyper.amsgrad else exp_avg_sq
+    # As all are dense and laid out alike, they can be taken as lines of numbers, a piece at a time to save memory.
+    keys = ["exp_avg", "exp_avg_sq", *(["max_exp_avg_sq"] if hyper.amsgrad else [])]
+    lines = [tensor.as_strided((tensor.numel(),), (1,)) for tensor in (param, grad, *(state[key] for key in keys))]
+    for pieces in zip(*(line.split(_PIECE) for line in lines), strict=True):
+        _undo_piece(*pieces, k=k, first=first)
 
-    denominator = largest_sq.sqrt() * k["inverse_sqrt_bias2"] + k["eps"]
+
+def _undo_piece(
+    param: Tensor,
+    grad: Tensor,
+    exp_avg: Tensor,
+    exp_avg_sq: Tensor,
+    max_exp_avg_sq: Tensor | None = None,
+    *,
+    k: dict[str, float],
+    first: bool,
+) -> None:
+    m, v = exp_avg.double(), exp_avg_sq.double()
+    largest_v = v if max_exp_avg_sq is None else max_exp_avg_sq.double()
+    denominator = largest_v.sqrt() * k["inverse_sqrt_bias2"] + k["eps"]
     # 0 / 0, with eps = 0 and a grad of zero, made the param NaN in the step; there is nothing better to return.
-    former = (param.double() - k["negative_step_size"] * (exp_avg / denominator)) / k["decay"]
+    former = (param.double() - k["negative_step_size"] * (m / denominator)) / k["decay"]
     gradient = grad.double() * k["scale"] + k["l2"] * former
-    if first:
-        for key in ("exp_avg", "exp_avg_sq", *(["max_exp_avg_sq"] if hyper.amsgrad else [])):
-            state[key].zero_()
-    else:
-        state["exp_avg"].copy_((exp_avg - k["c1"] * gradient) / k["beta1"])
-        state["exp_avg_sq"].copy_(((exp_avg_sq - k["c2"] * gradient * gradient) / k["beta2"]).clamp_(min=0.0))
     param.copy_(former)
+    if first:
+        for average in (exp_avg, exp_avg_sq, max_exp_avg_sq):
+            if average is not None:
+                average.zero_()
+    else:
+        exp_avg.copy_((m - k["c1"] * gradient) / k["beta1"])
+        exp_avg_sq.copy_(((v - k["c2"] * gradient * gradient) / k["beta2"]).clamp_(min=0.0))
