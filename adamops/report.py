@@ -1,0 +1,282 @@
+"""Shows which ops are built, usable and in use on this machine, and why not: python -m adamops.report [--json].
+
+Builds nothing and imports what it must; must work without torch and whatever state the installation is in.
+"""
+
+from __future__ import annotations
+
+import argparse
+import importlib.util
+import json
+import os
+import platform
+import re
+import shutil
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+from . import __version__, op_builder
+from .op_builder import environment, jit
+from .op_builder.builder import OpBuilder
+
+FALLBACK = "torch_adam"
+
+
+def collect() -> dict[str, Any]:
+    """Everything the report shows, as JSON types.
+
+    `ok` says whether every op loads natively or is not meant to (the fallback), and no plugin is broken.
+    """
+    machine = _machine()  # first: it imports torch, whose OpenMP runtime the ops then find
+    ops = [_describe(op) for op in op_builder.registered_ops()]
+    return {"ok": all(op["ok"] for op in ops), "ops": ops, "machine": machine}
+
+
+def _describe(op: op_builder.RegisteredOp) -> dict[str, Any]:
+    entry: dict[str, Any] = {
+        "name": op.name,
+        "origin": "built-in" if op.origin == "built-in" else f"plugin of {op.origin}",
+        "ok": False,
+    }
+    if op.builder is None:
+        return {**entry, "error": op.error}
+    try:
+        return {**entry, **_describe_builder(op.builder)}
+    except Exception as error:  # a plugin's builder may do anything
+        return {**entry, "error": _in_words(error)}
+
+
+def _describe_builder(builder: OpBuilder) -> dict[str, Any]:
+    compatible = builder.compatibility()
+    entry: dict[str, Any] = {
+        "prebuilt": bool(builder.is_prebuilt()),
+        "compatible": bool(compatible),
+        "reason": str(getattr(compatible, "reason", "")),
+    }
+    record = builder.build_record() if hasattr(builder, "build_record") else None
+    if record:
+        entry["build"] = record
+    return {**entry, **_usable(builder, bool(compatible), entry["prebuilt"])}
+
+
+def _usable(builder: OpBuilder, compatible: bool, prebuilt: bool) -> dict[str, Any]:
+    """What would be used if the op were loaded now. Loads it if that takes no build."""
+    if builder.NAME == FALLBACK:
+        return {"ok": compatible, "in_use": "torch calls, where nothing compiled can be used"}
+    why = ""
+    if prebuilt:
+        try:
+            return {"ok": True, "in_use": "prebuilt extension", **_simd(builder.load())}
+        except ValueError as error:  # of an environment variable
+            return {"ok": False, "in_use": "nothing", "error": str(error)}
+        except Exception as error:
+            why = _in_words(error)
+    if not compatible:
+        return {"ok": False, "in_use": f"{FALLBACK} (torch calls)", **({"error": why} if why else {})}
+    try:
+        cached = jit.cached_path(builder.for_this_machine()).is_file()
+        if cached:
+            return {"ok": True, "in_use": "extension built at first use, from the cache", **_simd(builder.load())}
+    except Exception as error:
+        return {"ok": False, "in_use": f"{FALLBACK} (torch calls)", "error": _in_words(error)}
+    return {"ok": False, "in_use": "a build at first use, not done yet", **({"error": why} if why else {})}
+
+
+def _simd(module: Any) -> dict[str, Any]:
+    if not hasattr(module, "supported_targets"):
+        return {}
+    supported = module.supported_targets()
+    return {
+        "simd": {
+            "in_binary": module.targets(),
+            "supported_here": supported,
+            "chosen": module.target(),
+            "forced": environment.simd(supported),
+        },
+        "openmp_runtime": module.openmp_runtime() or None,
+    }
+
+
+def _in_words(error: BaseException) -> str:
+    return f"{type(error).__name__}: {error}"
+
+
+def _machine() -> dict[str, Any]:
+    cuda = _cuda_toolkit()
+    gpus, driver = _gpus()
+    return {
+        "adamops": __version__,
+        "python": platform.python_version(),
+        "platform": platform.platform(),
+        "cpu": _cpu_name(),
+        **_torch(),
+        "cuda_toolkit": cuda,
+        "driver": driver,
+        "gpus": gpus,
+    }
+
+
+def _torch() -> dict[str, Any]:
+    if importlib.util.find_spec("torch") is None:
+        return {"torch": None, "threads": None}
+    try:
+        import torch
+    except Exception as error:
+        return {"torch": f"broken: {_in_words(error)}", "threads": None}
+    return {"torch": torch.__version__, "threads": torch.get_num_threads()}
+
+
+def _cpu_name() -> str:
+    try:
+        found = re.search(r"model name\s*:\s*(.*)", Path("/proc/cpuinfo").read_text())
+    except OSError:
+        found = None
+    return found.group(1) if found else platform.processor() or platform.machine()
+
+
+def _cuda_toolkit() -> str | None:
+    home = os.environ.get("CUDA_HOME")
+    nvcc = str(Path(home) / "bin" / "nvcc") if home else shutil.which("nvcc")
+    found = re.search(r"release ([\d.]+)", _output_of(nvcc, "--version")) if nvcc else None
+    return found.group(1) if found else None
+
+
+def _gpus() -> tuple[list[str], str | None]:
+    """The names of the GPUs, and the version of their driver."""
+    command = shutil.which("nvidia-smi")
+    if not command:
+        return [], None
+    rows = _output_of(command, "--query-gpu=name,driver_version", "--format=csv,noheader").splitlines()
+    pairs = [row.rsplit(", ", 1) for row in rows if ", " in row]
+    return [name for name, _ in pairs], pairs[0][1] if pairs else None
+
+
+def _output_of(*command: str) -> str:
+    try:
+        return subprocess.run(command, capture_output=True, text=True, timeout=5, check=False).stdout
+    except (OSError, subprocess.TimeoutExpired):
+        return ""
+
+
+def rows_of_op(op: dict[str, Any]) -> list[tuple[str, str]]:
+    """What the report says of one op, as pairs of label and text."""
+    rows = [("origin", op["origin"])]
+    if "prebuilt" in op:
+        rows.append(("prebuilt", _yes_no(op["prebuilt"])))
+        rows.append(("compatible", f"{_yes_no(op['compatible'])}: {op['reason']}"))
+        rows.append(("in use", op["in_use"]))
+    if simd := op.get("simd"):
+        forced = " (forced by ADAMOPS_SIMD)" if simd["forced"] else ""
+        rows.append(("SIMD targets in binary", " ".join(simd["in_binary"])))
+        rows.append(("SIMD targets supported here", " ".join(simd["supported_here"])))
+        rows.append(("SIMD target chosen", simd["chosen"] + forced))
+    rows += _rows_of_build(op.get("build", {}))
+    if op.get("openmp_runtime"):
+        rows.append(("OpenMP runtime", op["openmp_runtime"]))
+    if op.get("error"):
+        rows.append(("error", op["error"]))
+    return rows
+
+
+def _rows_of_build(build: dict[str, Any]) -> list[tuple[str, str]]:
+    if not build:
+        return []
+    if not build.get("built"):
+        return [("build", str(build.get("reason", "left out of the build")))]
+    rows = [("build", f"{build['compiler']} for {build['machine']}"), ("flags", " ".join(build["flags"]))]
+    if "targets" in build:
+        rows.append(("SIMD targets requested", build["targets_requested"]))
+        rows.append(("SIMD targets enabled", " ".join(build["targets"])))
+        rows += [("SIMD target dropped", f"{name} ({why})") for name, why in build["targets_dropped"].items()]
+    return rows
+
+
+def rows_of_machine(machine: dict[str, Any]) -> list[tuple[str, str]]:
+    """What the report says of versions and hardware, as pairs of label and text."""
+    labels = {
+        "adamops": "adamops",
+        "python": "Python",
+        "torch": "torch",
+        "threads": "threads of torch",
+        "platform": "platform",
+        "cpu": "CPU",
+        "cuda_toolkit": "CUDA toolkit",
+        "driver": "NVIDIA driver",
+        "gpus": "GPUs",
+    }
+    rows = []
+    for key, label in labels.items():
+        value = ", ".join(machine[key]) if isinstance(machine[key], list) else machine[key]
+        rows.append((label, str(value) if value not in (None, "") else "none"))
+    return rows
+
+
+def _yes_no(value: bool) -> str:
+    return "yes" if value else "no"
+
+
+def _verdict(report: dict[str, Any]) -> str:
+    if report["ok"]:
+        return "All ops are natively available."
+    bad = ", ".join(op["name"] for op in report["ops"] if not op["ok"])
+    return f"Missing or broken: {bad}."
+
+
+def _print_plain(report: dict[str, Any], write: Callable[[str], Any]) -> None:
+    sections = [(f"op {op['name']}: {'ok' if op['ok'] else 'NOT OK'}", rows_of_op(op)) for op in report["ops"]]
+    sections.append(("machine", rows_of_machine(report["machine"])))
+    for title, rows in sections:
+        write(f"{title}\n")
+        for label, text in rows:
+            first, *others = text.splitlines() or [""]
+            write(f"  {label + ':':<30}{first}\n")
+            for line in others:
+                write(f"  {'':<30}{line}\n")
+        write("\n")
+    write(f"{_verdict(report)}\n")
+
+
+def _print_rich(report: dict[str, Any]) -> None:
+    from rich.console import Console
+    from rich.panel import Panel
+    from rich.table import Table
+    from rich.text import Text
+
+    console = Console()
+
+    def panel(title: str, rows: list[tuple[str, str]], style: str) -> None:
+        table = Table.grid(padding=(0, 2))
+        table.add_column(style="dim", no_wrap=True)
+        table.add_column(overflow="fold")
+        for label, text in rows:
+            bad = label == "error" or text.startswith("no:")
+            table.add_row(label, Text(text, style="red" if bad else ""))
+        console.print(Panel(table, title=title, title_align="left", border_style=style))
+
+    for op in report["ops"]:
+        mark, style = ("[green]ok[/green]", "green") if op["ok"] else ("[red]not ok[/red]", "red")
+        panel(f"op [bold]{op['name']}[/bold] {mark}", rows_of_op(op), style)
+    panel("machine", rows_of_machine(report["machine"]), "blue")
+    console.print(_verdict(report), style="bold green" if report["ok"] else "bold red")
+
+
+def main(arguments: list[str] | None = None) -> int:
+    """Prints the report; returns 0 if the optimizers are natively available, 1 if something is missing or broken."""
+    parser = argparse.ArgumentParser(prog="python -m adamops.report", description=__doc__.splitlines()[0])
+    parser.add_argument("--json", action="store_true", help="print JSON, for machines")
+    options = parser.parse_args(arguments)
+    report = collect()
+    if options.json:
+        print(json.dumps(report, indent=2))
+    elif sys.stdout.isatty():
+        _print_rich(report)
+    else:
+        _print_plain(report, sys.stdout.write)
+    return 0 if report["ok"] else 1
+
+
+if __name__ == "__main__":
+    sys.exit(main())
