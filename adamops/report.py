@@ -6,6 +6,8 @@ Builds nothing and imports what it must; must work without torch and whatever st
 from __future__ import annotations
 
 import argparse
+import contextlib
+import functools
 import importlib.util
 import json
 import os
@@ -21,18 +23,44 @@ from typing import Any
 from . import __version__, op_builder
 from .op_builder import environment, jit
 from .op_builder.builder import OpBuilder
+from .op_builder.cpu import targets_of
 
 FALLBACK = "torch_adam"
+OTHER_VARIABLES = ("CUDA_HOME", "CXX", "CXXFLAGS", "MAX_JOBS", "TORCH_CUDA_ARCH_LIST")
 
 
 def collect() -> dict[str, Any]:
     """Everything the report shows, as JSON types.
 
-    `ok` says whether every op loads natively or is not meant to (the fallback), and no plugin is broken.
+    `ok` says whether every op loads natively or is not meant to (the fallback), no plugin is broken, and no environment
+    variable has a value that is not valid.
     """
     machine = _machine()  # first: it imports torch, whose OpenMP runtime the ops then find
     ops = [_describe(op) for op in op_builder.registered_ops()]
-    return {"ok": all(op["ok"] for op in ops), "ops": ops, "machine": machine}
+    variables = _environment([op["name"] for op in ops])
+    ok = all(op["ok"] for op in ops) and not variables["errors"]
+    return {"ok": ok, "ops": ops, "environment": variables, "machine": machine}
+
+
+def _environment(ops: list[str]) -> dict[str, Any]:
+    """The variables that steer adamops, as far as they are set, and what is wrong with them.
+
+    ADAMOPS_SIMD depends on the binary, so the op that reads it has that error.
+    """
+    targets = [target.name for target in targets_of(platform.machine())]
+    errors = []
+    for check in [
+        lambda: environment.cpu_targets(targets),
+        environment.max_jobs,
+        *(functools.partial(environment.build_switch, op) for op in ops),
+    ]:
+        try:
+            check()
+        except ValueError as error:
+            if str(error) not in errors:  # ADAMOPS_BUILD_OPS is read for each op
+                errors.append(str(error))
+    names = [name for name in os.environ if name.startswith("ADAMOPS_") or name in OTHER_VARIABLES]
+    return {"set": {name: os.environ[name] for name in sorted(names)}, "errors": errors}
 
 
 def _describe(op: op_builder.RegisteredOp) -> dict[str, Any]:
@@ -66,23 +94,30 @@ def _usable(builder: OpBuilder, compatible: bool, prebuilt: bool) -> dict[str, A
     """What would be used if the op were loaded now. Loads it if that takes no build."""
     if builder.NAME == FALLBACK:
         return {"ok": compatible, "in_use": "torch calls, where nothing compiled can be used"}
+    own = builder.NAME in [known.NAME for known in op_builder.builtin_builders()]
+    without = f"{FALLBACK} (torch calls)" if own else "nothing"
     why = ""
     if prebuilt:
         try:
+            if isinstance(builder, OpBuilder):
+                builder.load_prebuilt()  # on its own first: load() would go on to build the op
             return {"ok": True, "in_use": "prebuilt extension", **_simd(builder.load())}
         except ValueError as error:  # of an environment variable
             return {"ok": False, "in_use": "nothing", "error": str(error)}
         except Exception as error:
-            why = _in_words(error)
+            why = f"the prebuilt extension does not load: {_in_words(error)}"
+    described = {"ok": False, **({"error": why} if why else {})}
     if not compatible:
-        return {"ok": False, "in_use": f"{FALLBACK} (torch calls)", **({"error": why} if why else {})}
+        return {**described, "in_use": without}
     try:
-        cached = jit.cached_path(builder.for_this_machine()).is_file()
-        if cached:
-            return {"ok": True, "in_use": "extension built at first use, from the cache", **_simd(builder.load())}
+        if isinstance(builder, OpBuilder) and jit.cached_path(builder.for_this_machine()).is_file():
+            found = {**described, "ok": not why, "in_use": "extension built at first use, from the cache"}
+            return {**found, **_simd(builder.load())}
+    except ValueError as error:
+        return {"ok": False, "in_use": "nothing", "error": str(error)}
     except Exception as error:
-        return {"ok": False, "in_use": f"{FALLBACK} (torch calls)", "error": _in_words(error)}
-    return {"ok": False, "in_use": "a build at first use, not done yet", **({"error": why} if why else {})}
+        return {"ok": False, "in_use": without, "error": _in_words(error)}
+    return {**described, "in_use": "a build at first use, not done yet"}
 
 
 def _simd(module: Any) -> dict[str, Any]:
@@ -214,6 +249,11 @@ def rows_of_machine(machine: dict[str, Any]) -> list[tuple[str, str]]:
     return rows
 
 
+def rows_of_environment(variables: dict[str, Any]) -> list[tuple[str, str]]:
+    """What the report says of environment variables, as pairs of label and text."""
+    return [*variables["set"].items(), *(("error", error) for error in variables["errors"])]
+
+
 def _yes_no(value: bool) -> str:
     return "yes" if value else "no"
 
@@ -221,20 +261,24 @@ def _yes_no(value: bool) -> str:
 def _verdict(report: dict[str, Any]) -> str:
     if report["ok"]:
         return "All ops are natively available."
-    bad = ", ".join(op["name"] for op in report["ops"] if not op["ok"])
-    return f"Missing or broken: {bad}."
+    bad = [op["name"] for op in report["ops"] if not op["ok"]]
+    if report["environment"]["errors"]:
+        bad.append("environment variables")
+    return f"Missing or broken: {', '.join(bad)}."
 
 
 def _print_plain(report: dict[str, Any], write: Callable[[str], Any]) -> None:
     sections = [(f"op {op['name']}: {'ok' if op['ok'] else 'NOT OK'}", rows_of_op(op)) for op in report["ops"]]
+    if variables := rows_of_environment(report["environment"]):
+        sections.append(("environment", variables))
     sections.append(("machine", rows_of_machine(report["machine"])))
     for title, rows in sections:
         write(f"{title}\n")
         for label, text in rows:
             first, *others = text.splitlines() or [""]
-            write(f"  {label + ':':<30}{first}\n")
+            write(f"  {label + ':':<30}{first}\n".encode("ascii", "backslashreplace").decode())
             for line in others:
-                write(f"  {'':<30}{line}\n")
+                write(f"  {'':<30}{line}\n".encode("ascii", "backslashreplace").decode())
         write("\n")
     write(f"{_verdict(report)}\n")
 
@@ -259,6 +303,8 @@ def _print_rich(report: dict[str, Any]) -> None:
     for op in report["ops"]:
         mark, style = ("[green]ok[/green]", "green") if op["ok"] else ("[red]not ok[/red]", "red")
         panel(f"op [bold]{op['name']}[/bold] {mark}", rows_of_op(op), style)
+    if variables := rows_of_environment(report["environment"]):
+        panel("environment", variables, "red" if report["environment"]["errors"] else "blue")
     panel("machine", rows_of_machine(report["machine"]), "blue")
     console.print(_verdict(report), style="bold green" if report["ok"] else "bold red")
 
@@ -268,7 +314,8 @@ def main(arguments: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(prog="python -m adamops.report", description=__doc__.splitlines()[0])
     parser.add_argument("--json", action="store_true", help="print JSON, for machines")
     options = parser.parse_args(arguments)
-    report = collect()
+    with contextlib.redirect_stdout(sys.stderr):  # a plugin may print what it likes
+        report = collect()
     if options.json:
         print(json.dumps(report, indent=2))
     elif sys.stdout.isatty():

@@ -184,6 +184,29 @@ def test_importing_adamops_imports_neither_torch_nor_cpuinfo(tmp_path):
     assert run_python(code, tmp_path) == "[]\nFalse\n"
 
 
+def test_the_first_steps_do_not_import_the_compiler_of_torch(tmp_path):
+    """Optimizer's own methods import torch._dynamo when they are first called, which takes a second."""
+    code = """
+        import sys, torch
+        from adamops import DeepSpeedCPUAdam
+        model = torch.nn.Linear(3, 2)
+        optimizer = DeepSpeedCPUAdam(model.parameters())
+        for _ in range(2):
+            optimizer.zero_grad()
+            model(torch.ones(1, 3)).sum().backward()
+            optimizer.step()
+        print("torch._dynamo" in sys.modules)
+        compiled = torch.compile(model, backend="eager")
+        for _ in range(2):
+            optimizer.zero_grad()
+            compiled(torch.ones(1, 3)).sum().backward()
+            optimizer.step()
+        optimizer.add_param_group({"params": [torch.nn.Parameter(torch.ones(2))]})
+        print(len(optimizer.param_groups))
+    """
+    assert run_python(code, tmp_path) == "False\n2\n"
+
+
 def test_the_module_works_before_torch_is_imported(tmp_path):
     """It finds torch's OpenMP runtime whenever that comes."""
     code = """

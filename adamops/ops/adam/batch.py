@@ -35,6 +35,20 @@ class AdamBatch:
     max_exp_avg_sqs: list[Tensor] | None
     steps: list[int]
 
+    @property
+    def state_keys(self) -> tuple[str, ...]:
+        """The names of the tensors that each state must have."""
+        return STATE_TENSORS if self.hyper.amsgrad else STATE_TENSORS[:2]
+
+    def take_states(self, states: Sequence[Mapping[str, Any]]) -> None:
+        """Fills the columns of the states, and the step counts, from the states in torch's form. Raises KeyError."""
+        self.exp_avgs = [state["exp_avg"] for state in states]
+        self.exp_avg_sqs = [state["exp_avg_sq"] for state in states]
+        self.max_exp_avg_sqs = [state["max_exp_avg_sq"] for state in states] if self.hyper.amsgrad else None
+        self.steps = [state["step"] + 1 for state in states]
+        if not set(map(type, self.steps)) <= {int}:  # frameworks may put tensors there
+            self.steps = [int(step) for step in self.steps]
+
 
 def check_params_and_grads(batch: AdamBatch) -> None:
     """Raises for the first param or grad that cannot be updated. A grad laid out otherwise than its param is copied.

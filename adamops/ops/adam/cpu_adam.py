@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import inspect
+import sys
 import warnings
 from collections import defaultdict
 from collections.abc import Callable
@@ -42,6 +44,15 @@ def _load_backend() -> NativeBackend | TorchBackend:
         warnings.warn(f"adamops falls back to torch calls, which are slow. {error}", RuntimeWarning, stacklevel=3)
         op_builder.get("torch_adam").load()
         return TorchBackend()
+
+
+def _unguarded(method: Callable[..., Any]) -> Callable[..., Any]:
+    """The method of Optimizer without the guard that hides it from torch.compile, where nothing is being compiled.
+
+    The guard imports torch._dynamo when it is first called, which takes about a second; unless someone has imported
+    that already, there is nothing to hide from.
+    """
+    return method if "torch._dynamo" in sys.modules else inspect.unwrap(method)
 
 
 class DeepSpeedCPUAdam(Optimizer):
@@ -129,7 +140,11 @@ class DeepSpeedCPUAdam(Optimizer):
             # GPU, and puts its own shards in host memory into the groups. step() checks again.
             if isinstance(param, Tensor) and param.device.type == "cpu":
                 check_param(param, f"{where}, param {i}")
-        super().add_param_group({**param_group, "params": params})
+        _unguarded(Optimizer.add_param_group)(self, {**param_group, "params": params})
+
+    def zero_grad(self, set_to_none: bool = True) -> None:
+        """Sets the grads to None, or to zero, as torch.optim.Optimizer does."""
+        _unguarded(Optimizer.zero_grad)(self, set_to_none)
 
     @torch.no_grad()
     def step(self, closure: Callable[[], Any] | None = None) -> Any:
@@ -172,23 +187,17 @@ class DeepSpeedCPUAdam(Optimizer):
         """The group's batch, the states of its params, and whether any of those is new and not yet in self.state."""
         hyper = AdamHyper.of_group(group, self.adam_w_mode)
         _check_betas(hyper.beta1, hyper.beta2, f" in {where}")
-        pairs = [(param, grad) for param in group["params"] if (grad := param.grad) is not None]
-        params, grads = [param for param, _ in pairs], [grad for _, grad in pairs]
+        params, grads = _with_grads(group["params"])
         states = [self.state.get(param) or {} for param in params]
         batch = AdamBatch(where, hyper, params, grads, [], [], None, [])
-        needed = STATE_TENSORS if hyper.amsgrad else STATE_TENSORS[:2]
-        states_are_new = not all("step" in state and needed[-1] in state for state in states)
-        if states_are_new:
+        try:
+            batch.take_states(states)
+            return batch, states, False
+        except KeyError:
             check_params_and_grads(batch)
-            states = self._with_new_states(params, states, needed)
-        batch.exp_avgs = [state["exp_avg"] for state in states]
-        batch.exp_avg_sqs = [state["exp_avg_sq"] for state in states]
-        if hyper.amsgrad:
-            batch.max_exp_avg_sqs = [state["max_exp_avg_sq"] for state in states]
-        batch.steps = [state["step"] + 1 for state in states]
-        if not set(map(type, batch.steps)) <= {int}:  # frameworks may put tensors there
-            batch.steps = [int(step) for step in batch.steps]
-        return batch, states, states_are_new
+            states = self._with_new_states(params, states, batch.state_keys)
+            batch.take_states(states)
+            return batch, states, True
 
     def _with_new_states(
         self, params: list[Tensor], states: list[dict[str, Any]], needed: tuple[str, ...]
@@ -227,11 +236,8 @@ class DeepSpeedCPUAdam(Optimizer):
         where = f"subgroup {subgroup_id}"
         batch = AdamBatch(where, hyper, [param], [grad], [], [], None, [])
         check_params_and_grads(batch)
-        needed = STATE_TENSORS if hyper.amsgrad else STATE_TENSORS[:2]
-        state = self._with_new_states([param], [held or {}], needed)[0]
-        batch.exp_avgs, batch.exp_avg_sqs = [state["exp_avg"]], [state["exp_avg_sq"]]
-        batch.max_exp_avg_sqs = [state["max_exp_avg_sq"]] if hyper.amsgrad else None
-        batch.steps = [state["step"] + 1]
+        state = self._with_new_states([param], [held or {}], batch.state_keys)[0]
+        batch.take_states([state])
         self._backend.prepare(batch)()
         state["step"] += 1
         self.state[subgroup_id] = state  # type: ignore[index]
@@ -324,6 +330,14 @@ class DeepSpeedCPUAdam(Optimizer):
 
 
 CPUAdam = DeepSpeedCPUAdam
+
+
+def _with_grads(params: list[Tensor]) -> tuple[list[Tensor], list[Tensor]]:
+    """The params that have a grad, and their grads."""
+    grads = [param.grad for param in params]
+    if any(grad is None for grad in grads):
+        params = [param for param, grad in zip(params, grads, strict=True) if grad is not None]
+    return params, [grad for grad in grads if grad is not None]
 
 
 def _shield_states(optimizer: Optimizer, state_dict: dict[str, Any]) -> dict[str, Any]:

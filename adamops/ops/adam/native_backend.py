@@ -46,7 +46,7 @@ class NativeBackend:
             check_states(batch)
             table = self._table_of_addresses(batch)
         distinct_steps = {step: row for row, step in enumerate(dict.fromkeys(batch.steps))}
-        rows = [distinct_steps[step] for step in batch.steps]
+        rows = list(map(distinct_steps.__getitem__, batch.steps))
         scalars = [batch.hyper.scalars(step) for step in distinct_steps]
         return lambda: self.module.adam_step(table, rows, scalars, batch.hyper.l2, torch.get_num_threads())
 

@@ -1,0 +1,474 @@
+"""Times the optimizers, in turns, against their peers and against merely moving the bytes: `python -m adamops.bench`.
+
+Must not know how any of them works: it calls what users call. Only the touch loop and the SIMD target are the op's own.
+"""
+
+from __future__ import annotations
+
+import argparse
+import dataclasses
+import functools
+import gc
+import importlib.metadata
+import json
+import os
+import platform
+import statistics
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from rich import box
+from rich.console import Console
+from rich.table import Table
+from torch import Tensor
+from torch.nn import Parameter
+from torch.optim import Optimizer
+
+from . import __version__, op_builder
+from .ops.adam import DeepSpeedCPUAdam
+from .ops.adam.batch import DTYPES
+
+OURS, TOUCH = "adamops", "touch"
+PREFETCH_BYTES = (0, 256, 512, 1024, 2048, 4096)
+HYPER: dict[str, Any] = {"lr": 1e-3, "betas": (0.9, 0.999), "eps": 1e-8, "weight_decay": 0.01}
+
+# Rounds that are not counted: the first makes the states, the second finds them in memory.
+WARMUP_ROUNDS = 2
+
+# Elements of the work that comes before each turn and is not counted; see _as_after_a_backward_pass().
+WARM_ELEMENTS = 1_000_000
+
+
+class Unavailable(Exception):
+    """A contestant cannot take part; the message says why."""
+
+
+@dataclasses.dataclass(frozen=True)
+class Options:
+    """What the command line asks for; `repeat` is None where each case has its own number of rounds."""
+
+    elements: int
+    repeat: int | None
+    threads: int
+    peers: bool
+
+
+@dataclasses.dataclass(frozen=True)
+class Work:
+    """The tensors of a case: their sizes in elements, the dtype of params and grads, and that of the states."""
+
+    numels: list[int]
+    dtype: torch.dtype
+    state_dtype: torch.dtype
+
+
+@dataclasses.dataclass
+class Result:
+    """The times of a case in milliseconds, by contestant, in the order of their turns.
+
+    `ours` is the contestant that the others are compared with; `skipped` maps names to reasons; `touch` has the times
+    of all prefetch distances, of which `times` has the best.
+    """
+
+    title: str
+    times: dict[str, list[float]]
+    ours: str = OURS
+    skipped: dict[str, str] = dataclasses.field(default_factory=dict)
+    touch: dict[int, list[float]] = dataclasses.field(default_factory=dict)
+
+    def median(self, name: str) -> float:
+        """The contestant's median time in milliseconds."""
+        return statistics.median(self.times[name])
+
+    def speed(self, other: str) -> float:
+        """Our speed relative to the other's: above 1, ours is faster."""
+        return self.median(other) / self.median(self.ours)
+
+    def as_json(self) -> dict[str, Any]:
+        """All that was measured, and what follows from it."""
+        contestants = {
+            name: {
+                "median_ms": self.median(name),
+                "min_ms": min(times),
+                "adamops_speed": self.speed(name),
+                "times_ms": times,
+            }
+            for name, times in self.times.items()
+        }
+        return {
+            "title": self.title,
+            "ours": self.ours,
+            "contestants": contestants,
+            "skipped": self.skipped,
+            "touch_times_ms_by_prefetch_bytes": self.touch,
+        }
+
+
+# Contestants -------------------------------------------------------------------------------------------------------
+
+
+def new_params(numels: Sequence[int], dtype: torch.dtype) -> list[Parameter]:
+    """Params with grads, all of random normal values."""
+    params = [Parameter(torch.randn(numel, dtype=dtype)) for numel in numels]
+    for param in params:
+        param.grad = torch.randn_like(param)
+    return params
+
+
+def adamops_optimizer(params: list[Parameter], state_dtype: torch.dtype) -> Optimizer:
+    """Ours."""
+    return DeepSpeedCPUAdam(params, **HYPER, fp32_optimizer_states=state_dtype == torch.float32)
+
+
+def torch_optimizer(kind: str, params: list[Parameter], state_dtype: torch.dtype) -> Optimizer:
+    """torch.optim.AdamW, its "fused" or its "foreach" implementation."""
+    if params[0].dtype != state_dtype:
+        raise Unavailable("torch.optim.AdamW keeps its states in the dtype of the params")
+    settings = {**HYPER, kind: True}
+    return torch.optim.AdamW(params, **settings)
+
+
+@functools.cache
+def deepspeed_adam() -> type[Optimizer]:
+    """DeepSpeed's class. Raises Unavailable if it cannot be imported."""
+    os.environ.setdefault("DS_ACCELERATOR", "cpu")
+    os.environ.setdefault("DS_SKIP_CUDA_CHECK", "1")
+    # Its build at first use looks for ninja on the PATH, which may lack this environment.
+    os.environ["PATH"] = os.pathsep.join([str(Path(sys.executable).parent), os.environ.get("PATH", "")])
+    try:
+        from deepspeed.ops.adam import DeepSpeedCPUAdam as DeepSpeeds
+    except Exception as error:  # its import runs much code
+        raise Unavailable(f"cannot be imported: {last_line(error)}") from error
+    return DeepSpeeds
+
+
+def deepspeed_optimizer(params: list[Parameter], state_dtype: torch.dtype) -> Optimizer:
+    """DeepSpeed's, which is compiled here at first use, in a minute or so."""
+    deepspeeds: Callable[..., Optimizer] = deepspeed_adam()
+    try:
+        return deepspeeds(params, **HYPER, adamw_mode=True, fp32_optimizer_states=state_dtype == torch.float32)
+    except Exception as error:  # its build does
+        raise Unavailable(f"cannot be built: {last_line(error)}") from error
+
+
+OPTIMIZERS: dict[str, Callable[[list[Parameter], torch.dtype], Optimizer]] = {
+    OURS: adamops_optimizer,
+    "torch fused": functools.partial(torch_optimizer, "fused"),
+    "torch foreach": functools.partial(torch_optimizer, "foreach"),
+    "DeepSpeed": deepspeed_optimizer,
+}
+
+
+def entrants(options: Options) -> list[str]:
+    """The names of the optimizers that take part."""
+    return list(OPTIMIZERS) if options.peers else [OURS]
+
+
+def last_line(error: Exception) -> str:
+    """An error in one line: a compiler's log ends with what matters."""
+    lines = str(error).strip().splitlines()
+    return f"{type(error).__name__}: {lines[-1]}" if lines else type(error).__name__
+
+
+class TouchLoop:
+    """Tensors of its own, whose bytes it moves as a step would, and computes nothing."""
+
+    def __init__(self, work: Work) -> None:
+        self.module = op_builder.get("cpu_adam").load()
+        params = new_params(work.numels, work.dtype)
+        # Written to, not zeros: pages never written would all be the one zero page, in the cache.
+        states = [[torch.full_like(param, 0.5, dtype=work.state_dtype) for param in params] for _ in range(2)]
+        columns: list[list[Tensor]] = [[*params], [param.grad for param in params if param.grad is not None], *states]
+        self.tensors = columns  # the table owns nothing
+        self.table = self.module.table_of_addresses(
+            *([tensor.data_ptr() for tensor in column] for column in columns),
+            max_exp_avg_sqs=None,
+            numels=work.numels,
+            dtypes=[4 * DTYPES.index(work.dtype) + 9 * DTYPES.index(work.state_dtype)] * len(params),
+        )
+
+    def run(self, prefetch_bytes: int) -> None:
+        """Moves all bytes once."""
+        self.module.touch(self.table, prefetch_bytes, torch.get_num_threads())
+
+
+# Timing ------------------------------------------------------------------------------------------------------------
+
+
+def time_in_turns(turns: Mapping[str, Callable[[], object]], rounds: int) -> dict[str, list[float]]:
+    """Milliseconds of each call, over so many rounds in which each takes a turn, each round starting with another."""
+    names = list(turns)
+    times: dict[str, list[float]] = {name: [] for name in names}
+    for i in range(-WARMUP_ROUNDS, rounds):
+        first = i % len(names)
+        for name in names[first:] + names[:first]:
+            _as_after_a_backward_pass()
+            start = time.perf_counter()
+            turns[name]()
+            if i >= 0:
+                times[name].append(1e3 * (time.perf_counter() - start))
+    return times
+
+
+def _as_after_a_backward_pass() -> None:
+    """Has torch's threads work for some milliseconds, so that every turn finds them awake, as a step in training does.
+
+    To wake them from sleep may take a scheduler's tick or two (4 and 8 ms were measured). Where a peer brings an OpenMP
+    runtime of its own, this also outlasts the spinning of its threads, which would take the cores from the next turn.
+    """
+    torch.linspace(0, 1, WARM_ELEMENTS).sin_()
+
+
+def time_work(title: str, work: Work, options: Options, rounds: int) -> Result:
+    """Steps of all optimizers over the work, and the touch loop."""
+    turns: dict[str, Callable[[], object]] = {}
+    skipped = {}
+    for name in entrants(options):
+        try:
+            turns[name] = OPTIMIZERS[name](new_params(work.numels, work.dtype), work.state_dtype).step
+        except Unavailable as reason:
+            skipped[name] = str(reason)
+    touch = TouchLoop(work)
+    touches = {f"{TOUCH} {distance}": distance for distance in PREFETCH_BYTES}
+    turns |= {name: functools.partial(touch.run, distance) for name, distance in touches.items()}
+
+    times = time_in_turns(turns, options.repeat or rounds)
+    by_distance = {distance: times.pop(name) for name, distance in touches.items()}
+    times[TOUCH] = min(by_distance.values(), key=statistics.median)
+    return Result(title, times, skipped=skipped, touch=by_distance)
+
+
+# Cases -------------------------------------------------------------------------------------------------------------
+
+
+def human(count: int) -> str:
+    """A count for a title, as in "100 M"."""
+    return f"{count / 1e6:g} M" if count >= 1_000_000 else str(count)
+
+
+def one_fp32_tensor(options: Options) -> Result:
+    """One large tensor of fp32."""
+    work = Work([options.elements], torch.float32, torch.float32)
+    return time_work(f"{human(options.elements)} fp32", work, options, rounds=15)
+
+
+def one_bf16_tensor_with_fp32_states(options: Options) -> Result:
+    """One large tensor, params and grads bf16, states fp32."""
+    work = Work([options.elements], torch.bfloat16, torch.float32)
+    return time_work(f"{human(options.elements)} bf16 params+grads, fp32 states", work, options, rounds=15)
+
+
+def one_bf16_tensor(options: Options) -> Result:
+    """One large tensor, params, grads and states bf16."""
+    work = Work([options.elements], torch.bfloat16, torch.bfloat16)
+    return time_work(f"{human(options.elements)} bf16 everything", work, options, rounds=15)
+
+
+def many_tensors(options: Options) -> Result:
+    """A thousand small tensors, where what surrounds the arithmetic counts."""
+    numel = max(1, min(4000, options.elements // 1000))
+    work = Work([numel] * 1000, torch.float32, torch.float32)
+    return time_work(f"1000 x {numel} fp32", work, options, rounds=50)
+
+
+def forced_avx2(options: Options) -> Result:
+    """AVX2 on a CPU that has better: one optimizer and its tensors, its SIMD target switched between steps."""
+    module = op_builder.get("cpu_adam").load()
+    best, title = module.target(), f"{human(options.elements)} fp32, AVX2 forced"
+    ours, other = f"{OURS} avx2", f"{OURS} {best}"
+    if best == "avx2" or "avx2" not in module.supported_targets():
+        return Result(title, {}, ours, {ours: f"the SIMD target here is {best}"})
+    optimizer = adamops_optimizer(new_params([options.elements], torch.float32), torch.float32)
+
+    def step_with(target: str) -> None:
+        module.use_target(target)
+        optimizer.step()
+
+    turns = {ours: functools.partial(step_with, "avx2"), other: functools.partial(step_with, best)}
+    try:
+        return Result(title, time_in_turns(turns, options.repeat or 15), ours)
+    finally:
+        module.use_target(best)
+
+
+def first_step(options: Options) -> Result:
+    """Constructing the optimizer and its first step on a small model, each time in a new process."""
+    result = Result("first step of a small model, in a new process", {})
+    for _ in range(options.repeat or 3):
+        for name in entrants(options):
+            if name in result.skipped:
+                continue
+            try:
+                result.times.setdefault(name, []).append(_first_step_in_new_process(name, options.threads))
+            except Unavailable as reason:
+                result.skipped[name] = str(reason)
+                result.times.pop(name, None)
+    return result
+
+
+def _first_step_in_new_process(name: str, threads: int) -> float:
+    code = f"from adamops import bench; print(bench.first_step_ms({name!r}, {threads}))"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+    if done.returncode != 0:
+        raise Unavailable(done.stderr.strip().splitlines()[-1].removeprefix("adamops.bench.Unavailable: "))
+    return float(done.stdout.split()[-1])
+
+
+def first_step_ms(name: str, threads: int) -> float:
+    """Milliseconds, after all imports and a backward pass, to construct the optimizer of this name and take a step."""
+    torch.set_num_threads(threads)
+    if name == "DeepSpeed":
+        deepspeed_adam()
+    model = torch.nn.Sequential(torch.nn.Linear(64, 256), torch.nn.GELU(), torch.nn.Linear(256, 10))
+    model(torch.randn(32, 64)).square().mean().backward()
+    start = time.perf_counter()
+    OPTIMIZERS[name](list(model.parameters()), torch.float32).step()
+    return 1e3 * (time.perf_counter() - start)
+
+
+CASES: dict[str, Callable[[Options], Result]] = {
+    "fp32": one_fp32_tensor,
+    "bf16-params": one_bf16_tensor_with_fp32_states,
+    "bf16": one_bf16_tensor,
+    "many-tensors": many_tensors,
+    "avx2": forced_avx2,
+    "first-step": first_step,
+}
+
+
+# Output ------------------------------------------------------------------------------------------------------------
+
+
+def environment() -> dict[str, Any]:
+    """What the figures depend on besides the code."""
+    try:
+        deepspeed = importlib.metadata.version("deepspeed")
+    except importlib.metadata.PackageNotFoundError:
+        deepspeed = None
+    return {
+        "cpu": cpu_model(),
+        "cores": os.cpu_count(),
+        "threads": torch.get_num_threads(),
+        "simd_target": op_builder.get("cpu_adam").load().target(),
+        "python": platform.python_version(),
+        "torch": torch.__version__,
+        "deepspeed": deepspeed,
+        "adamops": __version__,
+    }
+
+
+def cpu_model() -> str:
+    """The CPU's name for people."""
+    try:
+        lines = Path("/proc/cpuinfo").read_text().splitlines()
+    except OSError:
+        lines = []
+    names = [line.partition(":")[2].strip() for line in lines if line.startswith("model name")]
+    return names[0] if names else platform.processor() or platform.machine()
+
+
+def print_environment(console: Console, facts: dict[str, Any]) -> None:
+    """The line or two above the table."""
+    console.print(f"[bold]{facts['cpu']}[/], {facts['cores']} cores; SIMD target {facts['simd_target']}")
+    versions = f"adamops {facts['adamops']}, torch {facts['torch']}, DeepSpeed {facts['deepspeed'] or 'not installed'}"
+    console.print(f"{versions}; {facts['threads']} threads; medians of optimizer.step(), in turns\n")
+
+
+def table_of(results: dict[str, Result], terminal: bool) -> Table:
+    """A line for each case and contestant. The last column is our speed relative to that contestant's."""
+    table = Table(box=box.ROUNDED if terminal else None, header_style="bold", pad_edge=terminal)
+    table.add_column("case", no_wrap=True)
+    table.add_column("contestant", no_wrap=True)
+    table.add_column("median ms", justify="right")
+    table.add_column("min ms", justify="right")
+    table.add_column("speed of adamops", justify="right")
+    for name, result in results.items():
+        table.add_row(f"[bold]{result.title}[/]", f"[dim]--cases {name}[/]", "", "", "")
+        for contestant in [*result.times, *result.skipped]:
+            table.add_row("", *_row(result, contestant))
+        table.add_section()
+    return table
+
+
+def _row(result: Result, name: str) -> tuple[str, str, str, str]:
+    if name in result.skipped:
+        return name, "-", "-", "-"
+    speed = result.speed(name)
+    if name == result.ours:
+        ratio = ""
+    elif name == TOUCH:
+        ratio = f"{speed:.3f} of touch"
+    else:
+        ratio = f"[{'green' if speed >= 1 else 'yellow'}]{speed:.2f} x[/]"
+    return name, f"{result.median(name):.2f}", f"{min(result.times[name]):.2f}", ratio
+
+
+def print_skipped(console: Console, results: dict[str, Result]) -> None:
+    """Who did not take part, and why; each reason once."""
+    reasons: dict[tuple[str, str], list[str]] = {}
+    for case, result in results.items():
+        for name, reason in result.skipped.items():
+            reasons.setdefault((name, reason), []).append(case)
+    for (name, reason), cases in reasons.items():
+        console.print(f"- {name} ({', '.join(cases)}): {reason}", markup=False, soft_wrap=True)
+
+
+# Command line ------------------------------------------------------------------------------------------------------
+
+
+def positive(text: str) -> int:
+    """A whole number from 1, from the command line."""
+    value = int(text) if text.isdigit() else 0
+    if value < 1:
+        raise argparse.ArgumentTypeError(f"{text!r} is not a whole number from 1")
+    return value
+
+
+def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
+    """The command line."""
+    parser = argparse.ArgumentParser(prog="python -m adamops.bench", description=(__doc__ or "").partition(":")[0])
+    parser.add_argument("--cases", nargs="+", choices=list(CASES), default=list(CASES), metavar="CASE",
+                        help=f"which to run: {', '.join(CASES)} (default: all)")  # fmt: skip
+    parser.add_argument("--elements", type=positive, default=100_000_000, help="of the large tensors (default: 100 M)")
+    parser.add_argument("--repeat", type=positive, help="rounds that are counted (default: as suits the case)")
+    parser.add_argument("--threads", type=positive, help="for all contestants (default: torch's number)")
+    parser.add_argument("--json", type=Path, metavar="FILE", help="also write all times there")
+    parser.add_argument("--no-peers", action="store_true", help="time only adamops and the touch loop")
+    return parser.parse_args(arguments)
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Runs the benchmark; returns the exit status, which is 1 when the op is not available."""
+    args = parse(arguments)
+    try:
+        op_builder.get("cpu_adam").load()
+    except op_builder.OpUnavailableError as error:
+        print(error, file=sys.stderr)
+        return 1
+    if args.threads:
+        torch.set_num_threads(args.threads)
+    options = Options(args.elements, args.repeat, torch.get_num_threads(), not args.no_peers)
+    terminal = sys.stdout.isatty()
+    console = Console(width=None if terminal else 120, highlight=False)
+    facts = environment()
+    print_environment(console, facts)
+    results = {}
+    for name in dict.fromkeys(args.cases):
+        with Console(stderr=True).status(f"{name} ..."):
+            results[name] = CASES[name](options)
+        gc.collect()  # an optimizer may hold itself, and gigabytes, in a cycle of references
+    console.print(table_of(results, terminal))
+    print_skipped(console, results)
+    if args.json:
+        cases = {name: result.as_json() for name, result in results.items()}
+        args.json.write_text(json.dumps({"environment": facts, "cases": cases}, indent=1) + "\n")
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
