@@ -41,7 +41,7 @@ HYPER: dict[str, Any] = {"lr": 1e-3, "betas": (0.9, 0.999), "eps": 1e-8, "weight
 WARMUP_ROUNDS = 2
 
 # Elements of the work that comes before each turn and is not counted; see _as_after_a_backward_pass().
-WARM_ELEMENTS = 1_000_000
+WARM_ELEMENTS = 2_000_000
 
 
 class Unavailable(Exception):
@@ -216,10 +216,10 @@ def time_in_turns(turns: Mapping[str, Callable[[], object]], rounds: int) -> dic
 
 
 def _as_after_a_backward_pass() -> None:
-    """Has torch's threads work for some milliseconds, so that every turn finds them awake, as a step in training does.
+    """Has torch's threads work for a moment, so that every turn finds them awake, as a step in training does.
 
-    To wake them from sleep may take a scheduler's tick or two (4 and 8 ms were measured). Where a peer brings an OpenMP
-    runtime of its own, this also outlasts the spinning of its threads, which would take the cores from the next turn.
+    To wake them from a longer sleep may take ticks of the scheduler: 8 ms were measured after a pause of 20 ms. And where
+    a peer brings its own OpenMP runtime, whose idle threads spin for a while, that is over when the next turn begins.
     """
     torch.linspace(0, 1, WARM_ELEMENTS).sin_()
 

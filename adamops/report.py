@@ -49,11 +49,9 @@ def _environment(ops: list[str]) -> dict[str, Any]:
     """
     targets = [target.name for target in targets_of(platform.machine())]
     errors = []
-    for check in [
-        lambda: environment.cpu_targets(targets),
-        environment.max_jobs,
-        *(functools.partial(environment.build_switch, op) for op in ops),
-    ]:
+    checks: list[Callable[[], Any]] = [functools.partial(environment.cpu_targets, targets), environment.max_jobs]
+    checks += [functools.partial(environment.build_switch, op) for op in ops]
+    for check in checks:
         try:
             check()
         except ValueError as error:
@@ -99,7 +97,7 @@ def _usable(builder: OpBuilder, compatible: bool, prebuilt: bool) -> dict[str, A
     why = ""
     if prebuilt:
         try:
-            if isinstance(builder, OpBuilder):
+            if isinstance(builder, OpBuilder) and compatible:
                 builder.load_prebuilt()  # on its own first: load() would go on to build the op
             return {"ok": True, "in_use": "prebuilt extension", **_simd(builder.load())}
         except ValueError as error:  # of an environment variable
@@ -110,13 +108,13 @@ def _usable(builder: OpBuilder, compatible: bool, prebuilt: bool) -> dict[str, A
     if not compatible:
         return {**described, "in_use": without}
     try:
-        if isinstance(builder, OpBuilder) and jit.cached_path(builder.for_this_machine()).is_file():
+        if isinstance(builder, OpBuilder) and jit.cached_path(builder).is_file():
             found = {**described, "ok": not why, "in_use": "extension built at first use, from the cache"}
             return {**found, **_simd(builder.load())}
     except ValueError as error:
         return {"ok": False, "in_use": "nothing", "error": str(error)}
     except Exception as error:
-        return {"ok": False, "in_use": without, "error": _in_words(error)}
+        return {"ok": False, "in_use": without, "error": f"{why}\n{_in_words(error)}".strip()}
     return {**described, "in_use": "a build at first use, not done yet"}
 
 

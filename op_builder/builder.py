@@ -177,11 +177,7 @@ class OpBuilder:
         """Builds the op for this machine, or takes it from the cache, and loads it. Raises BuildError."""
         from . import jit
 
-        return jit.load(self.for_this_machine())
-
-    def for_this_machine(self) -> OpBuilder:
-        """The builder to use for a build that only this machine will run."""
-        return self
+        return jit.load(self)
 
     def prepare(self, module: Any) -> Any:
         """Called once with the loaded module; what it returns is what load() returns."""

@@ -5,7 +5,6 @@ Runs at build time. At run time the extension itself asks CPUID, which takes no 
 
 from __future__ import annotations
 
-import copy
 import dataclasses
 import functools
 import os
@@ -103,7 +102,8 @@ def choose_targets(compiler: Compiler, default: str) -> TargetChoice:
 class CPUOpBuilder(OpBuilder):
     """An op whose kernels are compiled once per SIMD target and chosen by CPUID when the op is loaded."""
 
-    # In an ahead-of-time build for whoever may come, "all"; in a build at run time, "native".
+    # In a build at run time too: "native" would cost a second of py-cpuinfo in each process that loads it from the
+    # cache, and a cache shared by unlike machines would hold a build for each.
     default_targets = "all"
 
     def kernel_sources(self) -> list[str]:
@@ -157,11 +157,6 @@ class CPUOpBuilder(OpBuilder):
         except ImportError:
             return Compatibility(False, "pybind11 is not installed")
         return Compatibility(True, f"{compiler.version} for {compiler.machine}")
-
-    def for_this_machine(self) -> CPUOpBuilder:
-        clone = copy.copy(self)
-        clone.default_targets = "native"
-        return clone
 
     def prepare(self, module: Any) -> Any:
         """Forces the SIMD target that ADAMOPS_SIMD names, if it does."""

@@ -1,0 +1,49 @@
+#!/usr/bin/env bash
+# Shows adamops at work on a fresh machine (Python 3.10+ with venv, a C++ compiler): installs it from this checkout into an
+# environment of its own, prints the report, and trains a small transformer with it and with torch.optim.AdamW.
+#
+#   PYTHON             the interpreter to make the environment with (default: python3)
+#   ADAMOPS_DEMO_VENV  the environment's folder (default: .venv-demo in the checkout); it is kept and used again
+#
+# Arguments are passed to ci/demo.py, for example --steps 100.
+set -euo pipefail
+
+root="$(cd "$(dirname "${BASH_SOURCE[0]}")/.." && pwd)"
+venv="${ADAMOPS_DEMO_VENV:-$root/.venv-demo}"
+python="${PYTHON:-python3}"
+unset PYTHONPATH
+export PIP_DISABLE_PIP_VERSION_CHECK=1
+
+if ! "$python" -c 'import sys; sys.exit(sys.version_info < (3, 10))'; then
+  echo "ci/demo.sh: $python is missing or older than Python 3.10; name another one in PYTHON" >&2
+  exit 1
+fi
+
+if [[ ! -x "$venv/bin/python" ]]; then
+  echo "== Making the environment $venv"
+  "$python" -m venv "$venv"
+fi
+venv="$(cd "$venv" && pwd)"
+
+# A CPU build of torch suffices. On Linux the plain wheel brings some gigabytes of CUDA libraries along; whoever has put
+# another build of torch 2.4 or later into the environment, from the index for CPU builds say, keeps it.
+if ! "$venv/bin/python" -c 'import torch' 2>/dev/null; then
+  echo "== Installing torch"
+  "$venv/bin/pip" install --quiet "torch==2.13.0"
+fi
+
+echo "== Installing adamops from $root"
+"$venv/bin/pip" install --quiet "$root[demo]"
+
+# Not from the checkout, where Python would find the sources and not what was installed.
+cd "$venv"
+
+echo "== Report"
+status=0
+bin/python -m adamops.report || status=$?
+if ((status != 0)); then
+  echo "(the report ended with exit status $status: not everything is available natively here)"
+fi
+
+echo "== Training"
+exec bin/python "$root/ci/demo.py" "$@"

@@ -1,0 +1,111 @@
+"""The benchmark runs, and its table and JSON hold what they promise. Says nothing of how fast anything is."""
+
+import json
+import os
+import subprocess
+import sys
+
+import pytest
+
+from adamops import bench
+
+CASES = ["fp32", "bf16-params", "bf16", "many-tensors", "avx2", "first-step"]
+TORCH = ["torch fused", "torch foreach"]
+
+
+def run_bench(cwd, *arguments, **variables):
+    return subprocess.run(
+        [sys.executable, "-m", "adamops.bench", *arguments],
+        cwd=cwd,
+        env={**os.environ, **variables},
+        capture_output=True,
+        text=True,
+        timeout=300,
+    )
+
+
+@pytest.fixture(scope="module")
+def small_run(tmp_path_factory):
+    """All cases, on a machine whose DeepSpeed is broken: its build takes a minute where it is not."""
+    folder = tmp_path_factory.mktemp("bench")
+    (folder / "deepspeed").mkdir()
+    (folder / "deepspeed" / "__init__.py").write_text("raise RuntimeError('no such accelerator')\n")
+    path = os.pathsep.join(filter(None, [str(folder), os.environ.get("PYTHONPATH")]))
+    done = run_bench(folder, "--elements", "10000", "--repeat", "2", "--json", "times.json", PYTHONPATH=path)
+    assert done.returncode == 0, done.stderr
+    return done.stdout, json.loads((folder / "times.json").read_text())
+
+
+def test_json_has_all_times_medians_and_ratios(small_run):
+    _, report = small_run
+    assert list(report["cases"]) == CASES
+    for name, case in report["cases"].items():
+        ours = case["contestants"].get(case["ours"])
+        assert ours or name == "avx2" and case["skipped"], name
+        for contestant in case["contestants"].values():
+            times = contestant["times_ms"]
+            assert len(times) == 2 and min(times) > 0
+            assert contestant["min_ms"] == min(times)
+            assert contestant["median_ms"] == pytest.approx(sum(times) / 2)
+            assert contestant["adamops_speed"] == pytest.approx(contestant["median_ms"] / ours["median_ms"])
+
+
+def test_every_contestant_has_its_turns(small_run):
+    cases = small_run[1]["cases"]
+    for name in ("fp32", "bf16", "many-tensors"):
+        assert list(cases[name]["contestants"]) == ["adamops", *TORCH, "touch"]
+    assert list(cases["bf16-params"]["contestants"]) == ["adamops", "touch"]
+    assert list(cases["first-step"]["contestants"]) == ["adamops", *TORCH]
+
+
+def test_who_does_not_take_part_is_named_with_the_reason(small_run):
+    text, report = small_run
+    assert set(report["cases"]["bf16-params"]["skipped"]) == {*TORCH, "DeepSpeed"}
+    for name in ("fp32", "first-step"):
+        assert "no such accelerator" in report["cases"][name]["skipped"]["DeepSpeed"]
+    assert "- DeepSpeed (fp32" in text and "no such accelerator" in text
+
+
+def test_touch_speed_is_that_of_the_best_prefetch_distance(small_run):
+    case = small_run[1]["cases"]["fp32"]
+    variants = case["touch_times_ms_by_prefetch_bytes"]
+    assert [int(distance) for distance in variants] == list(bench.PREFETCH_BYTES)
+    assert case["contestants"]["touch"]["median_ms"] == pytest.approx(min(map(sum, variants.values())) / 2)
+
+
+def test_table_in_a_pipe_is_plain_text(small_run):
+    text, report = small_run
+    assert text.isascii() and "\x1b" not in text
+    assert report["environment"]["cpu"] in text
+    assert report["environment"]["simd_target"] in text
+    for case in report["cases"].values():
+        assert case["title"] in text
+    assert {"case", "contestant", "median ms"} <= {column.strip() for column in text.splitlines()[3].split("  ")}
+
+
+def test_an_unknown_case_is_an_error_that_names_the_valid_ones(tmp_path):
+    done = run_bench(tmp_path, "--cases", "fp32", "fp64")
+    assert done.returncode == 2
+    assert "fp64" in done.stderr
+    for name in CASES:
+        assert name in done.stderr.splitlines()[-1]
+
+
+@pytest.mark.parametrize("value", ["0", "-3", "many"])
+def test_a_count_that_is_none_is_an_error(tmp_path, value):
+    done = run_bench(tmp_path, f"--elements={value}")
+    assert done.returncode == 2
+    assert f"{value!r} is not a whole number from 1" in done.stderr
+
+
+def test_no_peers_and_threads(tmp_path):
+    done = run_bench(tmp_path, "--cases=fp32", "--elements=100", "--repeat=1", "--threads=1", "--no-peers")
+    assert done.returncode == 0, done.stderr
+    assert "torch fused" not in done.stdout
+    assert "1 threads" in done.stdout
+
+
+def test_the_simd_target_is_put_back(cpu_adam):
+    before = cpu_adam.target()
+    bench.forced_avx2(bench.Options(elements=100, repeat=1, threads=1, peers=False))
+    assert cpu_adam.target() == before

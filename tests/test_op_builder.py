@@ -1,0 +1,231 @@
+"""The builder layer: environment variables, the choice of targets, load() and builds at first use."""
+
+import os
+import signal
+import subprocess
+import sys
+import textwrap
+import time
+from pathlib import Path
+
+import pytest
+from adamops.op_builder import BuildError, CPUAdamBuilder, OpUnavailableError, environment, jit
+from adamops.op_builder.compile import Compiler, compile_op
+from adamops.op_builder.cpu import choose_targets, targets_of
+
+from adamops import op_builder
+
+
+def test_get_names_the_ops_there_are():
+    assert op_builder.get("cpu_adam").NAME == "cpu_adam"
+    assert op_builder.get("cpu_adam") is op_builder.get("cpu_adam")
+    with pytest.raises(KeyError, match="no op 'sgd'; there are cpu_adam, torch_adam"):
+        op_builder.get("sgd")
+
+
+@pytest.mark.parametrize(
+    ("variable", "value", "read", "message"),
+    [
+        (
+            "ADAMOPS_BUILD_OPS",
+            "yes",
+            lambda: environment.build_switch("cpu_adam"),
+            "use 0 .never build., 1 .must build.",
+        ),
+        ("ADAMOPS_BUILD_CPU_ADAM", "2", lambda: environment.build_switch("cpu_adam"), "ADAMOPS_BUILD_CPU_ADAM='2'"),
+        ("ADAMOPS_CPU_TARGETS", "avx9", lambda: environment.cpu_targets(["avx2"]), "native, all, or a list of avx2"),
+        ("ADAMOPS_SIMD", "avx9", lambda: environment.simd(["avx2", "baseline"]), "use one of avx2, baseline"),
+        ("MAX_JOBS", "0", environment.max_jobs, "use a whole number from 1"),
+        ("MAX_JOBS", "many", environment.max_jobs, "MAX_JOBS='many'"),
+    ],
+)
+def test_unknown_values_are_errors_that_name_the_valid_ones(monkeypatch, variable, value, read, message):
+    monkeypatch.setenv(variable, value)
+    with pytest.raises(ValueError, match=message):
+        read()
+
+
+def test_build_switches(monkeypatch):
+    monkeypatch.delenv("ADAMOPS_BUILD_OPS", raising=False)
+    monkeypatch.delenv("ADAMOPS_BUILD_CPU_ADAM", raising=False)
+    assert environment.build_switch("cpu_adam")[0] is None
+    monkeypatch.setenv("ADAMOPS_BUILD_OPS", "0")
+    assert environment.build_switch("cpu_adam") == (False, "ADAMOPS_BUILD_OPS=0")
+    monkeypatch.setenv("ADAMOPS_BUILD_CPU_ADAM", "1")
+    assert environment.build_switch("cpu_adam") == (True, "ADAMOPS_BUILD_CPU_ADAM=1")
+
+
+class FakeCompiler(Compiler):
+    def __init__(self, machine, refuses=()):
+        super().__init__(["fake"])
+        self.__dict__["machine"] = machine
+        self.refuses = refuses
+
+    def accepts(self, flags):
+        return not any(flag in self.refuses for flag in flags)
+
+
+def names(targets):
+    return [target.name for target in targets]
+
+
+def test_targets_go_by_the_architecture_compiled_for():
+    assert names(targets_of("x86_64")) == ["avx512", "avx2", "baseline"]
+    assert [t.header for t in targets_of("riscv64")] == ["simd/scalar.h"]
+    assert names(choose_targets(FakeCompiler("ppc64le"), "all").enabled) == ["baseline"]
+
+
+@pytest.mark.parametrize(
+    ("value", "enabled"),
+    [("", ["avx512", "avx2", "baseline"]), ("all", ["avx512", "avx2", "baseline"]), ("avx2", ["avx2", "baseline"]),
+     ("baseline", ["baseline"]), ("avx512, baseline", ["avx512", "baseline"])],
+)  # fmt: skip
+def test_requested_targets(monkeypatch, value, enabled):
+    monkeypatch.setenv("ADAMOPS_CPU_TARGETS", value)
+    choice = choose_targets(FakeCompiler("x86_64"), "all")
+    assert names(choice.enabled) == enabled
+    assert {name for name, _ in choice.dropped} == {"avx512", "avx2", "baseline"} - set(enabled)
+
+
+def test_what_the_compiler_does_not_know_is_dropped_with_the_reason(monkeypatch):
+    monkeypatch.delenv("ADAMOPS_CPU_TARGETS", raising=False)
+    choice = choose_targets(FakeCompiler("x86_64", refuses=["-mavx512f"]), "all")
+    assert names(choice.enabled) == ["avx2", "baseline"]
+    assert choice.dropped[0][0] == "avx512"
+    assert "the compiler does not accept" in choice.dropped[0][1]
+    assert str(choice).splitlines()[0] == "SIMD targets requested: all"
+
+
+def test_native_is_what_this_cpu_has(monkeypatch):
+    monkeypatch.setenv("ADAMOPS_CPU_TARGETS", "native")
+    monkeypatch.setattr("adamops.op_builder.cpu.native_cpu_flags", lambda: frozenset({"avx2", "fma", "f16c"}))
+    choice = choose_targets(FakeCompiler("x86_64"), "all")
+    assert names(choice.enabled) == ["avx2", "baseline"]
+    assert dict(choice.dropped)["avx512"] == "this CPU has no avx512bw, avx512dq, avx512f, avx512vl"
+
+
+class Unbuilt(CPUAdamBuilder):
+    """The CPU op, as if none had come with the installation."""
+
+    MODULE = "adamops._native.missing.cpu_adam"
+
+
+def test_each_failed_attempt_is_listed_and_kept(monkeypatch, tmp_path):
+    monkeypatch.setenv("CXX", "/nonexistent/c++")
+    monkeypatch.setenv("ADAMOPS_CACHE_DIR", str(tmp_path))
+    builder = Unbuilt()
+    with pytest.raises(OpUnavailableError) as caught:
+        builder.load()
+    message = str(caught.value)
+    assert "'cpu_adam' is not available" in message
+    assert "- prebuilt extension: none came with this installation" in message
+    assert "- build at run time: no C++ compiler found (set CXX, or install g++ or clang++)" in message
+    assert "Install a C++ compiler" in message and "python -m adamops.report" in message
+    monkeypatch.delenv("CXX")
+    with pytest.raises(OpUnavailableError) as again:
+        builder.load()
+    assert again.value is caught.value
+    assert builder.is_compatible()
+
+
+def test_incompatible_ops_say_why(monkeypatch, capsys):
+    monkeypatch.setenv("CXX", "/nonexistent/c++")
+    assert not Unbuilt().is_compatible(verbose=True)
+    assert "adamops: cpu_adam cannot be built here: no C++ compiler found" in capsys.readouterr().out
+
+
+def test_the_compilers_output_is_in_the_exception(tmp_path):
+    class Broken(Unbuilt):
+        def compile_units(self):
+            (tmp_path / "broken.cpp").write_text("int main() { this is no C++ }")
+            return [op_builder.CompileUnit("broken.cpp")]
+
+        def source_root(self):
+            return tmp_path
+
+        def include_paths(self):
+            return []
+
+    with pytest.raises(BuildError, match=r"(?s)broken\.cpp.*failed:.*error: .*this"):
+        compile_op(Broken(), tmp_path / "out.so")
+    assert not (tmp_path / "out.so").exists()
+
+
+@pytest.mark.parametrize("mode", [0o770, 0o707])
+def test_a_cache_that_others_may_write_to_is_refused(monkeypatch, tmp_path, mode):
+    tmp_path.chmod(mode)
+    monkeypatch.setenv("ADAMOPS_CACHE_DIR", str(tmp_path))
+    with pytest.raises(BuildError, match="may be written by, other users, .*chmod 700"):
+        jit.load(Unbuilt())
+    assert not list(tmp_path.rglob("*.so"))
+
+
+BUILD = """
+    import os, time
+    from adamops.op_builder import CPUAdamBuilder
+    CPUAdamBuilder.MODULE = "adamops._native.missing.cpu_adam"
+    started = time.perf_counter()
+    module = CPUAdamBuilder().load()
+    print(module.target())
+"""
+
+
+def start(cache, code=BUILD, **variables):
+    return subprocess.Popen(
+        [sys.executable, "-c", textwrap.dedent(code)],
+        cwd=cache.parent,
+        env={**os.environ, "ADAMOPS_CACHE_DIR": str(cache), **variables},
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+        start_new_session=True,
+    )
+
+
+def outcome(process):
+    out, err = process.communicate(timeout=300)
+    assert process.returncode == 0, out + err
+    return out, err
+
+
+@pytest.mark.slow
+def test_builds_once_and_then_loads_from_the_cache(tmp_path, cpu_adam):
+    cache = tmp_path / "cache"
+    out, err = outcome(start(cache))
+    assert out == f"{cpu_adam.supported_targets()[0]}\n"
+    assert "adamops: building cpu_adam for this machine, once ... done in" in err
+    assert len(list(cache.glob("*/*.so"))) == 1
+    assert outcome(start(cache)) == (out, "")
+    _, err = outcome(start(cache, CXXFLAGS="-DSOMETHING_ELSE"))  # other flags, another build
+    assert "building" in err
+    assert len(list(cache.glob("*/*.so"))) == 2
+
+
+@pytest.mark.slow
+def test_killed_in_the_middle_of_a_build_and_two_at_once(tmp_path):
+    cache = tmp_path / "cache"
+    killed = start(cache)
+    deadline = time.monotonic() + 60
+    while not list(cache.glob("*/lock")) and time.monotonic() < deadline:
+        time.sleep(0.02)
+    time.sleep(0.5)
+    os.killpg(killed.pid, signal.SIGKILL)
+    killed.communicate()
+    assert not list(cache.glob("*/cpu_adam*.so"))
+    both = [start(cache), start(cache)]
+    errors = [outcome(process)[1] for process in both]
+    assert sorted("building" in error for error in errors) == [False, True]
+    assert len(list(cache.glob("*/cpu_adam*.so"))) == 1
+
+
+def test_a_checkout_on_the_path_works_without_installation(tmp_path):
+    """Whoever starts Python in the project's folder gets the sources there, and they find op_builder and csrc."""
+    checkout = Path(__file__).resolve().parent.parent
+    code = """
+        import adamops
+        from adamops import op_builder
+        print(op_builder.__file__)
+        print(op_builder.get("cpu_adam").source_root())
+    """
+    out, _ = outcome(start(tmp_path / "cache", code, PYTHONPATH=str(checkout)))
+    assert out.splitlines() == [str(checkout / "op_builder" / "__init__.py"), str(checkout / "csrc")]

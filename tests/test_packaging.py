@@ -1,0 +1,186 @@
+"""Building and installing from a clean copy of the sources: wheel, sdist, editable; with and without a compiler."""
+
+import hashlib
+import json
+import os
+import shutil
+import subprocess
+import sys
+import tarfile
+import zipfile
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).resolve().parent.parent
+pytestmark = [
+    pytest.mark.slow,
+    pytest.mark.skipif(not (ROOT / ".git").exists() or not shutil.which("git"), reason="needs a git checkout"),
+]
+
+
+@pytest.fixture
+def sources(tmp_path):
+    """A copy of what git tracks, or would."""
+    copy = tmp_path / "sources"
+    listed = subprocess.run(
+        ["git", "ls-files", "-co", "--exclude-standard"], cwd=ROOT, capture_output=True, text=True, check=True
+    )
+    for name in listed.stdout.splitlines():
+        if (ROOT / name).is_file():
+            (copy / name).parent.mkdir(parents=True, exist_ok=True)
+            shutil.copy(ROOT / name, copy / name)
+    return copy
+
+
+def run(command, cwd, check=True, **variables):
+    result = subprocess.run(
+        list(map(str, command)), cwd=cwd, env={**os.environ, **variables}, capture_output=True, text=True, timeout=600
+    )
+    if check:
+        assert result.returncode == 0, result.stdout[-4000:] + result.stderr[-4000:]
+    return result
+
+
+def build_wheel(sources, out, check=True, **variables):
+    command = [sys.executable, "-m", "pip", "wheel", "-v", "--no-deps", "--no-build-isolation", "-w", out, "."]
+    result = run(command, sources, check, **variables)
+    wheels = list(Path(out).glob("*.whl"))
+    return (wheels[0] if wheels else None), result.stdout + result.stderr
+
+
+def record(wheel):
+    with zipfile.ZipFile(wheel) as archive:
+        return json.loads(archive.read("adamops/_native/cpu_adam.build.json"))
+
+
+def test_two_builds_give_the_same_bytes(sources, tmp_path):
+    digests = []
+    for i in range(2):
+        moved = sources.rename(tmp_path / f"place{i}")
+        wheel, log = build_wheel(moved, tmp_path / f"out{i}")
+        shutil.rmtree(moved / "build", ignore_errors=True)
+        sources = moved
+        assert "adamops: cpu_adam is built, with" in log
+        with zipfile.ZipFile(wheel) as archive:
+            names = archive.namelist()
+            native = [n for n in names if n.startswith("adamops/_native/") and n.endswith((".so", ".json"))]
+            digests.append([(n, hashlib.sha256(archive.read(n)).hexdigest()) for n in native])
+    assert len(digests[0]) == 2 and digests[0] == digests[1]
+    for needed in ("adamops/csrc/adam/adam_update.h", "adamops/op_builder/cpu.py", "adamops/py.typed"):
+        assert needed in names
+    built = record(wheel)
+    assert built["targets"] == ["avx512", "avx2", "baseline"] or built["machine"] != "x86_64"
+    assert str(tmp_path) not in json.dumps(built)
+
+
+def test_without_compiled_ops_torch_calls_take_over(sources, tmp_path):
+    wheel, log = build_wheel(sources, tmp_path, ADAMOPS_BUILD_OPS="0")
+    assert "adamops: cpu_adam is left out: ADAMOPS_BUILD_OPS=0" in log
+    assert record(wheel) == {"op": "cpu_adam", "built": False, "reason": "left out of the build: ADAMOPS_BUILD_OPS=0"}
+    site = tmp_path / "site"
+    run([sys.executable, "-m", "pip", "install", "--no-deps", "--target", site, wheel], tmp_path)
+    code = """
+import torch, warnings, adamops
+assert adamops.__file__.startswith(SITE), adamops.__file__
+param = torch.nn.Parameter(torch.ones(5)); param.grad = torch.ones(5)
+with warnings.catch_warnings(record=True) as caught:
+    warnings.simplefilter("always")
+    adamops.DeepSpeedCPUAdam([param], lr=0.5).step()
+print(len(caught), param.tolist(), caught[0].message)
+"""
+    variables = {"PYTHONPATH": str(site), "CXX": "/nonexistent", "ADAMOPS_CACHE_DIR": str(tmp_path / "cache")}
+    out = run([sys.executable, "-c", f"SITE = {str(site)!r}\n{code}"], tmp_path, **variables).stdout
+    assert out.startswith("1 [0.5, 0.5, 0.5, 0.5, 0.5] adamops falls back to torch calls")
+    assert "left out of the build: ADAMOPS_BUILD_OPS=0" in out
+    shown = run([sys.executable, "-m", "adamops.report"], tmp_path, check=False, **variables)
+    assert shown.returncode == 1 and "left out of the build: ADAMOPS_BUILD_OPS=0" in shown.stdout
+
+
+def test_an_op_that_must_be_built_and_cannot_fails_the_build(sources, tmp_path):
+    wheel, log = build_wheel(sources, tmp_path, check=False, ADAMOPS_BUILD_CPU_ADAM="1", CXX="/nonexistent")
+    assert wheel is None
+    assert "adamops: cpu_adam must be built (ADAMOPS_BUILD_CPU_ADAM=1) but cannot: no C++ compiler found" in log
+
+
+def test_an_op_that_cannot_be_built_is_left_out(sources, tmp_path):
+    wheel, log = build_wheel(sources, tmp_path, CXX="/nonexistent")
+    assert "adamops: cpu_adam is left out: no C++ compiler found" in log
+    assert "no C++ compiler found" in record(wheel)["reason"]
+
+
+def test_an_op_that_does_not_compile_is_left_out_with_the_compilers_words(sources, tmp_path):
+    with (sources / "csrc" / "parallel.cpp").open("a") as file:
+        file.write("\nthis is no C++\n")
+    wheel, log = build_wheel(sources, tmp_path)
+    assert "adamops: cpu_adam is left out:" in log
+    assert "parallel.cpp" in record(wheel)["reason"] and "error:" in record(wheel)["reason"]
+
+
+def test_requested_targets_are_recorded(sources, tmp_path):
+    wheel, _ = build_wheel(sources, tmp_path, ADAMOPS_CPU_TARGETS="avx2")
+    built = record(wheel)
+    if built["machine"] != "x86_64":
+        pytest.skip("avx2 is a target of x86-64")
+    assert built["targets_requested"] == "avx2"
+    assert built["targets"] == ["avx2", "baseline"]
+    assert built["targets_dropped"] == {"avx512": "not requested"}
+
+
+def test_hostile_flags_change_no_bit(sources, tmp_path):
+    """CXXFLAGS of a user who wants speed: the baseline must stay one, and arithmetic must stay exact."""
+    wheel, _ = build_wheel(sources, tmp_path, CXXFLAGS="-march=native -Ofast -ffp-contract=fast")
+    site = tmp_path / "site"
+    with zipfile.ZipFile(wheel) as archive:
+        archive.extractall(site)
+    extension = next((site / "adamops" / "_native").glob("*.so"))
+    check = Path(__file__).parent / "kernel_check.py"
+    from adamops import op_builder
+
+    ours = op_builder.get("cpu_adam").load()
+    for target in ours.supported_targets():
+        expected = run([sys.executable, check, ours.__file__, target], tmp_path).stdout
+        assert run([sys.executable, check, extension, target], tmp_path).stdout == expected
+
+
+def test_sdist_builds_and_holds_everything(sources, tmp_path):
+    run([sys.executable, "-m", "build", "--sdist", "--no-isolation", "-o", tmp_path, "."], sources)
+    (archive,) = tmp_path.glob("*.tar.gz")
+    with tarfile.open(archive) as tar:
+        names = {name.split("/", 1)[-1] for name in tar.getnames()}
+        tar.extractall(tmp_path / "unpacked", filter="data")
+    for needed in (
+        *("setup.py", "LICENSE", "README.md", "CHANGELOG.md", "csrc/adam/adam_update.h", "csrc/simd/avx512.h"),
+        *("op_builder/builder.py", "tests/test_bits.py", "ci/test.sh", "docs/numerics.md", "adamops/report.py"),
+    ):
+        assert needed in names
+    (unpacked,) = (tmp_path / "unpacked").iterdir()
+    wheel, _ = build_wheel(unpacked, tmp_path / "wheel", ADAMOPS_CPU_TARGETS="baseline")
+    assert record(wheel)["built"]
+
+
+def test_editable_installation(sources, tmp_path):
+    import venv
+
+    environment = tmp_path / "env"
+    venv.create(environment, with_pip=False)
+    python = environment / "bin" / "python"
+    site = next((environment / "lib").glob("python*/site-packages"))
+    here = [path for path in sys.path if path.endswith("site-packages")]
+    (site / "packages-of-the-tests.pth").write_text("\n".join(here))
+    (site / "adamops_first.pth").touch()
+    install = [python, "-m", "pip", "install", "--no-deps", "--no-build-isolation", "-e", "."]
+    run(install, sources, ADAMOPS_CPU_TARGETS="baseline")
+    code = """
+import adamops, adamops.op_builder, torch
+print(adamops.__file__); print(adamops.op_builder.__file__)
+param = torch.nn.Parameter(torch.ones(5)); param.grad = torch.ones(5)
+adamops.DeepSpeedCPUAdam([param], lr=0.5).step()
+print(adamops.op_builder.get("cpu_adam").load().__file__)
+"""
+    places = run([python, "-c", code], tmp_path).stdout.split()
+    assert places[0] == str(sources / "adamops" / "__init__.py")
+    assert places[1] == str(sources / "op_builder" / "__init__.py")
+    assert places[2].startswith(str(sources / "adamops" / "_native" / "cpu_adam."))
+    run(install, sources, ADAMOPS_BUILD_OPS="0")  # what an earlier build left must go
+    assert not list((sources / "adamops" / "_native").glob("*.so"))

@@ -1,0 +1,167 @@
+"""python -m adamops.report, as a user runs it, in good states and bad."""
+
+import json
+import os
+import subprocess
+import sys
+
+import pytest
+
+sys.path.insert(0, os.path.dirname(__file__))  # noqa: PTH120
+from plugins import GOOD, offer  # noqa: E402
+
+
+def report(tmp_path, *arguments, environment=None, before="", **variables):
+    """Runs the report away from the checkout, after some code; returns its output and status."""
+    code = f"import runpy, sys\n{before}\nsys.argv[1:] = {list(arguments)}\n"
+    code += "runpy.run_module('adamops.report', run_name='__main__')"
+    result = subprocess.run(
+        [sys.executable, "-c", code],
+        cwd=tmp_path,
+        env={**(environment or os.environ), **variables},
+        capture_output=True,
+        text=True,
+        timeout=120,
+    )
+    assert "Traceback" not in result.stderr, result.stderr
+    return result.stdout, result.returncode
+
+
+def op_of(output, name):
+    return next(op for op in json.loads(output)["ops"] if op["name"].startswith(name))
+
+
+def test_plain_text(tmp_path, cpu_adam):
+    output, status = report(tmp_path)
+    assert status == 0
+    assert output.isascii() and "\x1b" not in output
+    assert "op cpu_adam: ok" in output and "op torch_adam: ok" in output
+    for label in ("prebuilt:", "compatible:", "in use:", "SIMD target chosen:", "threads of torch:", "CUDA toolkit:"):
+        assert label in output
+    assert f"SIMD targets in binary:       {' '.join(cpu_adam.targets())}" in output
+    assert output.endswith("All ops are natively available.\n")
+
+
+def test_json(tmp_path, cpu_adam):
+    output, status = report(tmp_path, "--json")
+    found = json.loads(output)
+    op = op_of(output, "cpu_adam")
+    assert status == 0 and found["ok"] is True
+    assert op["origin"] == "built-in" and op["prebuilt"] and op["in_use"] == "prebuilt extension"
+    assert op["simd"]["chosen"] == cpu_adam.supported_targets()[0]
+    assert op["build"]["built"] and op["build"]["targets"] == cpu_adam.targets()
+    assert "-ffp-contract=off" in op["build"]["flags"]
+    assert "omp" in op["openmp_runtime"]
+    assert found["machine"]["torch"] and found["machine"]["threads"] >= 1
+
+
+def test_in_a_terminal_it_is_drawn(tmp_path):
+    import pty
+
+    master, slave = pty.openpty()
+    process = subprocess.Popen([sys.executable, "-m", "adamops.report"], stdout=slave, cwd=tmp_path)
+    os.close(slave)
+    shown = b""
+    while True:
+        try:
+            piece = os.read(master, 4096)
+        except OSError:  # Linux says so at the end
+            break
+        if not piece:
+            break
+        shown += piece
+    assert process.wait() == 0
+    assert "╭" in shown.decode() and "cpu_adam" in shown.decode()
+
+
+@pytest.mark.parametrize("target", ["avx2", "baseline"])
+def test_a_forced_target_is_shown(tmp_path, target, cpu_adam):
+    if target not in cpu_adam.supported_targets():
+        pytest.skip(f"this CPU or build has no {target}")
+    output, status = report(tmp_path, ADAMOPS_SIMD=target)
+    assert status == 0
+    assert f"{target} (forced by ADAMOPS_SIMD)" in output
+
+
+def test_an_unknown_target_is_an_error(tmp_path):
+    output, status = report(tmp_path, ADAMOPS_SIMD="mmx")
+    assert status == 1
+    assert "ADAMOPS_SIMD='mmx' is not valid on this machine; use one of" in output
+    assert output.endswith("Missing or broken: cpu_adam.\n")
+
+
+def test_without_torch(tmp_path):
+    before = (
+        "import importlib.util as u; f = u.find_spec; u.find_spec = lambda n, *a: None if n == 'torch' else f(n, *a)"
+    )
+    output, status = report(tmp_path, before=before + "\nsys.modules['torch'] = None")
+    assert status == 1
+    assert "op cpu_adam: ok" in output
+    assert "no: torch is not installed" in output
+    assert "torch:                        none" in output
+
+
+def test_nothing_prebuilt_and_no_compiler(tmp_path):
+    before = "from adamops.op_builder import CPUAdamBuilder as B; B.MODULE = 'adamops._native.missing'"
+    output, status = report(tmp_path, before=before, CXX="/nonexistent", ADAMOPS_CACHE_DIR=str(tmp_path / "cache"))
+    assert status == 1
+    assert "no: no C++ compiler found" in output
+    assert "torch_adam (torch calls)" in output
+
+
+def test_nothing_prebuilt_but_a_compiler_builds_nothing(tmp_path):
+    before = "from adamops.op_builder import CPUAdamBuilder as B; B.MODULE = 'adamops._native.missing'"
+    output, status = report(tmp_path, before=before, ADAMOPS_CACHE_DIR=str(tmp_path / "cache"))
+    assert status == 1
+    assert "a build at first use, not done yet" in output
+    assert not list(tmp_path.glob("cache/*/*.so"))
+
+
+def test_an_extension_that_does_not_load(tmp_path):
+    (tmp_path / "broken_native").mkdir()
+    (tmp_path / "broken_native" / "__init__.py").touch()
+    before = f"""
+import sys; sys.path.insert(0, {str(tmp_path)!r})
+from adamops.op_builder import CPUAdamBuilder as B
+from adamops.op_builder.compile import extension_suffix
+B.MODULE = 'broken_native.cpu_adam'
+open({str(tmp_path / "broken_native")!r} + '/cpu_adam' + extension_suffix(), 'w').write('no ELF file')
+"""
+    output, status = report(tmp_path, before=before, CXX="/nonexistent")
+    assert status == 1
+    assert "OpUnavailableError" in output and "no C++ compiler found" in output
+
+
+def test_a_good_plugin(tmp_path):
+    environment = offer(tmp_path, "good_op", GOOD, "good:Builder")
+    output, status = report(tmp_path, environment=environment)
+    assert status == 0
+    assert "op good_op: ok" in output and "plugin of fake-ops" in output
+
+
+@pytest.mark.parametrize(
+    ("code", "message"),
+    [
+        ("raise RuntimeError('boom')", "RuntimeError: boom"),
+        ("class Builder:\n    def __init__(self): raise KeyError('x')", "KeyError: 'x'"),
+        ("Builder = 42", "is not an op builder: it has no NAME, compatibility, is_prebuilt, load"),
+        (GOOD.replace('"good_op"', "None"), "is not an op builder: its NAME is None"),
+        (GOOD.replace('"good_op"', '"cpu_adam"'), "the name 'cpu_adam' is taken by built-in"),
+        (
+            GOOD.replace("return Compatibility(True, 'always')", "") + "    def compatibility(self): 1 / 0",
+            "ZeroDivisionError",
+        ),
+        (GOOD + "    def load_prebuilt(self): raise ImportError('lost')\n    def source_root(self): 1 / 0", "lost"),
+    ],
+    ids=["raises", "constructor", "nonsense", "nameless", "name-taken", "incompatible", "unloadable"],
+)
+def test_a_broken_plugin_costs_a_line(tmp_path, code, message):
+    environment = offer(tmp_path, "bad_op", code, "bad:Builder")
+    output, status = report(tmp_path, environment=environment)
+    assert status == 1
+    assert message in output
+    assert "op cpu_adam: ok" in output
+    step = "import torch; from adamops import DeepSpeedCPUAdam as A; p = torch.nn.Parameter(torch.ones(3)); "
+    step += "p.grad = torch.ones(3); A([p]).step(); print(p.mean().item() < 1)"
+    ours = subprocess.run([sys.executable, "-c", step], env=environment, cwd=tmp_path, capture_output=True, text=True)
+    assert ours.stdout == "True\n", ours.stderr
