@@ -218,8 +218,8 @@ def time_in_turns(turns: Mapping[str, Callable[[], object]], rounds: int) -> dic
 def _as_after_a_backward_pass() -> None:
     """Has torch's threads work for a moment, so that every turn finds them awake, as a step in training does.
 
-    To wake them from a longer sleep may take ticks of the scheduler: 8 ms were measured after a pause of 20 ms. And where
-    a peer brings its own OpenMP runtime, whose idle threads spin for a while, that is over when the next turn begins.
+    To wake them from a longer sleep may take ticks of the scheduler: 8 ms were measured after a pause of 20 ms. And
+    where a peer brings its own OpenMP runtime, whose idle threads spin for a while, that is over when the turn begins.
     """
     torch.linspace(0, 1, WARM_ELEMENTS).sin_()
 

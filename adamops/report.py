@@ -32,13 +32,13 @@ OTHER_VARIABLES = ("CUDA_HOME", "CXX", "CXXFLAGS", "MAX_JOBS", "TORCH_CUDA_ARCH_
 def collect() -> dict[str, Any]:
     """Everything the report shows, as JSON types.
 
-    `ok` says whether every op loads natively or is not meant to (the fallback), no plugin is broken, and no environment
-    variable has a value that is not valid.
+    `ok` says whether torch is there, every op loads natively or is not meant to (the fallback), no plugin is broken,
+    and no environment variable has a value that is not valid.
     """
     machine = _machine()  # first: it imports torch, whose OpenMP runtime the ops then find
     ops = [_describe(op) for op in op_builder.registered_ops()]
     variables = _environment([op["name"] for op in ops])
-    ok = all(op["ok"] for op in ops) and not variables["errors"]
+    ok = all(op["ok"] for op in ops) and not variables["errors"] and machine["threads"] is not None
     return {"ok": ok, "ops": ops, "environment": variables, "machine": machine}
 
 
@@ -262,6 +262,8 @@ def _verdict(report: dict[str, Any]) -> str:
     bad = [op["name"] for op in report["ops"] if not op["ok"]]
     if report["environment"]["errors"]:
         bad.append("environment variables")
+    if report["machine"]["threads"] is None:  # torch did not tell them
+        bad.append("torch")
     return f"Missing or broken: {', '.join(bad)}."
 
 

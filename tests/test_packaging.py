@@ -7,6 +7,7 @@ import shutil
 import subprocess
 import sys
 import tarfile
+import venv
 import zipfile
 from pathlib import Path
 
@@ -160,15 +161,14 @@ def test_sdist_builds_and_holds_everything(sources, tmp_path):
 
 
 def test_editable_installation(sources, tmp_path):
-    import venv
-
     environment = tmp_path / "env"
     venv.create(environment, with_pip=False)
     python = environment / "bin" / "python"
     site = next((environment / "lib").glob("python*/site-packages"))
-    here = [path for path in sys.path if path.endswith("site-packages")]
-    (site / "packages-of-the-tests.pth").write_text("\n".join(here))
-    (site / "adamops_first.pth").touch()
+    for folder in filter(lambda path: path.endswith("site-packages"), sys.path):
+        for entry in Path(folder).iterdir():
+            if not entry.name.startswith("adamops") and not (site / entry.name).exists():
+                (site / entry.name).symlink_to(entry)
     install = [python, "-m", "pip", "install", "--no-deps", "--no-build-isolation", "-e", "."]
     run(install, sources, ADAMOPS_CPU_TARGETS="baseline")
     code = """
