@@ -13,6 +13,7 @@ import importlib.metadata
 import json
 import os
 import platform
+import random
 import statistics
 import subprocess
 import sys
@@ -201,12 +202,14 @@ class TouchLoop:
 
 
 def time_in_turns(turns: Mapping[str, Callable[[], object]], rounds: int) -> dict[str, list[float]]:
-    """Milliseconds of each call, over so many rounds in which each takes a turn, each round starting with another."""
-    names = list(turns)
-    times: dict[str, list[float]] = {name: [] for name in names}
+    """Milliseconds of each call, over so many rounds in which each takes a turn, each round in another order.
+
+    The order is random, and the same for every run: nobody profits from what its predecessor leaves in the caches.
+    """
+    order = random.Random(0)
+    times: dict[str, list[float]] = {name: [] for name in turns}
     for i in range(-WARMUP_ROUNDS, rounds):
-        first = i % len(names)
-        for name in names[first:] + names[:first]:
+        for name in order.sample(list(turns), len(turns)):
             _as_after_a_backward_pass()
             start = time.perf_counter()
             turns[name]()

@@ -53,10 +53,14 @@ def builtin_builders() -> list[OpBuilder]:
 
 
 @functools.cache
+def _builtin() -> dict[str, OpBuilder]:
+    return {builder.NAME: builder for builder in (*builtin_builders(), TorchAdamBuilder())}
+
+
+@functools.cache
 def registered_ops() -> tuple[RegisteredOp, ...]:
     """All ops, built-in ones first. What is wrong with a plugin is kept in its entry; nothing is raised."""
-    builtin = [*builtin_builders(), TorchAdamBuilder()]
-    ops = {builder.NAME: RegisteredOp(builder.NAME, "built-in", builder) for builder in builtin}
+    ops = {name: RegisteredOp(name, "built-in", builder) for name, builder in _builtin().items()}
     for entry_point in importlib.metadata.entry_points(group=ENTRY_POINT_GROUP):
         plugin = _load_plugin(entry_point)
         if plugin.name in ops:
@@ -76,7 +80,7 @@ def _load_plugin(entry_point: importlib.metadata.EntryPoint) -> RegisteredOp:
             raise TypeError(f"{entry_point.value} is not an op builder: it has no {', '.join(missing)}")
         if not isinstance(builder.NAME, str) or not builder.NAME:
             raise TypeError(f"{entry_point.value} is not an op builder: its NAME is {builder.NAME!r}")
-    except Exception as error:  # whatever a third party's code does must not reach the user's import
+    except (Exception, SystemExit) as error:  # whatever a third party's code does must not reach the user's import
         return RegisteredOp(entry_point.name, origin, None, f"{type(error).__name__}: {error}")
     return RegisteredOp(builder.NAME, origin, builder)
 
@@ -91,6 +95,8 @@ def get(name: str) -> OpBuilder:
     OpUnavailableError
         If a plugin of this name is broken.
     """
+    if name in _builtin():  # first, since to know the others takes the import of every plugin
+        return _builtin()[name]
     for op in registered_ops():
         if op.name == name:
             if op.builder is None:

@@ -6,9 +6,7 @@ import subprocess
 import sys
 
 import pytest
-
-sys.path.insert(0, os.path.dirname(__file__))  # noqa: PTH120
-from plugins import GOOD, offer  # noqa: E402
+from plugins import GOOD, offer
 
 
 def report(tmp_path, *arguments, environment=None, before="", **variables):
@@ -143,6 +141,7 @@ def test_a_good_plugin(tmp_path):
     ("code", "message"),
     [
         ("raise RuntimeError('boom')", "RuntimeError: boom"),
+        ("raise SystemExit('bye')", "SystemExit: bye"),
         ("class Builder:\n    def __init__(self): raise KeyError('x')", "KeyError: 'x'"),
         ("Builder = 42", "is not an op builder: it has no NAME, compatibility, is_prebuilt, load"),
         (GOOD.replace('"good_op"', "None"), "is not an op builder: its NAME is None"),
@@ -153,7 +152,7 @@ def test_a_good_plugin(tmp_path):
         ),
         (GOOD + "    def load_prebuilt(self): raise ImportError('lost')\n    def source_root(self): 1 / 0", "lost"),
     ],
-    ids=["raises", "constructor", "nonsense", "nameless", "name-taken", "incompatible", "unloadable"],
+    ids=["raises", "exits", "constructor", "nonsense", "nameless", "name-taken", "incompatible", "unloadable"],
 )
 def test_a_broken_plugin_costs_a_line(tmp_path, code, message):
     environment = offer(tmp_path, "bad_op", code, "bad:Builder")
