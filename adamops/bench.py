@@ -33,6 +33,7 @@ from torch.optim import Optimizer
 from . import __version__, op_builder
 from .ops.adam import DeepSpeedCPUAdam
 from .ops.adam.batch import DTYPES
+from .report import cpu_name
 
 OURS, TOUCH = "adamops", "touch"
 PREFETCH_BYTES = (0, 256, 512, 1024, 2048, 4096)
@@ -354,7 +355,7 @@ def environment() -> dict[str, Any]:
     except importlib.metadata.PackageNotFoundError:
         deepspeed = None
     return {
-        "cpu": cpu_model(),
+        "cpu": cpu_name(),
         "cores": os.cpu_count(),
         "threads": torch.get_num_threads(),
         "simd_target": op_builder.get("cpu_adam").load().target(),
@@ -363,16 +364,6 @@ def environment() -> dict[str, Any]:
         "deepspeed": deepspeed,
         "adamops": __version__,
     }
-
-
-def cpu_model() -> str:
-    """The CPU's name for people."""
-    try:
-        lines = Path("/proc/cpuinfo").read_text().splitlines()
-    except OSError:
-        lines = []
-    names = [line.partition(":")[2].strip() for line in lines if line.startswith("model name")]
-    return names[0] if names else platform.processor() or platform.machine()
 
 
 def print_environment(console: Console, facts: dict[str, Any]) -> None:

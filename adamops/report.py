@@ -144,7 +144,7 @@ def _machine() -> dict[str, Any]:
         "adamops": __version__,
         "python": platform.python_version(),
         "platform": platform.platform(),
-        "cpu": _cpu_name(),
+        "cpu": cpu_name(),
         **_torch(),
         "cuda_toolkit": cuda,
         "driver": driver,
@@ -162,7 +162,8 @@ def _torch() -> dict[str, Any]:
     return {"torch": torch.__version__, "threads": torch.get_num_threads()}
 
 
-def _cpu_name() -> str:
+def cpu_name() -> str:
+    """The CPU's name for people."""
     try:
         found = re.search(r"model name\s*:\s*(.*)", Path("/proc/cpuinfo").read_text())
     except OSError:

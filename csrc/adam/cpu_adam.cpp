@@ -1,6 +1,6 @@
 // The Python module of the CPU op. It takes addresses, sizes and dtype codes, so it needs no torch to build or to run;
 // picks the kernel for this CPU; and splits the work over threads. The arithmetic is in adam_update.h. Callers are
-// trusted with addresses: adamops/ops/adam/cpu_backend.py checks every tensor first.
+// trusted with addresses: adamops/ops/adam/native_backend.py checks every tensor first.
 #include <pybind11/pybind11.h>
 #include <pybind11/stl.h>
 

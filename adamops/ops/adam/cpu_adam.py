@@ -167,10 +167,7 @@ class DeepSpeedCPUAdam(Optimizer):
             For a grad or state that does not fit its param: sparse, or of another shape, dtype or device; or params
             that share memory.
         """
-        loss = None
-        if closure is not None:
-            with torch.enable_grad():
-                loss = closure()
+        loss = _evaluate(closure)
         work = [self._collect(group, f"param group {i}") for i, group in enumerate(self.param_groups)]
         if any(states_are_new for _, _, states_are_new in work):
             check_no_overlap([batch for batch, _, _ in work])
@@ -226,17 +223,10 @@ class DeepSpeedCPUAdam(Optimizer):
         ValueError
             If not exactly one param has a grad, or as step().
         """
-        loss = None
-        if closure is not None:
-            with torch.enable_grad():
-                loss = closure()
-        group, param, grad = self._subgroup_param()
+        loss = _evaluate(closure)
+        batch = self._subgroup_batch(subgroup_id)
         held = self.state.get(subgroup_id)  # type: ignore[call-overload]
-        hyper = AdamHyper.of_group(group, self.adam_w_mode)
-        where = f"subgroup {subgroup_id}"
-        batch = AdamBatch(where, hyper, [param], [grad], [], [], None, [])
-        check_params_and_grads(batch)
-        state = self._with_new_states([param], [held or {}], batch.state_keys)[0]
+        state = self._with_new_states(batch.params, [held or {}], batch.state_keys)[0]
         batch.take_states([state])
         self._backend.prepare(batch)()
         state["step"] += 1
@@ -257,26 +247,21 @@ class DeepSpeedCPUAdam(Optimizer):
         ValueError
             If not exactly one param has a grad, or as step().
         """
-        loss = None
-        if closure is not None:
-            with torch.enable_grad():
-                loss = closure()
+        loss = _evaluate(closure)
         state = self.state.get(sub_group_id)  # type: ignore[call-overload]
         if not state:
             raise RuntimeError(f"Cannot roll back subgroup {sub_group_id}: it was never stepped")
         if state["step"] < 1:
             raise RuntimeError(f"Cannot roll back subgroup {sub_group_id}: all its steps have been undone")
-        group, param, grad = self._subgroup_param()
-        hyper = AdamHyper.of_group(group, self.adam_w_mode)
-        batch = AdamBatch(f"subgroup {sub_group_id}", hyper, [param], [grad], [], [], None, [])
-        check_params_and_grads(batch)
+        batch = self._subgroup_batch(sub_group_id)
+        (param,), (grad,) = batch.params, batch.grads
         check_state(state, param, batch.where)
-        undo_step(param, batch.grads[0], state, hyper)
+        undo_step(param, grad, state, batch.hyper)
         state["step"] -= 1
         return loss
 
-    def _subgroup_param(self) -> tuple[dict[str, Any], Tensor, Tensor]:
-        """The only param that has a grad, with its group before and its grad behind it."""
+    def _subgroup_batch(self, subgroup_id: int) -> AdamBatch:
+        """The only param that has a grad, checked; without its state."""
         found = [
             (group, param, grad)
             for group in self.param_groups
@@ -288,7 +273,13 @@ class DeepSpeedCPUAdam(Optimizer):
                 f"a subgroup is the one param that has a grad, but {len(found)} have one; "
                 "use step() to update many, or set the other grads to None"
             )
-        return found[0]
+        ((group, param, grad),) = found
+        where = f"subgroup {subgroup_id}"
+        hyper = AdamHyper.of_group(group, self.adam_w_mode)
+        _check_betas(hyper.beta1, hyper.beta2, f" in {where}")
+        batch = AdamBatch(where, hyper, [param], [grad], [], [], None, [])
+        check_params_and_grads(batch)
+        return batch
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Loads the state of this class, of torch.optim.Adam or AdamW, or of DeepSpeed's CPU Adam.
@@ -330,6 +321,14 @@ class DeepSpeedCPUAdam(Optimizer):
 
 
 CPUAdam = DeepSpeedCPUAdam
+
+
+def _evaluate(closure: Callable[[], Any] | None) -> Any:
+    """The closure's loss, with autograd on; None without a closure."""
+    if closure is None:
+        return None
+    with torch.enable_grad():
+        return closure()
 
 
 def _with_grads(params: list[Tensor]) -> tuple[list[Tensor], list[Tensor]]:
