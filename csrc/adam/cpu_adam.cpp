@@ -35,7 +35,7 @@ namespace {
 constexpr const AdamTarget* kTargets[] = {ADAMOPS_TARGETS(ADAMOPS_ADDRESS)};
 #undef ADAMOPS_ADDRESS
 
-// Below this, waking a thread costs more than it saves (measured: docs/performance.md).
+// Below this, waking a thread costs more than it saves (measured: docs/dev/decisions.md).
 constexpr int64_t kLeastElementsPerPart = 8192;
 
 bool runs_here(const AdamTarget& target) {

@@ -20,7 +20,7 @@ enum Feature : uint32_t {
 uint32_t cpu_features();
 
 // How far ahead of its use memory should be asked for on this CPU. The right distance depends on what the hardware
-// prefetchers do by themselves, which differs between makers; measured in docs/performance.md.
+// prefetchers do by themselves, which differs between makers; measured in docs/dev/decisions.md.
 int prefetch_distance_bytes();
 
 }  // namespace adamops

@@ -66,7 +66,7 @@ def check_params_and_grads(batch: AdamBatch) -> None:
 
 def check_param(param: Tensor, name: str) -> None:
     """Raises for a param that cannot be updated whatever its grad."""
-    described = f"{name} (shape {tuple(param.shape)}, {param.dtype}, {param.device})"
+    described = _described(param, name)
     if param.layout != torch.strided:
         raise TypeError(f"{described} has layout {param.layout}; only dense (strided) params are supported")
     if param.dtype not in DTYPES:
@@ -82,7 +82,7 @@ def check_param(param: Tensor, name: str) -> None:
 
 def _checked_grad(param: Tensor, grad: Tensor, name: str) -> Tensor:
     check_param(param, name)
-    described = f"{name} (shape {tuple(param.shape)}, {param.dtype}, {param.device})"
+    described = _described(param, name)
     if grad.layout != torch.strided:
         raise TypeError(
             f"{described} has a grad of layout {grad.layout}; sparse grads are not supported: "
@@ -95,6 +95,11 @@ def _checked_grad(param: Tensor, grad: Tensor, name: str) -> Tensor:
     if grad.dtype not in (param.dtype, torch.float32):
         raise TypeError(f"{described} has a grad of {grad.dtype}; use {_param_dtype_or_fp32(param)}")
     return like_param(grad, param)
+
+
+def _described(param: Tensor, name: str) -> str:
+    """How every message begins: the param's name, and what it is."""
+    return f"{name} (shape {tuple(param.shape)}, {param.dtype}, {param.device})"
 
 
 def _param_dtype_or_fp32(param: Tensor) -> str:
@@ -163,7 +168,7 @@ def check_states(batch: AdamBatch) -> None:
 
 def check_state(state: Mapping[str, Any], param: Tensor, name: str) -> None:
     """Raises if a tensor of the state (exp_avg, exp_avg_sq, max_exp_avg_sq) does not fit its param."""
-    described = f"{name} (shape {tuple(param.shape)}, {param.dtype}, {param.device})"
+    described = _described(param, name)
     dtypes = set()
     for key in STATE_TENSORS:
         if key not in state:
