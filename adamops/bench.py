@@ -192,6 +192,7 @@ class TouchLoop:
             max_exp_avg_sqs=None,
             numels=work.numels,
             dtypes=[4 * DTYPES.index(work.dtype) + 9 * DTYPES.index(work.state_dtype)] * len(params),
+            steps=[1] * len(params),
         )
 
     def run(self, prefetch_bytes: int) -> None:

@@ -70,14 +70,13 @@ def digest(module, threads=1):
                 stored(random_values(rng, size, positive=True), state),
             ]
             addresses = [[x.buffer_info()[0]] for x in data]
-            table = module.table_of_addresses(
-                *addresses[:4], addresses[4] if amsgrad else None, numels=[size], dtypes=[code]
-            )
+            max_exp_avg_sqs = addresses[4] if amsgrad else None
             for step in (1, 2):
+                table = module.table_of_addresses(*addresses[:4], max_exp_avg_sqs, [size], [code], [step])
                 bias1, bias2 = 1 - 0.9**step, 1 - 0.999**step
                 scalars = (-1.0 if maximize else 1.0, 0.9, 1 - 0.9, 0.999, 1 - 0.999, -1e-3 / bias1, bias2**-0.5, 1e-8)
                 scalars += (1.0, 0.01) if l2 else (1 - 1e-5, 0.0)
-                module.adam_step(table, [0], [scalars], bool(l2), threads)
+                module.adam_step(table, [scalars], bool(l2), threads)
             for x, dtype in zip(data, (param, grad, state, state, state), strict=True):
                 sha.update(canonical(x, dtype))
     return sha.hexdigest()

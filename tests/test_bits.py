@@ -34,7 +34,7 @@ class Case:
     """One tensor with its grad and states, and the mode of the step."""
 
     def __init__(self, size, dtypes, l2=False, amsgrad=False, maximize=False, step=3):
-        self.dtypes, self.l2, self.amsgrad, self.size = dtypes, l2, amsgrad, size
+        self.dtypes, self.l2, self.amsgrad, self.size, self.step = dtypes, l2, amsgrad, size, step
         param, grad, state = dtypes
         self.data = [
             draw(size, param),
@@ -64,9 +64,10 @@ class Case:
             columns[4] if self.amsgrad else None,
             numels=[b - a for a, b in zip(edges, edges[1:], strict=False)],
             dtypes=[p + 3 * g + 9 * s] * count,
+            steps=[self.step] * count,
         )
         assert len(table) == count
-        MODULE.adam_step(table, [0] * count, [self.scalars], self.l2, threads)
+        MODULE.adam_step(table, [self.scalars], self.l2, threads)
         assert torch.equal(copies[1].nan_to_num(), self.data[1].nan_to_num()), "the grad was written to"
         return [copies[0], *copies[2:]]
 

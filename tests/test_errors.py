@@ -191,7 +191,7 @@ def check_bad_step(spoil, error, message, stepped):
 def test_grad_on_another_device():
     """torch itself does not let a grad live elsewhere, so the check is called directly."""
     hyper = AdamHyper(1e-3, 0.9, 0.999, 1e-8, 0.0, True, True, False, False)
-    batch = AdamBatch("param group 0", hyper, [torch.ones(2)], [torch.ones(2, device="meta")], [], [], None, [1])
+    batch = AdamBatch(["param group 0, param 0"], hyper, [torch.ones(2)], [torch.ones(2, device="meta")], [])
     with pytest.raises(
         ValueError, match="param group 0, param 0 .*cpu.* has a grad on meta; copy it to the param's device"
     ):
@@ -293,11 +293,11 @@ def test_params_that_share_memory():
 
 def test_the_op_refuses_columns_that_do_not_belong_together(cpu_adam):
     with pytest.raises(ValueError, match="exp_avgs has 1 entries, expected 2"):
-        cpu_adam.table_of_addresses([1, 2], [1, 2], [1], [1, 2], None, [0, 0], [0, 0])
+        cpu_adam.table_of_addresses([1, 2], [1, 2], [1], [1, 2], None, [0, 0], [0, 0], [1, 1])
     with pytest.raises(ValueError, match="unknown dtype code 27"):
-        cpu_adam.table_of_addresses([1], [1], [1], [1], None, [0], [27])
-    table = cpu_adam.table_of_addresses([1], [1], [1], [1], None, [0], [3])
+        cpu_adam.table_of_addresses([1], [1], [1], [1], None, [0], [27], [1])
+    table = cpu_adam.table_of_addresses([1], [1], [1], [1], None, [0], [3], [1])
     with pytest.raises(ValueError, match="no kernel for these dtypes"):
-        cpu_adam.adam_step(table, [0], [(0.0,) * 10], False, 1)
+        cpu_adam.adam_step(table, [(0.0,) * 10], False, 1)
     with pytest.raises(ValueError, match="no SIMD target 'avx1024' in this build; it has: .*baseline"):
         cpu_adam.use_target("avx1024")

@@ -1,8 +1,10 @@
 """DeepSpeedCPUAdam as a torch.optim.Optimizer: what users of torch.optim and DeepSpeed rely on."""
 
 import copy
+import gc
 import io
 import pickle
+import weakref
 
 import pytest
 import torch
@@ -453,3 +455,48 @@ def test_tensors_of_more_than_2_to_the_31_elements():
     DeepSpeedCPUAdam([param], lr=0.5, fp32_optimizer_states=False).step()
     for part in (slice(0, 100), slice(2**31 - 50, 2**31 + 77), slice(elements // 2 - 99, elements // 2 + 99)):
         assert (param.detach()[part] == 0.5).all()
+
+
+def test_states_are_found_whatever_their_order():
+    """The op walks the dict of states beside the params; these are the ways in which the two part."""
+    generator = torch.Generator().manual_seed(torch.initial_seed())
+    values = [torch.randn(3 + i, generator=generator) for i in range(40)]
+
+    def new_optimizer(group_of):
+        params = [torch.nn.Parameter(value.clone()) for value in values]
+        groups = [{"params": [p for i, p in enumerate(params) if group_of(i) == g]} for g in (0, 1)]
+        return DeepSpeedCPUAdam(groups), params
+
+    mixed, params = new_optimizer(lambda i: i % 3 == 0)
+    plain, expected = new_optimizer(lambda i: 0)
+    for step in range(6):
+        absent = {(7 * step + k) % 40 for k in range(3 * step)} if step else set()
+        for i, (a, b) in enumerate(zip(params, expected, strict=True)):
+            grad = None if i in absent else torch.randn(values[i].shape, generator=generator)
+            a.grad, b.grad = grad, grad
+        if step == 2:  # a dict in the reverse order
+            entries = list(mixed.state.items())
+            mixed.state.clear()
+            mixed.state.update(reversed(entries))
+        if step == 4:  # entries of others between
+            mixed.state = type(mixed.state)(
+                dict, {k: v for p, s in mixed.state.items() for k, v in ((f"other {id(p)}", {}), (p, s))}
+            )
+        mixed.step()
+        plain.step()
+    for a, b in zip(params, expected, strict=True):
+        assert torch.equal(a, b)
+        assert mixed.state[a]["step"] == plain.state[b]["step"]
+
+
+def test_a_step_lets_go_of_the_grads():
+    params = [torch.nn.Parameter(torch.randn(5)) for _ in range(3)]
+    for param in params:
+        param.grad = torch.randn(5)
+    optimizer = DeepSpeedCPUAdam(params)
+    for _ in range(2):
+        optimizer.step()
+    grads = [weakref.ref(param.grad) for param in params]
+    optimizer.zero_grad()
+    gc.collect()
+    assert [grad() for grad in grads] == [None] * 3

@@ -4,11 +4,10 @@
 
 #include <cstdint>
 
+#include "../dtype.h"
 #include "adam_update.h"
 
 namespace adamops {
-
-enum Dtype : uint8_t { kFloat32, kBfloat16, kFloat16, kDtypeCount };
 
 // The storage of one parameter and what belongs to it, all of `numel` elements in the same order in memory.
 struct AdamTensor {

@@ -6,7 +6,7 @@ Everything a user can get wrong about a tensor is found here, before anything is
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from typing import Any
 
 import torch
@@ -20,34 +20,36 @@ STATE_TENSORS = ("exp_avg", "exp_avg_sq", "max_exp_avg_sq")
 
 @dataclasses.dataclass
 class AdamBatch:
-    """Parallel lists with an entry a param; every tensor of a row has the param's shape and lies in memory like it.
+    """Params with what belongs to each; every tensor of a row has the param's shape and lies in memory like it.
 
-    `max_exp_avg_sqs` is None without amsgrad; `steps` count from 1, this step included; `where` names the batch in
-    messages, as in "param group 0".
+    `states` holds each param's step count, before this step, and tensors in torch's form: ``{"step", "exp_avg", ...}``;
+    `names` are for messages, as in "param group 0, param 3".
     """
 
-    where: str
+    names: list[str]
     hyper: AdamHyper
     params: list[Tensor]
     grads: list[Tensor]
-    exp_avgs: list[Tensor]
-    exp_avg_sqs: list[Tensor]
-    max_exp_avg_sqs: list[Tensor] | None
-    steps: list[int]
+    states: list[dict[str, Any]]
 
     @property
     def state_keys(self) -> tuple[str, ...]:
         """The names of the tensors that each state must have."""
         return STATE_TENSORS if self.hyper.amsgrad else STATE_TENSORS[:2]
 
-    def take_states(self, states: Sequence[Mapping[str, Any]]) -> None:
-        """Fills the columns of the states, and the step counts, from the states in torch's form. Raises KeyError."""
-        self.exp_avgs = [state["exp_avg"] for state in states]
-        self.exp_avg_sqs = [state["exp_avg_sq"] for state in states]
-        self.max_exp_avg_sqs = [state["max_exp_avg_sq"] for state in states] if self.hyper.amsgrad else None
-        self.steps = [state["step"] + 1 for state in states]
-        if not set(map(type, self.steps)) <= {int}:  # frameworks may put tensors there
-            self.steps = [int(step) for step in self.steps]
+    @property
+    def steps(self) -> list[int]:
+        """The step counts, this step included."""
+        return [int(state["step"]) + 1 for state in self.states]  # frameworks may put tensors there
+
+    def column(self, key: str) -> list[Tensor]:
+        """The tensors of one name in the states."""
+        return [state[key] for state in self.states]
+
+    def count_step(self) -> None:
+        """Writes the step counts, this step included, into the states."""
+        for state, step in zip(self.states, self.steps, strict=True):
+            state["step"] = step
 
 
 def check_params_and_grads(batch: AdamBatch) -> None:
@@ -60,8 +62,8 @@ def check_params_and_grads(batch: AdamBatch) -> None:
     ValueError
         For a device, shape or memory format that is not supported.
     """
-    for i, (param, grad) in enumerate(zip(batch.params, batch.grads, strict=True)):
-        batch.grads[i] = _checked_grad(param, grad, f"{batch.where}, param {i}")
+    for i, name in enumerate(batch.names):
+        batch.grads[i] = _checked_grad(batch.params[i], batch.grads[i], name)
 
 
 def check_param(param: Tensor, name: str) -> None:
@@ -133,12 +135,11 @@ def like_param(tensor: Tensor, param: Tensor) -> Tensor:
     return torch.empty_like(param, dtype=tensor.dtype).copy_(tensor)
 
 
-def check_no_overlap(batches: Sequence[AdamBatch]) -> None:
-    """Raises ValueError if two params share memory: the threads of one step would race for it."""
+def check_no_overlap(params: Mapping[str, Tensor]) -> None:
+    """Raises ValueError if two params, given by name, share memory: the threads of one step would race for it."""
     spans = sorted(
-        (param.data_ptr(), param.data_ptr() + param.numel() * param.element_size(), f"{batch.where}, param {i}")
-        for batch in batches
-        for i, param in enumerate(batch.params)
+        (param.data_ptr(), param.data_ptr() + param.numel() * param.element_size(), name)
+        for name, param in params.items()
         if param.numel()
     )
     for (_, end, first), (start, _, second) in zip(spans, spans[1:], strict=False):
@@ -154,14 +155,13 @@ def check_states(batch: AdamBatch) -> None:
     TypeError, ValueError
         As check_state().
     """
-    columns = {"exp_avg": batch.exp_avgs, "exp_avg_sq": batch.exp_avg_sqs, "max_exp_avg_sq": batch.max_exp_avg_sqs}
-    for i, param in enumerate(batch.params):
-        state = {key: column[i] for key, column in columns.items() if column is not None}
-        check_state(state, param, f"{batch.where}, param {i}")
-        for key, value in state.items():
+    for name, param, state in zip(batch.names, batch.params, batch.states, strict=True):
+        check_state(state, param, name)
+        for key in batch.state_keys:
+            value = state[key]
             if not is_dense(value) or not same_layout(value, param):
                 raise ValueError(
-                    f"{batch.where}, param {i} has strides {param.stride()}, its state {key!r} has {value.stride()}; "
+                    f"{name} has strides {param.stride()}, its state {key!r} has {value.stride()}; "
                     "load_state_dict() brings states into the layout of their params"
                 )
 

@@ -168,33 +168,40 @@ class DeepSpeedCPUAdam(Optimizer):
             that share memory.
         """
         loss = _evaluate(closure)
-        work = [self._collect(group, f"param group {i}") for i, group in enumerate(self.param_groups)]
-        if any(states_are_new for _, _, states_are_new in work):
-            check_no_overlap([batch for batch, _, _ in work])
-        updates = [self._backend.prepare(batch) for batch, _, _ in work]
-        for update, (batch, states, states_are_new) in zip(updates, work, strict=True):
+        groups = [(f"param group {i}", group) for i, group in enumerate(self.param_groups)]
+        prepared = [self._prepare(group, where) for where, group in groups]
+        if any(states_are_new for _, states_are_new in prepared):
+            check_no_overlap({name: param for where, group in groups for name, param, _ in _with_grads(group, where)})
+        for update, _ in prepared:
             update()
-            for state, step in zip(states, batch.steps, strict=True):
-                state["step"] = step
-            if states_are_new:
-                self.state.update(zip(batch.params, states, strict=True))
         return loss
 
-    def _collect(self, group: dict[str, Any], where: str) -> tuple[AdamBatch, list[dict[str, Any]], bool]:
-        """The group's batch, the states of its params, and whether any of those is new and not yet in self.state."""
+    def _prepare(self, group: dict[str, Any], where: str) -> tuple[Callable[[], None], bool]:
+        """What updates the group when called, and whether any of its states is new and not yet in self.state."""
         hyper = AdamHyper.of_group(group, self.adam_w_mode)
         _check_betas(hyper.beta1, hyper.beta2, f" in {where}")
-        params, grads = _with_grads(group["params"])
-        states = [self.state.get(param) or {} for param in params]
-        batch = AdamBatch(where, hyper, params, grads, [], [], None, [])
-        try:
-            batch.take_states(states)
-            return batch, states, False
-        except KeyError:
-            check_params_and_grads(batch)
-            states = self._with_new_states(params, states, batch.state_keys)
-            batch.take_states(states)
-            return batch, states, True
+        update = self._backend.prepare_group(where, hyper, group["params"], self.state)
+        if update is not None:
+            return update, False
+        found = _with_grads(group, where)
+        batch = AdamBatch(
+            names=[name for name, _, _ in found],
+            hyper=hyper,
+            params=[param for _, param, _ in found],
+            grads=[grad for _, _, grad in found],
+            states=[self.state.get(param) or {} for _, param, _ in found],
+        )
+        if all(state.keys() >= {"step", *batch.state_keys} for state in batch.states):
+            return self._backend.prepare(batch), False
+        check_params_and_grads(batch)
+        batch.states = self._with_new_states(batch.params, batch.states, batch.state_keys)
+        update_batch = self._backend.prepare(batch)
+
+        def update_and_keep_states() -> None:
+            update_batch()
+            self.state.update(zip(batch.params, batch.states, strict=True))
+
+        return update_and_keep_states, True
 
     def _with_new_states(
         self, params: list[Tensor], states: list[dict[str, Any]], needed: tuple[str, ...]
@@ -226,11 +233,9 @@ class DeepSpeedCPUAdam(Optimizer):
         loss = _evaluate(closure)
         batch = self._subgroup_batch(subgroup_id)
         held = self.state.get(subgroup_id)  # type: ignore[call-overload]
-        state = self._with_new_states(batch.params, [held or {}], batch.state_keys)[0]
-        batch.take_states([state])
+        batch.states = self._with_new_states(batch.params, [held or {}], batch.state_keys)
         self._backend.prepare(batch)()
-        state["step"] += 1
-        self.state[subgroup_id] = state  # type: ignore[index]
+        self.state[subgroup_id] = batch.states[0]  # type: ignore[index]
         return loss
 
     @torch.no_grad()
@@ -255,7 +260,7 @@ class DeepSpeedCPUAdam(Optimizer):
             raise RuntimeError(f"Cannot roll back subgroup {sub_group_id}: all its steps have been undone")
         batch = self._subgroup_batch(sub_group_id)
         (param,), (grad,) = batch.params, batch.grads
-        check_state(state, param, batch.where)
+        check_state(state, param, batch.names[0])
         undo_step(param, grad, state, batch.hyper)
         state["step"] -= 1
         return loss
@@ -277,7 +282,7 @@ class DeepSpeedCPUAdam(Optimizer):
         where = f"subgroup {subgroup_id}"
         hyper = AdamHyper.of_group(group, self.adam_w_mode)
         _check_betas(hyper.beta1, hyper.beta2, f" in {where}")
-        batch = AdamBatch(where, hyper, [param], [grad], [], [], None, [])
+        batch = AdamBatch([where], hyper, [param], [grad], [])
         check_params_and_grads(batch)
         return batch
 
@@ -331,12 +336,11 @@ def _evaluate(closure: Callable[[], Any] | None) -> Any:
         return closure()
 
 
-def _with_grads(params: list[Tensor]) -> tuple[list[Tensor], list[Tensor]]:
-    """The params that have a grad, and their grads."""
-    grads = [param.grad for param in params]
-    if any(grad is None for grad in grads):
-        params = [param for param, grad in zip(params, grads, strict=True) if grad is not None]
-    return params, [grad for grad in grads if grad is not None]
+def _with_grads(group: dict[str, Any], where: str) -> list[tuple[str, Tensor, Tensor]]:
+    """The name, the param and the grad of each param that has a grad."""
+    return [
+        (f"{where}, param {i}", param, param.grad) for i, param in enumerate(group["params"]) if param.grad is not None
+    ]
 
 
 def _shield_states(optimizer: Optimizer, state_dict: dict[str, Any]) -> dict[str, Any]:

@@ -6,17 +6,22 @@ This is the module that the op "torch_adam" loads; it stands in where cpu_adam c
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from .batch import AdamBatch, check_params_and_grads, check_states
+from .hyper import AdamHyper
 
 
 class TorchBackend:
     """Adam by torch calls."""
 
     name = "torch_adam"
+
+    def prepare_group(self, where: str, hyper: AdamHyper, params: list[Tensor], states: Any) -> None:
+        """None: there is no quick way here; prepare() does it."""
 
     def prepare(self, batch: AdamBatch) -> Callable[[], None]:
         """Checks the batch, and returns what updates its params and states in place when called."""
@@ -26,15 +31,17 @@ class TorchBackend:
 
     def _step(self, batch: AdamBatch) -> None:
         for i, step in enumerate(batch.steps):
+            state = batch.states[i]
             _adam_update(
                 batch.params[i],
                 batch.grads[i],
-                batch.exp_avgs[i],
-                batch.exp_avg_sqs[i],
-                None if batch.max_exp_avg_sqs is None else batch.max_exp_avg_sqs[i],
+                state["exp_avg"],
+                state["exp_avg_sq"],
+                state["max_exp_avg_sq"] if batch.hyper.amsgrad else None,
                 batch.hyper.scalars(step),
                 batch.hyper.l2,
             )
+        batch.count_step()
 
     def zeros_like(self, params: Sequence[Tensor], dtypes: Sequence[torch.dtype]) -> list[Tensor]:
         """New zero tensors laid out like the params."""

@@ -1,0 +1,10 @@
+// The dtypes of tensors that adamops works on. Shared by code compiled for different CPUs: no inline function.
+#pragma once
+
+#include <cstdint>
+
+namespace adamops {
+
+enum Dtype : uint8_t { kFloat32, kBfloat16, kFloat16, kDtypeCount };
+
+}  // namespace adamops

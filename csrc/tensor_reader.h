@@ -1,0 +1,76 @@
+// Reads torch tensors from C++ through torch's DLPack exchange table, and only the plain ones: exactly of one of the
+// given types (not a subclass, whose data may live elsewhere), in host memory, contiguous, of a dtype that the kernels
+// know. What is not plain is left to Python, which also words the errors. It must not know of optimizers.
+#pragma once
+
+#include <pybind11/pybind11.h>
+
+#include <algorithm>
+#include <array>
+
+#include "dlpack.h"
+#include "dtype.h"
+
+namespace adamops {
+
+class TensorReader {
+ public:
+  // `capsule` is Tensor.__dlpack_c_exchange_api__; `types` are the Python types to read.
+  TensorReader(const pybind11::object& capsule, const std::array<pybind11::type, 2>& types)
+      : capsule_(capsule), types_(types) {
+    api_ = static_cast<const DlExchangeApi*>(PyCapsule_GetPointer(capsule.ptr(), kDlExchangeCapsule));
+    if (!api_) throw pybind11::error_already_set();
+    if (api_->major_version != 1 || !api_->tensor_from_py_object)
+      throw pybind11::value_error("this DLPack exchange table is of another version");
+  }
+
+  struct View {
+    DlTensor tensor;
+    Dtype dtype;
+    int64_t numel;
+
+    void* address() const { return static_cast<char*>(tensor.data) + tensor.byte_offset; }
+    bool same_shape(const View& other) const {
+      return tensor.ndim == other.tensor.ndim &&
+             std::equal(tensor.shape, tensor.shape + tensor.ndim, other.tensor.shape);
+    }
+  };
+
+  bool is_plain(PyObject* object) const {
+    const auto* const type = reinterpret_cast<const PyObject*>(Py_TYPE(object));
+    return type == types_[0].ptr() || type == types_[1].ptr();
+  }
+
+  bool read(PyObject* object, View& view) const {
+    if (!is_plain(object)) return false;
+    if (api_->tensor_from_py_object(object, &view.tensor) != 0) {
+      PyErr_Clear();
+      return false;
+    }
+    const DlTensor& tensor = view.tensor;
+    if (tensor.device_type != kDlCpu || tensor.dtype_lanes != 1) return false;
+    if (tensor.dtype_code == kDlFloat && tensor.dtype_bits == 32) {
+      view.dtype = kFloat32;
+    } else if (tensor.dtype_code == kDlFloat && tensor.dtype_bits == 16) {
+      view.dtype = kFloat16;
+    } else if (tensor.dtype_code == kDlBfloat && tensor.dtype_bits == 16) {
+      view.dtype = kBfloat16;
+    } else {
+      return false;
+    }
+    view.numel = 1;
+    bool contiguous = true;
+    for (int32_t i = tensor.ndim - 1; i >= 0; --i) {
+      if (tensor.strides && tensor.shape[i] != 1 && tensor.strides[i] != view.numel) contiguous = false;
+      view.numel *= tensor.shape[i];
+    }
+    return contiguous || view.numel == 0;
+  }
+
+ private:
+  pybind11::object capsule_;
+  std::array<pybind11::type, 2> types_;
+  const DlExchangeApi* api_;
+};
+
+}  // namespace adamops
