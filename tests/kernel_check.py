@@ -22,9 +22,9 @@ COMBINATIONS = [(FLOAT32, FLOAT32, FLOAT32)] + [
 SIZES = (1, 7, 31, 32, 33, 64, 130, 1000)
 
 
-def load(path):
-    loader = importlib.machinery.ExtensionFileLoader("cpu_adam", path)
-    module = importlib.util.module_from_spec(importlib.util.spec_from_file_location("cpu_adam", path, loader=loader))
+def load(path, name="cpu_adam"):
+    loader = importlib.machinery.ExtensionFileLoader(name, path)
+    module = importlib.util.module_from_spec(importlib.util.spec_from_file_location(name, path, loader=loader))
     loader.exec_module(module)
     return module
 

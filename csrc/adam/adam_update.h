@@ -3,6 +3,13 @@
 // nearest-even).
 #pragma once
 
+// Lets CUDA compile the rule for the device as well.
+#if defined(__CUDACC__)
+#define ADAMOPS_HOST_DEVICE __host__ __device__
+#else
+#define ADAMOPS_HOST_DEVICE
+#endif
+
 namespace adamops {
 
 // Scalars of one step, computed by the host in double and rounded to float once (adamops/ops/adam/hyper.py).
@@ -27,7 +34,7 @@ struct AdamConstants {
   Number grad_scale, beta1, one_minus_beta1, beta2, one_minus_beta2, negative_step_size, inverse_sqrt_bias2, eps, decay,
       l2;
 
-  explicit AdamConstants(const AdamScalars& s)
+  ADAMOPS_HOST_DEVICE explicit AdamConstants(const AdamScalars& s)
       : grad_scale(Ops::set(s.grad_scale)),
         beta1(Ops::set(s.beta1)),
         one_minus_beta1(Ops::set(s.one_minus_beta1)),
@@ -43,7 +50,8 @@ struct AdamConstants {
 // One step for one Number of elements: param, exp_avg (m), exp_avg_sq (v) and, with Amsgrad, max_exp_avg_sq are updated
 // in place. L2 is a template parameter because fma(0, param, grad) is not grad for infinite params and negative zeros.
 template <bool L2, bool Amsgrad, class Ops, class Number>
-inline void adam_update(const AdamConstants<Ops>& k, Number& param, Number grad, Number& m, Number& v, Number& max_v) {
+ADAMOPS_HOST_DEVICE inline void adam_update(const AdamConstants<Ops>& k, Number& param, Number grad, Number& m,
+                                            Number& v, Number& max_v) {
   grad = Ops::mul(grad, k.grad_scale);
   if (L2) grad = Ops::fma(k.l2, param, grad);
   m = Ops::fma(k.beta1, m, Ops::mul(k.one_minus_beta1, grad));

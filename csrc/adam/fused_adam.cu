@@ -1,0 +1,175 @@
+// The CUDA side of FusedAdam: which kernel, which launches, on which stream; and what went wrong, in words. The kernels
+// are in fused_adam_kernel.cuh, the division into launches in launch_plan.cpp.
+#include <cuda_fp16.h>
+#include <cuda_runtime.h>
+
+#include <algorithm>
+#include <climits>
+#include <memory>
+#include <stdexcept>
+
+#include "fused_adam.h"
+#include "fused_adam_kernel.cuh"
+#include "launch_plan.h"
+
+namespace adamops {
+
+namespace {
+
+std::string version_in_words(int version) {
+  return std::to_string(version / 1000) + "." + std::to_string(version % 1000 / 10);
+}
+
+std::string problem_in_words(cudaError_t error) {
+  int runtime = 0, driver = 0;
+  cudaRuntimeGetVersion(&runtime);
+  cudaDriverGetVersion(&driver);
+  if (driver == 0) return "no NVIDIA driver found";
+  if (error == cudaErrorInsufficientDriver)
+    return "the NVIDIA driver supports CUDA " + version_in_words(driver) + ", and this build needs " +
+           version_in_words(runtime) + "; install a newer driver, or build adamops with an older CUDA toolkit";
+  return cudaGetErrorString(error);
+}
+
+void check(cudaError_t error, const std::string& what) {
+  if (error != cudaSuccess) throw std::runtime_error(what + ": CUDA error: " + problem_in_words(error));
+}
+
+// The current device, changed while an object lives.
+class DeviceGuard {
+ public:
+  explicit DeviceGuard(int device) : device_(device) {
+    check(cudaGetDevice(&former_), "finding the current device");
+    if (former_ != device) check(cudaSetDevice(device), "choosing device " + std::to_string(device));
+  }
+  DeviceGuard(const DeviceGuard&) = delete;
+  DeviceGuard& operator=(const DeviceGuard&) = delete;
+  ~DeviceGuard() {
+    if (former_ != device_) cudaSetDevice(former_);
+  }
+
+ private:
+  int device_, former_ = 0;
+};
+
+using Kernel = void (*)(AdamLaunch);
+
+template <class Param, class Grad, class State, bool Master>
+Kernel kernel_of_mode(bool l2, bool amsgrad) {
+  if (l2)
+    return amsgrad ? adam_kernel<AdamKind<Param, Grad, State, Master, true, true>>
+                   : adam_kernel<AdamKind<Param, Grad, State, Master, true, false>>;
+  return amsgrad ? adam_kernel<AdamKind<Param, Grad, State, Master, false, true>>
+                 : adam_kernel<AdamKind<Param, Grad, State, Master, false, false>>;
+}
+
+// Grads and states have the param's dtype or fp32; a master goes with 16-bit params and fp32 states.
+template <class Param>
+Kernel kernel_of_param(bool grad32, bool state32, bool master, bool l2, bool amsgrad) {
+  if (master) {
+    if (!state32) return nullptr;
+    return grad32 ? kernel_of_mode<Param, float, float, true>(l2, amsgrad)
+                  : kernel_of_mode<Param, Param, float, true>(l2, amsgrad);
+  }
+  if (state32)
+    return grad32 ? kernel_of_mode<Param, float, float, false>(l2, amsgrad)
+                  : kernel_of_mode<Param, Param, float, false>(l2, amsgrad);
+  return grad32 ? kernel_of_mode<Param, float, Param, false>(l2, amsgrad)
+                : kernel_of_mode<Param, Param, Param, false>(l2, amsgrad);
+}
+
+// Null if there is none.
+Kernel kernel_of_kind(uint32_t kind) {
+  const auto next = [&kind](uint32_t base) {
+    const uint32_t digit = kind % base;
+    kind /= base;
+    return digit;
+  };
+  const uint32_t param = next(kDtypeCount), grad = next(kDtypeCount), state = next(kDtypeCount);
+  const bool master = next(2), l2 = next(2), amsgrad = next(2);
+  if ((grad != param && grad != kFloat32) || (state != param && state != kFloat32)) return nullptr;
+  const bool grad32 = grad == kFloat32, state32 = state == kFloat32;
+  if (param == kBfloat16) return kernel_of_param<bf16>(grad32, state32, master, l2, amsgrad);
+  if (param == kFloat16) return kernel_of_param<fp16>(grad32, state32, master, l2, amsgrad);
+  return master ? nullptr : kernel_of_mode<float, float, float, false>(l2, amsgrad);
+}
+
+constexpr uint32_t kKinds = kDtypeCount * kDtypeCount * kDtypeCount * 8;
+
+}  // namespace
+
+uint32_t adam_kind(Dtype param, Dtype grad, Dtype state, bool master, bool l2, bool amsgrad) {
+  return param + kDtypeCount * (grad + kDtypeCount * (state + kDtypeCount * (master + 2u * (l2 + 2u * amsgrad))));
+}
+
+void cuda_adam_step(const CudaAdamStep& step, CudaPlace place) {
+  std::vector<PlannedTensor> planned;
+  planned.reserve(step.tensors.size());
+  for (size_t i = 0; i < step.tensors.size(); ++i) {
+    if (!kernel_of_kind(step.kinds[i]))
+      throw std::invalid_argument("tensor " + std::to_string(i) +
+                                  ": no kernel for these dtypes of param, grad and state");
+    const uint32_t row = step.device_scalars ? 0 : step.scalar_rows[i];
+    planned.push_back({step.tensors[i].numel, step.kinds[i] + kKinds * row});
+  }
+  const auto launches = plan_launches(planned, {kTensorsPerLaunch, kChunk, INT_MAX});
+  if (launches.empty()) return;
+
+  const DeviceGuard guard(place.device);
+  const auto parameters = std::make_unique<AdamLaunch>();
+  for (size_t n = 0; n < launches.size(); ++n) {
+    const PlannedLaunch& launch = launches[n];
+    parameters->device_scalars = step.device_scalars;
+    if (!step.device_scalars) parameters->scalars = step.scalars.at(launch.kind / kKinds);
+    parameters->found_inf = step.found_inf;
+    parameters->count = static_cast<uint32_t>(launch.tensors.size());
+    for (size_t i = 0; i < launch.tensors.size(); ++i) {
+      parameters->tensors[i] = step.tensors[launch.tensors[i]];
+      parameters->rows[i] = launch.tensors[i];
+      parameters->first_block[i] = launch.first_block[i];
+    }
+    void* arguments[] = {parameters.get()};
+    check(cudaLaunchKernel(kernel_of_kind(launch.kind % kKinds), dim3(launch.blocks()), dim3(kThreads), arguments, 0,
+                           static_cast<cudaStream_t>(place.stream)),
+          "Adam launch " + std::to_string(n + 1) + " of " + std::to_string(launches.size()) + " (" +
+              std::to_string(launch.tensors.size()) + " tensors from tensor " + std::to_string(launch.tensors[0]) +
+              " on, device " + std::to_string(place.device) + ")");
+  }
+}
+
+void cuda_adam_scalars(const CudaScalars& work, CudaPlace place) {
+  if (work.steps.empty()) return;
+  const DeviceGuard guard(place.device);
+  const auto parameters = std::make_unique<ScalarsLaunch>();
+  parameters->hyper = work.hyper;
+  parameters->lr32 = work.lr32;
+  parameters->lr64 = work.lr64;
+  parameters->loss_scale = work.loss_scale;
+  parameters->found_inf = work.found_inf;
+  for (size_t first = 0; first < work.steps.size(); first += kStepsPerLaunch) {
+    const size_t count = std::min<size_t>(kStepsPerLaunch, work.steps.size() - first);
+    parameters->count = static_cast<uint32_t>(count);
+    parameters->scalars = work.scalars + first;
+    std::copy_n(work.steps.begin() + static_cast<std::ptrdiff_t>(first), count, parameters->steps);
+    void* arguments[] = {parameters.get()};
+    const auto blocks = static_cast<unsigned>((count + kThreads - 1) / kThreads);
+    check(cudaLaunchKernel(scalars_kernel, dim3(blocks), dim3(kThreads), arguments, 0,
+                           static_cast<cudaStream_t>(place.stream)),
+          "computing the scalars of a step on device " + std::to_string(place.device));
+  }
+}
+
+CudaStatus cuda_status() {
+  CudaStatus status{0, 0, 0, ""};
+  cudaRuntimeGetVersion(&status.runtime_version);
+  cudaDriverGetVersion(&status.driver_version);
+  const cudaError_t error = cudaGetDeviceCount(&status.devices);
+  if (error != cudaSuccess) {
+    status.devices = 0;
+    status.problem = problem_in_words(error);
+    cudaGetLastError();  // so that no later check meets it
+  }
+  return status;
+}
+
+}  // namespace adamops

@@ -1,0 +1,52 @@
+"""Builds the CUDA op as plain C++, its kernels run on the host, from the very sources that nvcc compiles."""
+
+from __future__ import annotations
+
+import importlib.machinery
+import importlib.util
+import subprocess
+import sysconfig
+from pathlib import Path
+
+import pybind11
+from adamops.op_builder.compile import Compiler
+
+HERE = Path(__file__).resolve().parent
+CSRC = HERE.parents[1] / "csrc"
+OP_SOURCES = ["adam/fused_adam.cu", "adam/fused_adam.cpp", "adam/launch_plan.cpp"]
+
+
+def build(output: Path, sources: list[Path], *flags: str) -> Path:
+    """Compiles the sources into one extension module."""
+    compiler = Compiler.find()
+    assert compiler is not None
+    includes = [HERE, CSRC, pybind11.get_include(), sysconfig.get_paths()["include"]]
+    compiler.run(
+        ["-std=c++17", "-O1", "-g1", "-fPIC", "-shared", "-fvisibility=hidden", "-ffp-contract=off", "-Wall", "-Wextra"]
+        + ["-Werror", "-Wno-unknown-pragmas", *flags, *(f"-I{path}" for path in includes), "-x", "c++"]
+        + [*map(str, sources), "-o", str(output)]
+    )
+    return output
+
+
+def build_op(output: Path, *flags: str) -> Path:
+    """Compiles the emulated CUDA op."""
+    return build(output, [CSRC / source for source in OP_SOURCES], *flags)
+
+
+def load(path: Path):
+    """The module of that file."""
+    name = path.name.split(".")[0]
+    loader = importlib.machinery.ExtensionFileLoader(name, str(path))
+    module = importlib.util.module_from_spec(importlib.util.spec_from_file_location(name, path, loader=loader))
+    loader.exec_module(module)
+    return module
+
+
+def asan_library() -> str:
+    """The address sanitizer's runtime that belongs to the compiler; empty if it has none."""
+    compiler = Compiler.find()
+    assert compiler is not None
+    command = [*compiler.command, "-print-file-name=libasan.so"]
+    path = subprocess.run(command, capture_output=True, text=True, check=True).stdout.strip()
+    return path if Path(path).is_absolute() else ""
