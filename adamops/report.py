@@ -24,6 +24,7 @@ from . import __version__, op_builder
 from .op_builder import environment, jit
 from .op_builder.builder import OpBuilder
 from .op_builder.cpu import targets_of
+from .op_builder.cuda import covers, visible_gpus
 
 FALLBACK = "torch_adam"
 OTHER_VARIABLES = ("CUDA_HOME", "CXX", "CXXFLAGS", "MAX_JOBS", "TORCH_CUDA_ARCH_LIST")
@@ -85,7 +86,14 @@ def _describe_builder(builder: OpBuilder) -> dict[str, Any]:
     record = builder.build_record() if hasattr(builder, "build_record") else None
     if record:
         entry["build"] = record
-    return {**entry, **_usable(builder, bool(compatible), entry["prebuilt"])}
+    entry.update(_usable(builder, bool(compatible), entry["prebuilt"]))
+    if record and "architectures" in record:
+        entry["gpus"] = {f"sm_{gpu}": covers(record["architectures"], gpu) for gpu in visible_gpus()}
+    unneeded = builder.unneeded() if hasattr(builder, "unneeded") else ""
+    if unneeded:
+        entry["unneeded"] = unneeded
+        entry["ok"] = entry["ok"] or not entry.get("error")
+    return entry
 
 
 def _usable(builder: OpBuilder, compatible: bool, prebuilt: bool) -> dict[str, Any]:
@@ -99,7 +107,7 @@ def _usable(builder: OpBuilder, compatible: bool, prebuilt: bool) -> dict[str, A
         try:
             if isinstance(builder, OpBuilder) and compatible:
                 builder.load_prebuilt()  # on its own first: load() would go on to build the op
-            return {"ok": True, "in_use": "prebuilt extension", **_simd(builder.load())}
+            return {"ok": True, "in_use": "prebuilt extension", **_of_module(builder.load())}
         except ValueError as error:  # of an environment variable
             return {"ok": False, "in_use": "nothing", "error": str(error)}
         except Exception as error:
@@ -110,7 +118,7 @@ def _usable(builder: OpBuilder, compatible: bool, prebuilt: bool) -> dict[str, A
     try:
         if isinstance(builder, OpBuilder) and jit.cached_path(builder).is_file():
             found = {**described, "ok": not why, "in_use": "extension built at first use, from the cache"}
-            return {**found, **_simd(builder.load())}
+            return {**found, **_of_module(builder.load())}
     except ValueError as error:
         return {"ok": False, "in_use": "nothing", "error": str(error)}
     except Exception as error:
@@ -118,7 +126,10 @@ def _usable(builder: OpBuilder, compatible: bool, prebuilt: bool) -> dict[str, A
     return {**described, "in_use": "a build at first use, not done yet"}
 
 
-def _simd(module: Any) -> dict[str, Any]:
+def _of_module(module: Any) -> dict[str, Any]:
+    """What a loaded op says of itself: its SIMD targets, or what its CUDA runtime finds."""
+    if hasattr(module, "status"):
+        return {"cuda": module.status()}
     if not hasattr(module, "supported_targets"):
         return {}
     supported = module.supported_targets()
@@ -208,6 +219,12 @@ def rows_of_op(op: dict[str, Any]) -> list[tuple[str, str]]:
         rows.append(("SIMD targets supported here", " ".join(simd["supported_here"])))
         rows.append(("SIMD target chosen", simd["chosen"] + forced))
     rows += _rows_of_build(op.get("build", {}))
+    if cuda := op.get("cuda"):
+        rows.append(("CUDA runtime linked in", _cuda_version(cuda["runtime_version"])))
+        rows.append(("CUDA devices", cuda["problem"] or str(cuda["devices"])))
+    if op.get("unneeded"):
+        rows.append(("not needed here", op["unneeded"]))
+    rows += [(f"GPU {name}", covered) for name, covered in op.get("gpus", {}).items()]
     if op.get("openmp_runtime"):
         rows.append(("OpenMP runtime", op["openmp_runtime"]))
     if op.get("error"):
@@ -225,6 +242,10 @@ def _rows_of_build(build: dict[str, Any]) -> list[tuple[str, str]]:
         rows.append(("SIMD targets requested", build["targets_requested"]))
         rows.append(("SIMD targets enabled", " ".join(build["targets"])))
         rows += [("SIMD target dropped", f"{name} ({why})") for name, why in build["targets_dropped"].items()]
+    if "architectures" in build:
+        rows.append(("CUDA architectures", f"{' '.join(build['architectures'])} ({build['architectures_requested']})"))
+        rows.append(("nvcc", build["nvcc"]))
+        rows += [("CUDA architecture dropped", f"{n} ({why})") for n, why in build["architectures_dropped"].items()]
     return rows
 
 
@@ -251,6 +272,10 @@ def rows_of_machine(machine: dict[str, Any]) -> list[tuple[str, str]]:
 def rows_of_environment(variables: dict[str, Any]) -> list[tuple[str, str]]:
     """What the report says of environment variables, as pairs of label and text."""
     return [*variables["set"].items(), *(("error", error) for error in variables["errors"])]
+
+
+def _cuda_version(number: int) -> str:
+    return f"{number // 1000}.{number % 1000 // 10}"
 
 
 def _yes_no(value: bool) -> str:

@@ -13,11 +13,14 @@ from .builder import Compatibility, OpBuilder, OpUnavailableError
 from .compile import BuildError, CompileUnit
 from .cpu import CPUOpBuilder
 from .cpu_adam import CPUAdamBuilder
+from .cuda import CUDAOpBuilder
+from .fused_adam import FusedAdamBuilder
 from .torch_adam import TorchAdamBuilder
 
 __all__ = [
     "BuildError",
     "CPUOpBuilder",
+    "CUDAOpBuilder",
     "Compatibility",
     "CompileUnit",
     "OpBuilder",
@@ -49,7 +52,7 @@ class RegisteredOp:
 
 def builtin_builders() -> list[OpBuilder]:
     """A builder for each op that comes with adamops and has something to compile."""
-    return [CPUAdamBuilder()]
+    return [CPUAdamBuilder(), FusedAdamBuilder()]
 
 
 @functools.cache

@@ -16,6 +16,9 @@ from . import environment
 from .builder import OpBuilder
 from .compile import BuildError, compile_op, record_path, write_record
 
+_WORDS_OF_TARGETS = ("targets_requested", "targets", "targets_dropped")
+_WORDS_OF_ARCHITECTURES = ("architectures_requested", "architectures", "architectures_dropped")
+
 
 class OpExtension(Extension):
     """The extension module of one op, as setuptools knows it."""
@@ -64,7 +67,7 @@ class build_ext(setuptools_build_ext):
             return str(error)
         write_record(output, record)
         self._say(f"{builder.NAME} is built, with {record['compiler']}")
-        for name in ("targets_requested", "targets", "targets_dropped"):
+        for name in (*_WORDS_OF_TARGETS, *_WORDS_OF_ARCHITECTURES):
             if record.get(name):
                 self._say(f"  {name.replace('_', ' ')}: {record[name]}")
         return ""

@@ -8,6 +8,7 @@ from __future__ import annotations
 import dataclasses
 import importlib
 import importlib.util
+from collections.abc import Sequence
 from pathlib import Path
 from types import ModuleType
 from typing import Any
@@ -91,6 +92,10 @@ class OpBuilder:
         """Flags for the linker."""
         return []
 
+    def toolchain(self) -> Sequence[str]:
+        """The compilers and their versions besides that of C++: a change of one makes builds at run time stale."""
+        return []
+
     def record(self) -> dict[str, Any]:
         """What the build record says of this op besides compiler and flags."""
         return {}
@@ -100,6 +105,10 @@ class OpBuilder:
     def compatibility(self) -> Compatibility:
         """Whether the op can be built here, with the reason."""
         raise NotImplementedError
+
+    def unneeded(self) -> str:
+        """Why nobody misses the op on this machine, if it cannot be had; empty if it would be used."""
+        return ""
 
     def is_compatible(self, verbose: bool = False) -> bool:
         """Whether the op can be built here; with `verbose`, a reason against it is printed."""

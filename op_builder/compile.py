@@ -8,8 +8,10 @@ from __future__ import annotations
 
 import dataclasses
 import functools
+import importlib.util
 import json
 import os
+import platform
 import shlex
 import shutil
 import subprocess
@@ -34,16 +36,18 @@ class BuildError(RuntimeError):
 class CompileUnit:
     """One run of the compiler: a source below the builder's source root, and the flags of its own that it needs.
 
-    `label` keeps apart the objects of a source that is compiled more than once (say, once per SIMD target).
+    `label` keeps apart the objects of a source that is compiled more than once (say, once per SIMD target). `command`
+    is another compiler than that of C++ (nvcc), which then gets no flags but the unit's own.
     """
 
     source: str
     flags: tuple[str, ...] = ()
     label: str = ""
+    command: tuple[str, ...] = ()
 
     @property
     def object_name(self) -> str:
-        stem = self.source.replace("/", "_").rsplit(".", 1)[0]
+        stem = self.source.replace("/", "_").removesuffix(".cpp")  # "x.cu" and "x.cpp" may stand side by side
         return f"{stem}.{self.label}.o" if self.label else f"{stem}.o"
 
 
@@ -119,6 +123,19 @@ def extension_suffix() -> str:
     return sysconfig.get_config_var("EXT_SUFFIX") or ".so"
 
 
+def cannot_compile_extensions(what: str) -> str:
+    """Why extension modules in C++ cannot be compiled here; empty if they can. `what` needs them, for the message."""
+    if os.name != "posix":
+        return f"{what} need a POSIX system with GCC or Clang, this is {platform.system()}"
+    if Compiler.find() is None:
+        return "no C++ compiler found (set CXX, or install g++ or clang++)"
+    if not (python_headers() / "Python.h").is_file():
+        return f"no Python.h in {python_headers()} (install python3-dev)"
+    if importlib.util.find_spec("pybind11") is None:
+        return "pybind11 is not installed"
+    return ""
+
+
 def compile_op(builder: OpBuilder, output: Path) -> dict[str, Any]:
     """Compiles and links the builder's extension into `output`, and returns the record of what was built.
 
@@ -137,8 +154,9 @@ def compile_op(builder: OpBuilder, output: Path) -> dict[str, Any]:
 
         def compile_unit(unit: CompileUnit) -> None:
             prefix_map = f"-ffile-prefix-map={root}=."
-            compiler.run(
-                [*flags, prefix_map, *unit.flags, *includes, "-c", str(root / unit.source)]
+            tool, common = (Compiler(unit.command), []) if unit.command else (compiler, [*flags, prefix_map])
+            tool.run(
+                [*common, *unit.flags, *includes, "-c", str(root / unit.source)]
                 + ["-o", str(Path(scratch) / unit.object_name)]
             )
 

@@ -7,13 +7,11 @@ from __future__ import annotations
 
 import dataclasses
 import functools
-import os
-import platform
 from typing import Any
 
 from . import environment
 from .builder import Compatibility, OpBuilder
-from .compile import Compiler, CompileUnit, python_headers
+from .compile import Compiler, CompileUnit, cannot_compile_extensions
 
 
 @dataclasses.dataclass(frozen=True)
@@ -143,19 +141,9 @@ class CPUOpBuilder(OpBuilder):
         }
 
     def compatibility(self) -> Compatibility:
-        if os.name != "posix":
-            return Compatibility(
-                False, f"the CPU ops need a POSIX system with GCC or Clang, this is {platform.system()}"
-            )
-        compiler = Compiler.find()
-        if compiler is None:
-            return Compatibility(False, "no C++ compiler found (set CXX, or install g++ or clang++)")
-        if not (python_headers() / "Python.h").is_file():
-            return Compatibility(False, f"no Python.h in {python_headers()} (install python3-dev)")
-        try:
-            import pybind11  # noqa: F401
-        except ImportError:
-            return Compatibility(False, "pybind11 is not installed")
+        reason, compiler = cannot_compile_extensions("the CPU ops"), Compiler.find()
+        if reason or compiler is None:
+            return Compatibility(False, reason)
         return Compatibility(True, f"{compiler.version} for {compiler.machine}")
 
     def prepare(self, module: Any) -> Any:

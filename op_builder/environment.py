@@ -6,6 +6,7 @@ Must not know what they are used for. An unknown value is a ValueError that name
 from __future__ import annotations
 
 import os
+import re
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -44,6 +45,46 @@ def cpu_targets(valid: Sequence[str]) -> list[str] | str | None:
             f"use native, all, or a list of {', '.join(valid)}"
         )
     return names
+
+
+# torch's names for compute capabilities in TORCH_CUDA_ARCH_LIST (torch/utils/cpp_extension.py).
+_NAMED_ARCHITECTURES = {
+    "Turing": ["7.5+PTX"],
+    "Ampere": ["8.0", "8.6+PTX"],
+    "Ada": ["8.9+PTX"],
+    "Hopper": ["9.0+PTX"],
+    "Blackwell": ["10.0", "10.3", "12.0", "12.1+PTX"],
+}
+
+
+def cuda_archs(valid: Sequence[str]) -> tuple[str, list[str]] | None:
+    """ADAMOPS_CUDA_ARCHS, or else TORCH_CUDA_ARCH_LIST: "NAME=value" of the variable and what it lists; None if unset.
+
+    Torch's syntax: "8.0;9.0+PTX", names such as "Hopper", or one of the words "native" and "all". The result has "90"
+    for 9.0 and "90+PTX" for 9.0+PTX; `valid` is what may stand before the "+PTX".
+    """
+    for variable in ("ADAMOPS_CUDA_ARCHS", "TORCH_CUDA_ARCH_LIST"):
+        value = os.environ.get(variable, "").strip()
+        if value:
+            break
+    else:
+        return None
+    said = f"{variable}={value}"
+    if value in ("native", "all"):
+        return said, [value]
+    found: list[str] = []
+    for word in value.replace(",", " ").replace(";", " ").split():
+        for entry in _NAMED_ARCHITECTURES.get(word, [word]):
+            number, plus, ptx = entry.partition("+")
+            match = re.fullmatch(r"(\d+)\.(\d[a-z]?)", number)
+            if not match or "".join(match.groups()) not in valid or (plus and ptx != "PTX"):
+                numbers = [re.sub(r"(\d[a-z]?)$", r".\1", name) for name in valid]
+                raise ValueError(
+                    f"{variable}={value!r}: {word!r} is not an architecture that this nvcc knows; use native, all, or "
+                    f"a list of {', '.join(numbers)}, {', '.join(_NAMED_ARCHITECTURES)}, with +PTX where PTX is wanted"
+                )
+            found.append("".join(match.groups()) + ("+PTX" if plus else ""))
+    return said, list(dict.fromkeys(found))
 
 
 def simd(valid: Sequence[str]) -> str | None:

@@ -76,6 +76,7 @@ def _fingerprint(builder: OpBuilder) -> str:
         compiler.machine if compiler else "",
         extension_suffix(),
         pybind11.__version__,
+        list(builder.toolchain()),
         os.environ.get("CXXFLAGS", ""),
         [*Compiler.COMMON_FLAGS, *Compiler.LINK_FLAGS, *builder.cxx_args(), *builder.extra_ldflags()],
         [(unit.object_name, unit.flags) for unit in units],

@@ -19,7 +19,7 @@ from adamops import op_builder
 def test_get_names_the_ops_there_are():
     assert op_builder.get("cpu_adam").NAME == "cpu_adam"
     assert op_builder.get("cpu_adam") is op_builder.get("cpu_adam")
-    with pytest.raises(KeyError, match="no op 'sgd'; there are cpu_adam, torch_adam"):
+    with pytest.raises(KeyError, match="no op 'sgd'; there are cpu_adam, fused_adam, torch_adam"):
         op_builder.get("sgd")
 
 

@@ -36,7 +36,12 @@ def sources(tmp_path):
 
 def run(command, cwd, check=True, **variables):
     result = subprocess.run(
-        list(map(str, command)), cwd=cwd, env={**os.environ, **variables}, capture_output=True, text=True, timeout=600
+        list(map(str, command)),
+        cwd=cwd,
+        env={**os.environ, "ADAMOPS_BUILD_FUSED_ADAM": "0", **variables},
+        capture_output=True,
+        text=True,
+        timeout=600,
     )
     if check:
         assert result.returncode == 0, result.stdout[-4000:] + result.stderr[-4000:]

@@ -1,0 +1,225 @@
+"""CUDA at build time: the nvcc there is, the architectures to compile for, and the builder that CUDA ops share.
+
+Must not know any particular op. At run time the extension itself asks the CUDA runtime, which is linked into it.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+import os
+import platform
+import re
+import shutil
+import subprocess
+import sysconfig
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from . import environment
+from .builder import Compatibility, OpBuilder
+from .compile import BuildError, Compiler, CompileUnit, cannot_compile_extensions
+
+# What a wheel is built for, as compute capabilities times ten; and PTX of the newest, for whatever comes after.
+WHEEL_ARCHITECTURES = ("75", "80", "86", "89", "90", "100", "120")
+
+
+@dataclasses.dataclass(frozen=True)
+class Nvcc:
+    """A CUDA compiler that has been asked about itself."""
+
+    path: str
+    version: str
+    library_folders: tuple[str, ...]
+    known: tuple[str, ...]  # architectures, as in "90" and "90a"
+
+    @classmethod
+    def find(cls) -> Nvcc | None:
+        """The first that runs, of those in $CUDA_HOME, on PATH and in NVIDIA's wheels; None if there is none."""
+        home = os.environ.get("CUDA_HOME", "").strip()
+        wheels = Path(sysconfig.get_paths()["purelib"]) / "nvidia"
+        candidates = (
+            [Path(home) / "bin" / "nvcc"]
+            if home
+            else [Path(shutil.which("nvcc") or ""), *sorted(wheels.glob("*/bin/nvcc"), reverse=True)]
+        )
+        return next((found for path in candidates if path.is_file() and (found := cls._ask(str(path)))), None)
+
+    @classmethod
+    @functools.cache
+    def _ask(cls, path: str) -> Nvcc | None:
+        version = re.search(r"release ([\d.]+)", _output(path, "--version"))
+        # A dry run tells where the toolkit lies, even if `path` is a script that stands for it.
+        folders = re.search(r"LIBRARIES=(.*)", _output(path, "--dryrun", "-x", "cu", "-c", os.devnull, "-o", "x.o"))
+        known = re.findall(r"sm_(\d+[a-z]?)", _output(path, "--list-gpu-code"))
+        if not version or not known:
+            return None
+        found = re.findall(r'"-L([^"]+)"', folders.group(1)) if folders else []
+        usual = Path(path).resolve().parent.parent
+        found += [str(usual / "lib64"), str(usual / "lib")]
+        return cls(path, version.group(1), tuple(dict.fromkeys(map(os.path.normpath, found))), tuple(known))
+
+    def static_runtime(self) -> str | None:
+        """The folder of the CUDA runtime as a static library."""
+        return next(
+            (folder for folder in self.library_folders if (Path(folder) / "libcudart_static.a").is_file()), None
+        )
+
+
+def _output(*command: str) -> str:
+    try:
+        done = subprocess.run(command, capture_output=True, text=True, timeout=60, check=False)
+    except (OSError, subprocess.TimeoutExpired):
+        return ""
+    return done.stdout + done.stderr
+
+
+@dataclasses.dataclass(frozen=True)
+class ArchitectureChoice:
+    """Which architectures were asked for and by whom, which will be built, and which not, with the reason.
+
+    `enabled` holds "90" for machine code, and "90+PTX" for that and PTX too.
+    """
+
+    requested: str
+    enabled: tuple[str, ...]
+    dropped: tuple[tuple[str, str], ...]
+
+    def nvcc_flags(self) -> list[str]:
+        """The flags that make nvcc compile for them."""
+        flags = []
+        for name in self.enabled:
+            number = name.removesuffix("+PTX")
+            codes = [f"sm_{number}"] + ([f"compute_{number}"] if name != number else [])
+            flags += [f"-gencode=arch=compute_{number},code=[{','.join(codes)}]"]
+        return flags
+
+
+@functools.cache
+def visible_gpus() -> tuple[str, ...]:
+    """The architectures of this machine's GPUs, as in "90", each once."""
+    command = shutil.which("nvidia-smi")
+    rows = _output(command, "--query-gpu=compute_cap", "--format=csv,noheader").split() if command else []
+    return tuple(sorted({row.replace(".", "") for row in rows if re.fullmatch(r"\d+\.\d", row)}, key=int))
+
+
+def covers(architectures: Sequence[str], gpu: str) -> str:
+    """How a GPU, as in "90", runs a build for these architectures: in words that begin with yes or no.
+
+    Machine code runs on GPUs of the same major version and an equal or higher minor one; PTX on all that are as new.
+    """
+    if any(name.removesuffix("+PTX") == gpu for name in architectures):
+        return "yes: compiled for it"
+    numbers = {name.removesuffix("+PTX"): name.endswith("+PTX") for name in architectures}
+    plain = {name: ptx for name, ptx in numbers.items() if name.isdigit()}  # "90a" runs on 9.0 only
+    if any(name[:-1] == gpu[:-1] and int(name) < int(gpu) for name in plain):
+        return "yes: compiled for an older one of its kind"
+    if any(ptx and int(name) < int(gpu) for name, ptx in plain.items()):
+        return "yes: from PTX, which the driver compiles at first use"
+    return "no: it is in none of the architectures; build with ADAMOPS_CUDA_ARCHS"
+
+
+def choose_architectures(nvcc: Nvcc) -> ArchitectureChoice:
+    """Those of ADAMOPS_CUDA_ARCHS, else of TORCH_CUDA_ARCH_LIST, else of the visible GPUs, else those of the wheel.
+
+    Raises ValueError for an architecture in a variable that does not exist or that this nvcc does not know.
+    """
+    asked = environment.cuda_archs(nvcc.known)
+    if asked and asked[1] not in (["native"], ["all"]):
+        return ArchitectureChoice(asked[0], tuple(asked[1]), ())
+    words = asked[1] if asked else []
+    gpus = visible_gpus() if words != ["all"] else ()
+    if words == ["native"] and not gpus:
+        raise ValueError(f"{asked[0] if asked else ''} asks for the GPUs of this machine, but nvidia-smi shows none")
+    wanted = gpus or WHEEL_ARCHITECTURES
+    enabled = [number for number in wanted if number in nvcc.known]
+    dropped = [(number, f"nvcc {nvcc.version} does not know it") for number in wanted if number not in nvcc.known]
+    if enabled:  # PTX of the newest runs, compiled by the driver, on GPUs that are newer still
+        enabled[-1] += "+PTX"
+    source = asked[0] if asked else "the visible GPUs" if gpus else "the list of the wheel"
+    return ArchitectureChoice(source, tuple(enabled), tuple(dropped))
+
+
+class CUDAOpBuilder(OpBuilder):
+    """An op with kernels in CUDA, compiled for several architectures; the CUDA runtime is linked into it.
+
+    So the extension needs no CUDA library, and imports where there is neither GPU nor driver.
+    """
+
+    HELP = "Install the CUDA toolkit (nvcc), or a wheel that was built with CUDA."
+
+    # IEEE arithmetic and no fusing, so that GPUs give the bits of CPUs. Compressed, as code for many architectures is
+    # large.
+    NVCC_FLAGS = (
+        "-std=c++17",
+        "-O3",
+        "-fmad=false",
+        "-ftz=false",
+        "-prec-div=true",
+        "-prec-sqrt=true",
+        "-Xcompiler=-fPIC,-fvisibility=hidden,-ffp-contract=off,-Wall,-Wextra",
+        "-Xfatbin=-compress-all",
+    )
+
+    def cuda_sources(self) -> list[str]:
+        """CUDA files below source_root()."""
+        raise NotImplementedError
+
+    def headers(self) -> list[str]:
+        root = self.source_root()
+        return sorted([*super().headers(), *(str(path.relative_to(root)) for path in root.rglob("*.cuh"))])
+
+    def _nvcc(self) -> Nvcc:
+        nvcc = Nvcc.find()
+        if nvcc is None:
+            raise BuildError("no nvcc found")
+        return nvcc
+
+    def compile_units(self) -> list[CompileUnit]:
+        nvcc, compiler = self._nvcc(), Compiler.find()
+        host = (f"-ccbin={compiler.command[0]}",) if compiler else ()
+        flags = (
+            *self.NVCC_FLAGS,
+            *self.nvcc_args(),
+            *choose_architectures(nvcc).nvcc_flags(),
+            f"--threads={environment.max_jobs()}",
+            *host,
+        )
+        units = [CompileUnit(source, flags, command=(nvcc.path,)) for source in self.cuda_sources()]
+        return units + [CompileUnit(source) for source in self.sources()]
+
+    def extra_ldflags(self) -> list[str]:
+        folder = self._nvcc().static_runtime()
+        # Hidden: torch's own CUDA runtime, of another version perhaps, is in the same process.
+        return [f"-L{folder}", "-lcudart_static", "-ldl", "-lrt", "-lpthread", "-Wl,--exclude-libs,ALL"]
+
+    def record(self) -> dict[str, Any]:
+        choice = choose_architectures(self._nvcc())
+        return {
+            "nvcc": self._nvcc().version,
+            "architectures_requested": choice.requested,
+            "architectures": list(choice.enabled),
+            "architectures_dropped": dict(choice.dropped),
+        }
+
+    def unneeded(self) -> str:
+        return "" if visible_gpus() else "this machine has no NVIDIA GPU"
+
+    def toolchain(self) -> Sequence[str]:
+        return [f"nvcc {self._nvcc().version}"]
+
+    def compatibility(self) -> Compatibility:
+        reason = cannot_compile_extensions("the CUDA ops")
+        if reason:
+            return Compatibility(False, reason)
+        nvcc = Nvcc.find()
+        if nvcc is None:
+            home = os.environ.get("CUDA_HOME", "").strip()
+            where = f"in CUDA_HOME={home}" if home else "on PATH or in NVIDIA's wheels (set CUDA_HOME)"
+            return Compatibility(False, f"no nvcc that runs was found {where}")
+        if nvcc.static_runtime() is None:
+            return Compatibility(False, f"nvcc {nvcc.version} has no libcudart_static.a (install cuda-cudart-dev)")
+        if not choose_architectures(nvcc).enabled:
+            return Compatibility(False, f"nvcc {nvcc.version} knows none of this machine's GPUs")
+        return Compatibility(True, f"nvcc {nvcc.version} on {platform.machine()}")

@@ -1,0 +1,18 @@
+"""The builder of fused_adam, Adam for many tensors on a GPU at once."""
+
+from __future__ import annotations
+
+from .cuda import CUDAOpBuilder
+
+
+class FusedAdamBuilder(CUDAOpBuilder):
+    """Adam for tensors in device memory, with csrc/adam."""
+
+    NAME = "fused_adam"
+    MODULE = "adamops._native.fused_adam"
+
+    def sources(self) -> list[str]:
+        return ["adam/fused_adam.cpp", "adam/launch_plan.cpp"]
+
+    def cuda_sources(self) -> list[str]:
+        return ["adam/fused_adam.cu"]

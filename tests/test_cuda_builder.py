@@ -1,0 +1,164 @@
+"""Building for CUDA: which nvcc, which architectures, what is left out and why. No GPU is needed."""
+
+import json
+import shutil
+import stat
+
+import cuda_emulation
+import pytest
+from adamops.op_builder import cuda, environment
+from adamops.op_builder.compile import compile_op
+from adamops.op_builder.cuda import ArchitectureChoice, Nvcc, choose_architectures, covers
+from adamops.op_builder.fused_adam import FusedAdamBuilder
+
+from adamops import op_builder, report
+
+KNOWN = ("75", "80", "86", "90", "90a", "100", "120")
+NVCC = Nvcc("/none/nvcc", "13.0", (), KNOWN)
+needs_nvcc = pytest.mark.skipif(shutil.which("nvcc") is None, reason="no nvcc on PATH")
+
+
+@pytest.fixture(autouse=True)
+def no_settings(monkeypatch):
+    """A machine without GPUs, and no variable that steers the build."""
+    for name in ("ADAMOPS_CUDA_ARCHS", "TORCH_CUDA_ARCH_LIST", "CUDA_HOME"):
+        monkeypatch.delenv(name, raising=False)
+    monkeypatch.setattr(cuda, "visible_gpus", lambda: ())
+
+
+def fake_nvcc(folder, gpu_code="sm_80 sm_90", version="release 12.4, V12.4.1", static_runtime=True):
+    """A script that answers as nvcc does."""
+    (folder / "bin").mkdir(parents=True)
+    (folder / "lib64").mkdir()
+    if static_runtime:
+        (folder / "lib64" / "libcudart_static.a").touch()
+    script = folder / "bin" / "nvcc"
+    script.write_text(
+        f"#!/bin/sh\ncase $1 in --version) echo '{version}';; --list-gpu-code) echo {gpu_code};; *) exit 1;; esac\n"
+    )
+    script.chmod(script.stat().st_mode | stat.S_IXUSR)
+    return folder
+
+
+@pytest.mark.parametrize(
+    ("value", "expected"),
+    [
+        ("8.0;9.0+PTX", ["80", "90+PTX"]),
+        ("8.0, 8.6 9.0a", ["80", "86", "90a"]),
+        ("Ampere", ["80", "86+PTX"]),
+        ("7.5;Hopper;7.5", ["75", "90+PTX"]),
+        ("12.0", ["120"]),
+        ("all", ["all"]),
+    ],
+)
+def test_architectures_in_torchs_syntax(monkeypatch, value, expected):
+    monkeypatch.setenv("TORCH_CUDA_ARCH_LIST", value)
+    assert environment.cuda_archs(KNOWN) == (f"TORCH_CUDA_ARCH_LIST={value}", expected)
+    monkeypatch.setenv("ADAMOPS_CUDA_ARCHS", "10.0")
+    assert environment.cuda_archs(KNOWN) == ("ADAMOPS_CUDA_ARCHS=10.0", ["100"])
+
+
+@pytest.mark.parametrize("value", ["9.9", "90", "sm_90", "8.0+SASS", "Pascal", "8.0;oops"])
+def test_an_unknown_architecture_names_the_valid_ones(monkeypatch, value):
+    monkeypatch.setenv("ADAMOPS_CUDA_ARCHS", value)
+    with pytest.raises(ValueError, match=r"is not an architecture that this nvcc knows.* 7\.5, .*9\.0a, 10\.0.*Hopper"):
+        choose_architectures(NVCC)
+
+
+def test_without_settings_or_gpus_the_wheels_list_is_built():
+    choice = choose_architectures(NVCC)
+    assert choice.enabled == ("75", "80", "86", "90", "100", "120+PTX")
+    assert choice.dropped == (("89", "nvcc 13.0 does not know it"),)
+    assert choice.nvcc_flags()[-1] == "-gencode=arch=compute_120,code=[sm_120,compute_120]"
+
+
+def test_visible_gpus_are_built_for(monkeypatch):
+    monkeypatch.setattr(cuda, "visible_gpus", lambda: ("80", "90"))
+    assert choose_architectures(NVCC) == ArchitectureChoice("the visible GPUs", ("80", "90+PTX"), ())
+    monkeypatch.setenv("ADAMOPS_CUDA_ARCHS", "all")
+    assert len(choose_architectures(NVCC).enabled) == 6
+
+
+def test_native_without_a_gpu_is_an_error(monkeypatch):
+    monkeypatch.setenv("ADAMOPS_CUDA_ARCHS", "native")
+    with pytest.raises(ValueError, match="ADAMOPS_CUDA_ARCHS=native asks for the GPUs of this machine, but"):
+        choose_architectures(NVCC)
+
+
+def test_gpus_are_asked_of_nvidia_smi(monkeypatch, tmp_path):
+    script = tmp_path / "nvidia-smi"
+    script.write_text("#!/bin/sh\nprintf '9.0\\n8.0\\n9.0\\nN/A\\n'\n")
+    script.chmod(0o755)
+    monkeypatch.setenv("PATH", str(tmp_path), prepend=":")
+    monkeypatch.undo()  # the patched visible_gpus()
+    monkeypatch.setenv("PATH", str(tmp_path), prepend=":")
+    cuda.visible_gpus.cache_clear()
+    try:
+        assert cuda.visible_gpus() == ("80", "90")
+    finally:
+        cuda.visible_gpus.cache_clear()
+
+
+@pytest.mark.parametrize(
+    ("gpu", "words"),
+    [
+        ("80", "yes: compiled for it"),
+        ("86", "yes: compiled for an older one of its kind"),
+        ("89", "yes: compiled for an older one of its kind"),
+        ("120", "yes: from PTX"),
+        ("90", "no: "),
+        ("75", "no: "),
+    ],
+)
+def test_coverage_of_a_gpu(gpu, words):
+    assert covers(["80", "90a", "100+PTX"], gpu).startswith(words)
+
+
+def test_nvcc_of_cuda_home_is_taken_and_described(monkeypatch, tmp_path):
+    monkeypatch.setenv("CUDA_HOME", str(fake_nvcc(tmp_path / "cuda")))
+    nvcc = Nvcc.find()
+    assert (nvcc.version, nvcc.known) == ("12.4", ("80", "90"))
+    assert nvcc.static_runtime() == str(tmp_path / "cuda" / "lib64")
+    builder = FusedAdamBuilder()
+    assert builder.compatibility().reason.startswith("nvcc 12.4 on ")
+    (unit,) = [unit for unit in builder.compile_units() if unit.command]
+    assert unit.command == (nvcc.path,)
+    assert {"-fmad=false", "-gencode=arch=compute_90,code=[sm_90,compute_90]"} <= set(unit.flags)
+    assert "-lcudart_static" in builder.extra_ldflags()
+
+
+def test_reasons_why_the_op_cannot_be_built(monkeypatch, tmp_path):
+    monkeypatch.setenv("CUDA_HOME", str(tmp_path))
+    assert FusedAdamBuilder().compatibility().reason == f"no nvcc that runs was found in CUDA_HOME={tmp_path}"
+    monkeypatch.setenv("CUDA_HOME", str(fake_nvcc(tmp_path / "b", static_runtime=False)))
+    assert FusedAdamBuilder().compatibility().reason.startswith("nvcc 12.4 has no libcudart_static.a")
+    monkeypatch.setenv("CUDA_HOME", str(fake_nvcc(tmp_path / "c", version="not a compiler")))
+    assert "no nvcc that runs" in FusedAdamBuilder().compatibility().reason
+    monkeypatch.setenv("CUDA_HOME", str(fake_nvcc(tmp_path / "d", gpu_code="sm_52")))
+    assert FusedAdamBuilder().compatibility().reason == "nvcc 12.4 knows none of this machine's GPUs"
+    with pytest.raises(op_builder.BuildError, match="must|nvcc|failed"):
+        compile_op(FusedAdamBuilder(), tmp_path / "op.so")
+
+
+def test_a_cuda_op_is_not_missed_where_there_is_no_gpu(monkeypatch, tmp_path, capsys):
+    monkeypatch.setenv("CUDA_HOME", str(tmp_path))
+    assert report.main(["--json"]) == 0
+    (op,) = [op for op in json.loads(capsys.readouterr().out)["ops"] if op["name"] == "fused_adam"]
+    assert op["unneeded"] == "this machine has no NVIDIA GPU"
+    assert op["ok"]
+
+
+@needs_nvcc
+def test_the_op_is_compiled_by_nvcc_and_imports_without_a_gpu(monkeypatch, tmp_path):
+    monkeypatch.setenv("ADAMOPS_CUDA_ARCHS", "8.0;9.0+PTX")
+    builds = []
+    for name in ("first", "second"):
+        output = tmp_path / name / "fused_adam.so"
+        record = compile_op(FusedAdamBuilder(), output)
+        builds.append(output.read_bytes())
+    assert record["architectures"] == ["80", "90+PTX"]
+    assert record["architectures_requested"] == "ADAMOPS_CUDA_ARCHS=8.0;9.0+PTX"
+    assert builds[0] == builds[1], "the same sources gave other bytes"
+    status = cuda_emulation.load(output).status()
+    assert status["runtime_version"] >= 12000
+    assert status["devices"] > 0 or status["problem"]
