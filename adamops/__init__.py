@@ -13,10 +13,10 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from .ops.adam import CPUAdam, DeepSpeedCPUAdam
+    from .ops.adam import CPUAdam, DeepSpeedCPUAdam, FusedAdam
 
 __version__ = "0.1.0"
-__all__ = ["CPUAdam", "DeepSpeedCPUAdam", "__version__"]
+__all__ = ["CPUAdam", "DeepSpeedCPUAdam", "FusedAdam", "__version__"]
 
 # In a checkout, op_builder and csrc lie beside this folder and not in it. With the checkout on the path, `adamops` is
 # found here even where it is not installed in editable mode, and should work all the same.
@@ -26,7 +26,7 @@ if not (_checkout / "adamops" / "op_builder").is_dir() and (_checkout / "op_buil
 
 
 def __getattr__(name: str) -> Any:
-    if name in ("CPUAdam", "DeepSpeedCPUAdam"):
+    if name in ("CPUAdam", "DeepSpeedCPUAdam", "FusedAdam"):
         from .ops import adam
 
         return getattr(adam, name)

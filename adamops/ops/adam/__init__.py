@@ -1,5 +1,6 @@
 """Adam: a drop-in for deepspeed.ops.adam."""
 
 from .cpu_adam import CPUAdam, DeepSpeedCPUAdam
+from .fused_adam import FusedAdam
 
-__all__ = ["CPUAdam", "DeepSpeedCPUAdam"]
+__all__ = ["CPUAdam", "DeepSpeedCPUAdam", "FusedAdam"]

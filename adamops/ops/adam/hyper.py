@@ -23,9 +23,10 @@ class AdamHyper:
     adamw_mode: bool
     amsgrad: bool
     maximize: bool
+    loss_scale: float = 1.0  # what the loss, and so the grads, have been multiplied by
 
     @classmethod
-    def of_group(cls, group: dict[str, Any], adamw_mode: bool) -> AdamHyper:
+    def of_group(cls, group: dict[str, Any], adamw_mode: bool, loss_scale: float = 1.0) -> AdamHyper:
         """From a param group, whose lr, betas and weight_decay may be 0-dim tensors."""
         beta1, beta2 = group["betas"]
         return cls(
@@ -38,6 +39,7 @@ class AdamHyper:
             adamw_mode=adamw_mode,
             amsgrad=bool(group["amsgrad"]),
             maximize=bool(group["maximize"]),
+            loss_scale=loss_scale,
         )
 
     @property
@@ -53,7 +55,7 @@ class AdamHyper:
         bias1 = 1.0 - integer_power(self.beta1, step) if self.bias_correction else 1.0
         bias2 = 1.0 - integer_power(self.beta2, step) if self.bias_correction else 1.0
         return (
-            -1.0 if self.maximize else 1.0,
+            (-1.0 if self.maximize else 1.0) / self.loss_scale,
             self.beta1,
             1.0 - self.beta1,
             self.beta2,

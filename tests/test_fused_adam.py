@@ -1,0 +1,154 @@
+"""FusedAdam: what is its own. What it shares with DeepSpeedCPUAdam is the same code, tested in test_optimizer.py."""
+
+import copy
+import inspect
+import io
+import pickle
+
+import pytest
+import torch
+
+from adamops import DeepSpeedCPUAdam, FusedAdam
+
+SIZES = [(3, 5), (70,), (), (0,), (9, 1, 4)]
+
+
+def new_params(dtype=torch.float32, seed=None):
+    generator = torch.Generator().manual_seed(torch.initial_seed() if seed is None else seed)
+    params = [torch.nn.Parameter(torch.randn(size, generator=generator).to(dtype)) for size in SIZES]
+    return set_grads(params, generator)
+
+
+def set_grads(params, generator=None):
+    for param in params:
+        param.grad = torch.randn(param.shape, generator=generator).to(param.dtype)
+    return params
+
+
+def assert_equal(params, expected):
+    for a, b in zip(params, expected, strict=True):
+        assert torch.equal(a, b)
+
+
+def test_arguments_are_those_of_deepspeed_and_apex():
+    names = list(inspect.signature(FusedAdam).parameters)
+    assert names[:9] == [
+        *("params", "lr", "bias_correction", "betas", "eps", "adam_w_mode", "weight_decay", "amsgrad", "set_grad_none")
+    ]
+    defaults = [p.default for p in inspect.signature(FusedAdam).parameters.values()][1:9]
+    assert defaults == [1e-3, True, (0.9, 0.999), 1e-8, True, 0.0, False, True]
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("adam_w_mode", [True, False])
+@pytest.mark.parametrize("amsgrad", [True, False])
+@pytest.mark.parametrize("maximize", [True, False])
+def test_steps_have_the_bits_of_cpu_adam(dtype, adam_w_mode, amsgrad, maximize):
+    ours, theirs = new_params(dtype), new_params(dtype)
+    settings = {"lr": 0.01, "weight_decay": 0.1, "amsgrad": amsgrad, "maximize": maximize}
+    a = FusedAdam(ours, adam_w_mode=adam_w_mode, **settings)
+    b = DeepSpeedCPUAdam(theirs, adamw_mode=adam_w_mode, **settings)
+    for _ in range(3):
+        a.step()
+        b.step()
+    assert_equal(ours, theirs)
+    assert all(a.state[param]["exp_avg"].dtype == torch.float32 for param in ours)
+
+
+@pytest.mark.parametrize("argument", ["grads", "output_params", "scale", "grad_norms"])
+def test_arguments_of_old_apex_are_refused(argument):
+    params = new_params()
+    before = copy.deepcopy(params)
+    with pytest.raises(RuntimeError, match="takes a closure only; put the grads into param.grad"):
+        FusedAdam(params).step(**{argument: [1]})
+    assert_equal(params, before)
+
+
+def test_closure_and_hooks_run_once():
+    params = new_params()
+    optimizer, calls = FusedAdam(params), []
+    optimizer.register_step_post_hook(lambda *_: calls.append("post"))
+
+    def closure():
+        assert torch.is_grad_enabled()
+        calls.append("closure")
+        return torch.tensor(2.5)
+
+    assert optimizer.step(closure) == 2.5
+    assert calls == ["closure", "post"]
+
+
+def test_zero_grad_does_as_it_was_told():
+    params = new_params()
+    FusedAdam(params, set_grad_none=False).zero_grad()
+    assert all(param.grad.eq(0).all() for param in params)
+    FusedAdam(params, set_grad_none=False).zero_grad(set_to_none=True)
+    assert all(param.grad is None for param in params)
+    set_grads(params)
+    FusedAdam(params).zero_grad()
+    assert all(param.grad is None for param in params)
+
+
+def test_step_counts_are_kept_for_each_param():
+    """DeepSpeed and apex correct a late param's bias by the count of its group."""
+    params, expected = new_params(), new_params()
+    late = params[1].grad.clone()
+    optimizer, reference = FusedAdam(params, lr=0.1), torch.optim.AdamW(expected, lr=0.1, weight_decay=0)
+    for step in range(3):
+        params[1].grad = expected[1].grad = None if step < 2 else late
+        optimizer.step()
+        reference.step()
+    assert [optimizer.state[param].get("step") for param in params] == [3, 1, 3, 3, 3]
+    for a, b in zip(params, expected, strict=True):
+        torch.testing.assert_close(a, b, rtol=1e-5, atol=1e-6)
+
+
+@pytest.mark.parametrize("peer", [torch.optim.AdamW, DeepSpeedCPUAdam])
+def test_checkpoints_go_both_ways(peer):
+    params, expected = new_params(), new_params()
+    ours, theirs = FusedAdam(params, weight_decay=0.01), peer(expected, weight_decay=0.01)
+    ours.step()
+    theirs.step()
+    for source, target, own in ((ours, peer(new_params(), lr=1), params), (theirs, FusedAdam(new_params()), expected)):
+        buffer = io.BytesIO()
+        torch.save(source.state_dict(), buffer)
+        buffer.seek(0)
+        target.load_state_dict(torch.load(buffer, weights_only=True))
+        target.param_groups[0]["params"], old = own, target.param_groups[0]["params"]
+        for param, former in zip(own, old, strict=True):
+            target.state[param] = target.state.pop(former)
+            assert int(target.state[param]["step"]) == 1
+        target.step()
+        assert all(int(target.state[param]["step"]) == 2 for param in own)
+
+
+def test_loads_checkpoints_that_count_steps_by_group():
+    """As DeepSpeed's and apex' FusedAdam write them."""
+    params, twin = new_params(), new_params()
+    optimizer = FusedAdam(params)
+    for _ in range(4):
+        optimizer.step()
+    checkpoint = copy.deepcopy(optimizer.state_dict())
+    for state in checkpoint["state"].values():
+        del state["step"]
+    checkpoint["param_groups"][0]["step"] = 4
+    with torch.no_grad():
+        for a, b in zip(twin, params, strict=True):
+            a.copy_(b)
+    resumed = FusedAdam(twin)
+    resumed.load_state_dict(checkpoint)
+    assert "step" not in resumed.param_groups[0]
+    optimizer.step()
+    resumed.step()
+    assert_equal(twin, params)
+    assert [resumed.state[param]["step"] for param in twin] == [5] * len(twin)
+
+
+def test_survives_pickle_and_deepcopy():
+    optimizer = FusedAdam(new_params(), lr=0.5, set_grad_none=False, adam_w_mode=False)
+    optimizer.step()
+    for twin in (pickle.loads(pickle.dumps(optimizer)), copy.deepcopy(optimizer)):
+        assert (twin.set_grad_none, twin.adam_w_mode, twin.param_groups[0]["lr"]) == (False, False, 0.5)
+        set_grads(twin.param_groups[0]["params"])
+        twin.step()
+        assert {state["step"] for state in twin.state.values()} == {2}
