@@ -37,7 +37,8 @@ class CompileUnit:
     """One run of the compiler: a source below the builder's source root, and the flags of its own that it needs.
 
     `label` keeps apart the objects of a source that is compiled more than once (say, once per SIMD target). `command`
-    is another compiler than that of C++ (nvcc), which then gets no flags but the unit's own.
+    is another compiler than that of C++ (nvcc), which then gets no flags but the unit's own; "{jobs}" in it stands for
+    how many jobs it may run at once.
     """
 
     source: str
@@ -154,7 +155,8 @@ def compile_op(builder: OpBuilder, output: Path) -> dict[str, Any]:
 
         def compile_unit(unit: CompileUnit) -> None:
             prefix_map = f"-ffile-prefix-map={root}=."
-            tool, common = (Compiler(unit.command), []) if unit.command else (compiler, [*flags, prefix_map])
+            command = [word.format(jobs=environment.max_jobs()) for word in unit.command]
+            tool, common = (Compiler(command), []) if command else (compiler, [*flags, prefix_map])
             tool.run(
                 [*common, *unit.flags, *includes, "-c", str(root / unit.source)]
                 + ["-o", str(Path(scratch) / unit.object_name)]
@@ -173,7 +175,7 @@ def compile_op(builder: OpBuilder, output: Path) -> dict[str, Any]:
         "built": True,
         "compiler": compiler.version,
         "machine": compiler.machine,
-        "flags": [*flags, *builder.extra_ldflags()],
+        "flags": [flag for flag in (*flags, *builder.extra_ldflags()) if not flag.startswith("-L")],  # no paths
         "units": {unit.object_name: list(unit.flags) for unit in units},
         **builder.record(),
     }

@@ -183,10 +183,9 @@ class CUDAOpBuilder(OpBuilder):
             *self.NVCC_FLAGS,
             *self.nvcc_args(),
             *choose_architectures(nvcc).nvcc_flags(),
-            f"--threads={environment.max_jobs()}",
             *host,
         )
-        units = [CompileUnit(source, flags, command=(nvcc.path,)) for source in self.cuda_sources()]
+        units = [CompileUnit(source, flags, command=(nvcc.path, "--threads={jobs}")) for source in self.cuda_sources()]
         return units + [CompileUnit(source) for source in self.sources()]
 
     def extra_ldflags(self) -> list[str]:
