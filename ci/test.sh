@@ -24,7 +24,8 @@ bin=$(dirname "$python")
 "$bin/ruff" check .
 "$bin/ruff" format --check .
 "$bin/mypy" adamops op_builder
-git ls-files 'csrc/*.cpp' 'csrc/*.h' | xargs "$bin/clang-format" --dry-run --Werror
+git ls-files 'csrc/*.cpp' 'csrc/*.h' 'csrc/*.cu' 'csrc/*.cuh' 'tests/cuda_emulation/*.h' 'tests/cuda_emulation/*.cpp' |
+  xargs "$bin/clang-format" --dry-run --Werror
 
 "$python" -P -m adamops.report
 exec "$bin/pytest" "$@"

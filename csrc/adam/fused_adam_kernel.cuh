@@ -183,8 +183,8 @@ __device__ inline uint32_t tensor_of_block(const AdamLaunch& launch, uint32_t bl
   return low;
 }
 
-// One step for a launch's tensors, a block a chunk. At least two blocks a multiprocessor are asked for, as ptxas left to
-// itself aims at more on sm_100 and sm_120, and spills.
+// One step for a launch's tensors, a block a chunk. At least two blocks a multiprocessor are asked for, as ptxas left
+// to itself aims at more on sm_100 and sm_120, and spills.
 template <class Kind>
 __global__ void __launch_bounds__(kThreads, 2) adam_kernel(const __grid_constant__ AdamLaunch launch) {
   if (launch.found_inf && *launch.found_inf != 0.0f) return;
