@@ -25,7 +25,7 @@ def _load_backend() -> NativeBackend | TorchBackend:
     try:
         return NativeBackend(op_builder.get("cpu_adam").load())
     except op_builder.OpUnavailableError as error:
-        warnings.warn(f"adamops falls back to torch calls, which are slow. {error}", RuntimeWarning, stacklevel=3)
+        warnings.warn(f"adamops falls back to torch calls, which are slow. {error}", RuntimeWarning, stacklevel=4)
         op_builder.get("torch_adam").load()
         return TorchBackend()
 
