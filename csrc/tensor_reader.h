@@ -1,6 +1,6 @@
 // Reads torch tensors from C++ through torch's DLPack exchange table, and only the plain ones: exactly of one of the
-// given types (not a subclass, whose data may live elsewhere), in host memory, contiguous, of a dtype that the kernels
-// know. What is not plain is left to Python, which also words the errors. It must not know of optimizers.
+// given types (not a subclass, whose data may live elsewhere), on the one given device, contiguous, of a dtype that the
+// kernels know. What is not plain is left to Python, which also words the errors. It must not know of optimizers.
 #pragma once
 
 #include <pybind11/pybind11.h>
@@ -15,9 +15,11 @@ namespace adamops {
 
 class TensorReader {
  public:
-  // `capsule` is Tensor.__dlpack_c_exchange_api__; `types` are the Python types to read.
-  TensorReader(const pybind11::object& capsule, const std::array<pybind11::type, 2>& types)
-      : capsule_(capsule), types_(types) {
+  // `capsule` is Tensor.__dlpack_c_exchange_api__; `types` are the Python types to read; the device is in DLPack's
+  // terms.
+  TensorReader(const pybind11::object& capsule, const std::array<pybind11::type, 2>& types, int32_t device_type,
+               int32_t device_id)
+      : capsule_(capsule), types_(types), device_type_(device_type), device_id_(device_id) {
     api_ = static_cast<const DlExchangeApi*>(PyCapsule_GetPointer(capsule.ptr(), kDlExchangeCapsule));
     if (!api_) throw pybind11::error_already_set();
     if (api_->major_version != 1 || !api_->tensor_from_py_object)
@@ -48,7 +50,7 @@ class TensorReader {
       return false;
     }
     const DlTensor& tensor = view.tensor;
-    if (tensor.device_type != kDlCpu || tensor.dtype_lanes != 1) return false;
+    if (tensor.device_type != device_type_ || tensor.device_id != device_id_ || tensor.dtype_lanes != 1) return false;
     if (tensor.dtype_code == kDlFloat && tensor.dtype_bits == 32) {
       view.dtype = kFloat32;
     } else if (tensor.dtype_code == kDlFloat && tensor.dtype_bits == 16) {
@@ -70,6 +72,7 @@ class TensorReader {
  private:
   pybind11::object capsule_;
   std::array<pybind11::type, 2> types_;
+  int32_t device_type_, device_id_;
   const DlExchangeApi* api_;
 };
 

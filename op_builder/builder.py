@@ -169,7 +169,11 @@ class OpBuilder:
             return self.prepare(self.jit_load())
         except (RuntimeError, ImportError, OSError) as error:
             attempts.append(f"build at run time: {error}")
-        raise OpUnavailableError(
+        raise self.unavailable(attempts)
+
+    def unavailable(self, attempts: list[str]) -> OpUnavailableError:
+        """The error that lists attempts to load the op, each with why it failed."""
+        return OpUnavailableError(
             f"The op {self.NAME!r} is not available:\n"
             + "".join(f"  - {attempt}\n" for attempt in attempts)
             + f"{self.HELP} `python -m adamops.report` shows the state of every op."

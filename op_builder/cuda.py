@@ -18,7 +18,7 @@ from pathlib import Path
 from typing import Any
 
 from . import environment
-from .builder import Compatibility, OpBuilder
+from .builder import Compatibility, OpBuilder, OpUnavailableError
 from .compile import BuildError, Compiler, CompileUnit, cannot_compile_extensions
 
 # What a wheel is built for, as compute capabilities times ten; and PTX of the newest, for whatever comes after.
@@ -162,6 +162,10 @@ class CUDAOpBuilder(OpBuilder):
         "-Xfatbin=-compress-all",
     )
 
+    def __init__(self) -> None:
+        super().__init__()
+        self._for_devices: dict[int, Any] = {}
+
     def cuda_sources(self) -> list[str]:
         """CUDA files below source_root()."""
         raise NotImplementedError
@@ -204,6 +208,42 @@ class CUDAOpBuilder(OpBuilder):
 
     def unneeded(self) -> str:
         return "" if visible_gpus() else "this machine has no NVIDIA GPU"
+
+    def load_for_device(self, device: int) -> Any:
+        """The op's module, with kernels that run on CUDA device number `device`.
+
+        Where the prebuilt one has none, because of the device's architecture or the driver's age, it is built for this
+        machine, and kept for the next time.
+
+        Raises
+        ------
+        OpUnavailableError
+            If neither works. The outcome is kept, as that of load() is.
+        """
+        if device not in self._for_devices:
+            self._for_devices[device] = self._load_for_device(device)
+        found = self._for_devices[device]
+        if isinstance(found, OpUnavailableError):
+            raise found
+        return found
+
+    def _load_for_device(self, device: int) -> Any:
+        try:
+            module = self.load()
+        except OpUnavailableError as error:
+            return error
+        problem = module.problem(device)
+        if not problem:
+            return module
+        attempts = [f"extension as loaded: {problem}"]
+        try:
+            module = self.prepare(self.jit_load())
+            problem = module.problem(device)
+        except (RuntimeError, ImportError, OSError) as error:
+            problem = str(error)
+        if not problem:
+            return module
+        return self.unavailable([*attempts, f"build at run time: {problem}"])
 
     def toolchain(self) -> Sequence[str]:
         return [f"nvcc {self._nvcc().version}"]

@@ -12,7 +12,7 @@ class FusedAdamBuilder(CUDAOpBuilder):
     MODULE = "adamops._native.fused_adam"
 
     def sources(self) -> list[str]:
-        return ["adam/fused_adam.cpp", "adam/launch_plan.cpp"]
+        return ["adam/fused_adam.cpp", "adam/adam_table.cpp", "adam/launch_plan.cpp"]
 
     def cuda_sources(self) -> list[str]:
         return ["adam/fused_adam.cu"]

@@ -30,7 +30,9 @@ def load(builder: OpBuilder) -> ModuleType:
     compatible = builder.compatibility()
     if not compatible:
         raise BuildError(compatible.reason)
-    return _import_file(builder.MODULE, _built_extension(builder))
+    extension = _built_extension(builder)
+    # A name of its own, as pybind11 gives back the module that it already made under a name.
+    return _import_file(f"{extension.parent.name}.{builder.MODULE.rpartition('.')[2]}", extension)
 
 
 def cached_path(builder: OpBuilder) -> Path:

@@ -27,7 +27,8 @@ def main(cuda_path, cpu_path):
             code = [param + 3 * grad + 9 * state] * len(SIZES)
             columns = [[row[k].buffer_info()[0] + offset * row[k].itemsize for row in ours] for k in range(5)]
             maxima = columns[4] if amsgrad else None
-            cuda.adam_step(*columns[:4], maxima, None, SIZES, code, l2, scalars, [0] * len(SIZES), 0, 0, 0, 0)
+            table = cuda.table_of_addresses(*columns[:4], maxima, SIZES, code, [1] * len(SIZES))
+            cuda.adam_step(table, scalars, l2, 0, 0, 0, 0)
             columns = [[row[k].buffer_info()[0] + offset * row[k].itemsize for row in theirs] for k in range(5)]
             maxima = columns[4] if amsgrad else None
             table = cpu.table_of_addresses(*columns[:4], maxima, SIZES, code, [1] * len(SIZES))

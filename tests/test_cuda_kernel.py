@@ -77,25 +77,9 @@ def addresses(tensors):
     return None if tensors is None else [x.data_ptr() for x in tensors]
 
 
-def cuda_step(op, t, l2, scalars, rows=None, device_scalars=0, found_inf=0, device=0):
-    p, g, s = (CODE[dtype] for dtype in t.dtypes)
-    op.adam_step(
-        addresses(t.params),
-        addresses(t.grads),
-        addresses(t.exp_avgs),
-        addresses(t.exp_avg_sqs),
-        addresses(t.max_exp_avg_sqs),
-        addresses(t.masters),
-        t.numels,
-        [p + 3 * g + 9 * s] * len(t.numels),
-        l2,
-        scalars,
-        rows or [0] * len(t.numels),
-        device_scalars,
-        found_inf,
-        device,
-        0,
-    )
+def cuda_step(op, t, l2, scalars, steps=None, device_scalars=0, found_inf=0, device=0):
+    table = table_of(op, t, t.params, t.grads, t.dtypes, steps, t.masters)
+    op.adam_step(table, scalars, l2, device_scalars, found_inf, device, 0)
 
 
 def cpu_step(op, t, l2, scalars, steps=None):
@@ -103,22 +87,33 @@ def cpu_step(op, t, l2, scalars, steps=None):
     params, grads, dtypes = t.params, t.grads, t.dtypes
     if t.masters:
         params, grads, dtypes = t.masters, [x.float() for x in t.grads], (torch.float32,) * 3
+    op.adam_step(table_of(op, t, params, grads, dtypes, steps), scalars, l2, 2)
+    if t.masters:
+        for param, master in zip(t.params, t.masters, strict=True):
+            param.copy_(master)
+
+
+def table_of(op, t, params, grads, dtypes, steps=None, masters=None, counts_on_device=False):
     p, g, s = (CODE[dtype] for dtype in dtypes)
-    count = len(t.numels)
-    table = op.table_of_addresses(
+    return op.table_of_addresses(
         params=addresses(params),
         grads=addresses(grads),
         exp_avgs=addresses(t.exp_avgs),
         exp_avg_sqs=addresses(t.exp_avg_sqs),
         max_exp_avg_sqs=addresses(t.max_exp_avg_sqs),
         numels=t.numels,
-        dtypes=[p + 3 * g + 9 * s] * count,
-        steps=steps or [1] * count,
+        dtypes=[p + 3 * g + 9 * s] * len(t.numels),
+        steps=steps or [1] * len(t.numels),
+        masters=addresses(masters),
+        counts_on_device=counts_on_device,
     )
-    op.adam_step(table, scalars, l2, 2)
-    if t.masters:
-        for param, master in zip(t.params, t.masters, strict=True):
-            param.copy_(master)
+
+
+def table_of_counts(op, counts):
+    """A table of empty tensors whose step counts lie on the device."""
+    empty = [0] * len(counts)
+    steps = [counts.data_ptr() + 4 * i for i in range(len(counts))]
+    return op.table_of_addresses(empty, empty, empty, empty, None, empty, empty, steps, counts_on_device=True)
 
 
 def assert_same_bits(ours, theirs):
@@ -174,7 +169,7 @@ def test_many_tensors_over_several_launches(cuda_op, cpu_adam, count):
     theirs = ours.clone()
     distinct = list(dict.fromkeys(steps))
     scalars = [hyper().scalars(step) for step in distinct]
-    cuda_step(cuda_op, ours, False, scalars, rows=[distinct.index(step) for step in steps])
+    cuda_step(cuda_op, ours, False, scalars, steps)
     cpu_step(cpu_adam, theirs, False, scalars, steps)
     assert_same_bits(ours, theirs)
 
@@ -197,7 +192,7 @@ def test_scalars_on_the_device_are_those_of_the_host(
     out = torch.zeros(len(steps), 10)
     scale = None if loss_scale is None else torch.tensor(loss_scale)
     cuda_op.count_steps(
-        [counts.data_ptr() + 4 * i for i in range(len(steps))],
+        table_of_counts(cuda_op, counts),
         out.data_ptr(),
         lr,
         0,
@@ -224,11 +219,10 @@ def test_learning_rate_and_scalars_from_the_device(cuda_op, cpu_adam):
     ours = Tensors([5000, 3, 17], (torch.float32,) * 3)
     theirs = ours.clone()
     counts, out = torch.tensor([0.0, 4.0, 9.0]), torch.zeros(3, 10)
-    steps = [counts.data_ptr() + 4 * i for i in range(3)]
     for lr, where in ((torch.tensor(0.01), (1, 0)), (torch.tensor(0.02, dtype=torch.float64), (0, 1))):
         pointers = [lr.data_ptr() * w for w in where]
         rest = (0.9, 0.999, 1e-8, 0.01, True, True, False, 0, 0, 0, 0)
-        cuda_op.count_steps(steps, out.data_ptr(), 0.5, *pointers, *rest)
+        cuda_op.count_steps(table_of_counts(cuda_op, counts), out.data_ptr(), 0.5, *pointers, *rest)
         cuda_step(cuda_op, ours, False, [], device_scalars=out.data_ptr())
         scalars = [hyper(lr=float(lr)).scalars(int(step)) for step in counts]
         cpu_step(cpu_adam, theirs, False, scalars, counts.int().tolist())
@@ -240,9 +234,8 @@ def test_found_inf_skips_the_step_on_the_device(cuda_op):
     ours = Tensors([5000, 3], (torch.bfloat16, torch.float32, torch.float32), masters=True)
     before = ours.clone()
     counts, out, found_inf = torch.tensor([1.0, 2.0]), torch.full((2, 10), 7.0), torch.tensor([1.0])
-    steps = [counts.data_ptr(), counts.data_ptr() + 4]
     rest = (0.9, 0.999, 1e-8, 0.01, True, True, False, 0, found_inf.data_ptr(), 0, 0)
-    cuda_op.count_steps(steps, out.data_ptr(), 0.5, 0, 0, *rest)
+    cuda_op.count_steps(table_of_counts(cuda_op, counts), out.data_ptr(), 0.5, 0, 0, *rest)
     cuda_step(cuda_op, ours, False, [], device_scalars=out.data_ptr(), found_inf=found_inf.data_ptr())
     assert counts.tolist() == [1, 2]
     assert out.eq(7).all()
@@ -252,7 +245,7 @@ def test_found_inf_skips_the_step_on_the_device(cuda_op):
 def test_more_step_counts_than_one_launch_holds(cuda_op):
     counts, out = torch.zeros(10_000), torch.zeros(10_000, 10)
     rest = (0.9, 0.999, 1e-8, 0.0, True, True, False, 0, 0, 0, 0)
-    cuda_op.count_steps([counts.data_ptr() + 4 * i for i in range(10_000)], out.data_ptr(), 0.5, 0, 0, *rest)
+    cuda_op.count_steps(table_of_counts(cuda_op, counts), out.data_ptr(), 0.5, 0, 0, *rest)
     assert counts.eq(1).all()
     assert out.eq(out[0]).all()
     assert out[0, 1] == torch.tensor(0.9)
@@ -267,12 +260,12 @@ def test_errors_name_the_launch_the_tensor_and_the_device(cuda_op, monkeypatch):
     monkeypatch.setenv("EMULATED_CUDA_ERROR", "1")
     with pytest.raises(RuntimeError, match=r"Adam launch 1 of 1 \(2 tensors from tensor 0 on, device 1\): CUDA error"):
         cuda_step(cuda_op, t, False, scalars, device=1)
-    with pytest.raises(ValueError, match="tensor 0: no kernel for these dtypes of param, grad and state"):
+    with pytest.raises(ValueError, match="tensor 0: no kernel for these dtypes of param, grad, state and master"):
         wrong = Tensors([10], (torch.float32,) * 3)
         wrong.dtypes = (torch.float32, torch.bfloat16, torch.float32)
         cuda_step(cuda_op, wrong, False, scalars)
-    with pytest.raises(ValueError, match="tensor 1 has no row of scalars"):
-        cuda_step(cuda_op, t, False, scalars, rows=[0, 1])
+    with pytest.raises(ValueError, match="scalars has 1 rows, expected 2, one for each of the table's steps"):
+        cuda_step(cuda_op, t, False, scalars, steps=[1, 2])
     assert_same_bits(t, before)
 
 

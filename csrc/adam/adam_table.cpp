@@ -14,14 +14,15 @@ namespace {
 
 // The names in a param's state, made once.
 struct Names {
-  PyObject *grad, *step, *exp_avg, *exp_avg_sq, *max_exp_avg_sq;
+  PyObject *grad, *step, *exp_avg, *exp_avg_sq, *max_exp_avg_sq, *master;
 
   Names()
       : grad(PyUnicode_InternFromString("grad")),
         step(PyUnicode_InternFromString("step")),
         exp_avg(PyUnicode_InternFromString("exp_avg")),
         exp_avg_sq(PyUnicode_InternFromString("exp_avg_sq")),
-        max_exp_avg_sq(PyUnicode_InternFromString("max_exp_avg_sq")) {}
+        max_exp_avg_sq(PyUnicode_InternFromString("max_exp_avg_sq")),
+        master(PyUnicode_InternFromString("master_param")) {}
 };
 
 const Names& names() {
@@ -94,6 +95,7 @@ void AdamTable::add_step(int64_t step) {
 }
 
 void AdamTable::count_steps() const {
+  if (counts_on_device()) return;
   std::vector<py::int_> counts(steps.begin(), steps.end());
   for (size_t row = 0; row < objects_.size(); ++row) {
     if (PyDict_SetItem(objects_[row].state.ptr(), names().step, counts[step_rows[row]].ptr()) != 0)
@@ -107,8 +109,7 @@ bool AdamTable::add(const TensorReader& reader, PyObject* param, py::object grad
   Objects row;
   row.grad = std::move(grad);
   row.state = py::reinterpret_borrow<py::object>(state);
-  PyObject* const step = entry(state, names().step);
-  if (!step || !PyLong_CheckExact(step)) return false;
+  row.step = owned_entry(state, names().step);
   row.exp_avg = owned_entry(state, names().exp_avg);
   row.exp_avg_sq = owned_entry(state, names().exp_avg_sq);
   if (amsgrad) row.max_exp_avg_sq = owned_entry(state, names().max_exp_avg_sq);
@@ -122,19 +123,41 @@ bool AdamTable::add(const TensorReader& reader, PyObject* param, py::object grad
   const bool states_fit = v.dtype == m.dtype && (m.dtype == p.dtype || m.dtype == kFloat32);
   if (!grad_fits || !states_fit) return false;
 
-  const long long done = PyLong_AsLongLong(step);
-  if (done == -1 && PyErr_Occurred()) throw py::error_already_set();
-  add_step(done + 1);
-  tensors.push_back({p.address(), g.address(), m.address(), v.address(), amsgrad ? max_v.address() : nullptr, p.numel});
-  dtypes.push_back({p.dtype, g.dtype, m.dtype});
+  const bool has_master = master_weights && p.dtype != kFloat32;
+  TensorReader::View master{};
+  if (has_master) {
+    row.master = owned_entry(state, names().master);
+    if (!read(row.master, master) || master.dtype != kFloat32 || m.dtype != kFloat32) return false;
+  }
+
+  if (!add_step(reader, row.step)) return false;
+  tensors.push_back({p.address(), g.address(), m.address(), v.address(), amsgrad ? max_v.address() : nullptr,
+                     has_master ? static_cast<float*>(master.address()) : nullptr, p.numel});
+  dtypes.push_back({p.dtype, g.dtype, m.dtype, has_master});
   row.param = py::reinterpret_borrow<py::object>(param);
   objects_.push_back(std::move(row));
   return true;
 }
 
+bool AdamTable::add_step(const TensorReader& reader, const py::object& step) {
+  if (step && PyLong_CheckExact(step.ptr())) {
+    if (counts_on_device()) return false;
+    int overflow = 0;
+    const long long done = PyLong_AsLongLongAndOverflow(step.ptr(), &overflow);
+    if (overflow || done < 0 || done >= kMostSteps) return false;
+    add_step(done + 1);
+    return true;
+  }
+  TensorReader::View count;
+  if (!step || !step_rows.empty() || !reader.read(step.ptr(), count)) return false;
+  if (count.dtype != kFloat32 || count.numel != 1) return false;
+  device_steps.push_back(static_cast<float*>(count.address()));
+  return true;
+}
+
 std::unique_ptr<AdamTable> table_of_params(const TensorReader& reader, const py::list& params, const py::dict& states,
-                                           bool amsgrad, Py_ssize_t first_state) {
-  auto table = std::make_unique<AdamTable>(amsgrad);
+                                           bool amsgrad, bool master_weights, Py_ssize_t first_state) {
+  auto table = std::make_unique<AdamTable>(amsgrad, master_weights);
   table->reserve(params.size());
   StateFinder finder(states.ptr(), first_state);
   // The list is asked for its size each time, as reading a grad may run code of others.
@@ -154,27 +177,59 @@ std::unique_ptr<AdamTable> table_of_params(const TensorReader& reader, const py:
 
 std::unique_ptr<AdamTable> table_of_addresses(const py::list& params, const py::list& grads, const py::list& exp_avgs,
                                               const py::list& exp_avg_sqs, const py::object& max_exp_avg_sqs,
-                                              const py::list& numels, const py::list& dtypes, const py::list& steps) {
+                                              const py::list& numels, const py::list& dtypes, const py::list& steps,
+                                              const py::object& masters, bool counts_on_device) {
   const size_t count = params.size();
-  const bool amsgrad = !max_exp_avg_sqs.is_none();
+  const bool amsgrad = !max_exp_avg_sqs.is_none(), master_weights = !masters.is_none();
   const py::list max_list = amsgrad ? py::list(max_exp_avg_sqs) : params;
+  const py::list master_list = master_weights ? py::list(masters) : params;
   const Column param(params, count, "params"), grad(grads, count, "grads"), exp_avg(exp_avgs, count, "exp_avgs"),
       exp_avg_sq(exp_avg_sqs, count, "exp_avg_sqs"), max_exp_avg_sq(max_list, count, "max_exp_avg_sqs"),
-      numel(numels, count, "numels"), code(dtypes, count, "dtypes"), step(steps, count, "steps");
-  auto table = std::make_unique<AdamTable>(amsgrad);
+      numel(numels, count, "numels"), code(dtypes, count, "dtypes"), step(steps, count, "steps"),
+      master_address(master_list, count, "masters");
+  auto table = std::make_unique<AdamTable>(amsgrad, master_weights);
   table->reserve(count);
   for (size_t i = 0; i < count; ++i) {
     if (code[i] >= kDtypeCount * kDtypeCount * kDtypeCount)
       throw py::value_error("unknown dtype code " + std::to_string(code[i]));
+    float* const master = master_weights ? master_address.pointer<float>(i) : nullptr;
     table->dtypes.push_back({static_cast<Dtype>(code[i] % kDtypeCount),
                              static_cast<Dtype>(code[i] / kDtypeCount % kDtypeCount),
-                             static_cast<Dtype>(code[i] / kDtypeCount / kDtypeCount)});
+                             static_cast<Dtype>(code[i] / kDtypeCount / kDtypeCount), master != nullptr});
     table->tensors.push_back({param.pointer<void>(i), grad.pointer<const void>(i), exp_avg.pointer<void>(i),
-                              exp_avg_sq.pointer<void>(i), amsgrad ? max_exp_avg_sq.pointer<void>(i) : nullptr,
+                              exp_avg_sq.pointer<void>(i), amsgrad ? max_exp_avg_sq.pointer<void>(i) : nullptr, master,
                               static_cast<int64_t>(numel[i])});
-    table->add_step(static_cast<int64_t>(step[i]));
+    if (counts_on_device)
+      table->device_steps.push_back(step.pointer<float>(i));
+    else
+      table->add_step(static_cast<int64_t>(step[i]));
   }
   return table;
+}
+
+void bind_adam_table(py::module_& module) {
+  // Each module has classes of its own: those of the other may be of another version.
+  py::class_<TensorReader>(module, "TensorReader", "Reads plain tensors of a device through torch's DLPack table.",
+                           py::module_local())
+      .def(py::init<const py::object&, const std::array<py::type, 2>&, int32_t, int32_t>(), py::arg("capsule"),
+           py::arg("types"), py::arg("device_type") = kDlCpu, py::arg("device_id") = 0);
+  py::class_<AdamTable>(module, "AdamTable", "The tensors of a step, as addresses, and their step counts.",
+                        py::module_local())
+      .def("__len__", [](const AdamTable& table) { return table.tensors.size(); })
+      .def_readonly("first_state", &AdamTable::first_state, "Where the dict of states has that of the first tensor.")
+      .def_readonly("steps", &AdamTable::steps, "The distinct step counts, this step included.")
+      .def_property_readonly("counts_on_device", &AdamTable::counts_on_device, "Whether step counts are in tensors.");
+  module.def(
+      "table_of_params", &table_of_params, py::arg("reader"), py::arg("params"), py::arg("states"), py::arg("amsgrad"),
+      py::arg("master_weights") = false, py::arg("first_state") = 0,
+      "A table of the params that have a grad, kept alive with what belongs to them, or None if any of it is out "
+      "of the ordinary. `first_state` is that of the group's last table: where to look for states first.");
+  module.def(
+      "table_of_addresses", &table_of_addresses, py::arg("params"), py::arg("grads"), py::arg("exp_avgs"),
+      py::arg("exp_avg_sqs"), py::arg("max_exp_avg_sqs"), py::arg("numels"), py::arg("dtypes"), py::arg("steps"),
+      py::arg("masters") = py::none(), py::arg("counts_on_device") = false,
+      "A table of columns of addresses, sizes, dtype codes (param + 3 * grad + 9 * state) and step counts, or their "
+      "addresses, all trusted. A master of 0 is none.");
 }
 
 }  // namespace adamops

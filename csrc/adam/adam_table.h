@@ -1,5 +1,6 @@
 // The table of a step: the tensors of a param group as addresses, sizes and dtypes, made from a list of params and
-// their states or from columns of addresses. It must not know of kernels, threads or hyper-parameters.
+// their states or from columns of addresses. It must not know of kernels, threads or hyper-parameters. The modules of
+// the CPU op and of the CUDA op both hold it.
 #pragma once
 
 #include <pybind11/pybind11.h>
@@ -10,35 +11,38 @@
 #include <vector>
 
 #include "../tensor_reader.h"
-#include "cpu_adam_kernel.h"
+#include "adam_tensor.h"
 
 namespace adamops {
 
-// The dtypes of a tensor's param, grad and states.
-struct Dtypes {
-  Dtype param, grad, state;
-};
+// More steps than anyone takes; the scalars' error bound ends long before (adamops/ops/adam/hyper.py).
+constexpr int64_t kMostSteps = int64_t{1} << 53;
 
 // Tensors with what belongs to each, ready for the kernels.
 class AdamTable {
  public:
-  explicit AdamTable(bool amsgrad) : amsgrad(amsgrad) {}
+  AdamTable(bool amsgrad, bool master_weights) : amsgrad(amsgrad), master_weights(master_weights) {}
   AdamTable(const AdamTable&) = delete;
   AdamTable& operator=(const AdamTable&) = delete;
 
-  bool amsgrad;  // of its own, since an empty tensor has a null address in every column
+  bool amsgrad;         // of its own, since an empty tensor has a null address in every column
+  bool master_weights;  // whether 16-bit params must have masters
   std::vector<AdamTensor> tensors;
-  std::vector<Dtypes> dtypes;
-  std::vector<int64_t> steps;       // the distinct step counts, this step included
-  std::vector<uint32_t> step_rows;  // for each tensor, which of `steps` it has reached
-  Py_ssize_t first_state = 0;       // where the dict of states has that of the first tensor, as PyDict_Next counts
+  std::vector<AdamDtypes> dtypes;
+  std::vector<int64_t> steps;        // the distinct step counts, this step included
+  std::vector<uint32_t> step_rows;   // for each tensor, which of `steps` it has reached
+  std::vector<float*> device_steps;  // or where each tensor's count, before this step, is kept as fp32
+  Py_ssize_t first_state = 0;        // where the dict of states has that of the first tensor, as PyDict_Next counts
 
   void reserve(size_t count);
 
-  // Notes a tensor's step count.
+  // Notes a tensor's step count, this step included.
   void add_step(int64_t step);
 
-  // Writes the step counts into the states that the table was made from, if it was.
+  // Whether step counts are kept in tensors, beside the params.
+  bool counts_on_device() const { return !device_steps.empty(); }
+
+  // Writes the step counts into the states that the table was made from, if it was; counts on the device are left.
   void count_steps() const;
 
   // Takes one param with its grad and its state. False if something about them is out of the ordinary.
@@ -48,9 +52,12 @@ class AdamTable {
   void release() { objects_.clear(); }
 
  private:
+  // Notes a step count as the state has it. False if it is out of the ordinary, or kept elsewhere than those before.
+  bool add_step(const TensorReader& reader, const pybind11::object& step);
+
   // What Python owns and this table borrows the memory of, kept alive; a member a column.
   struct Objects {
-    pybind11::object param, grad, state, exp_avg, exp_avg_sq, max_exp_avg_sq;
+    pybind11::object param, grad, state, step, exp_avg, exp_avg_sq, max_exp_avg_sq, master;
   };
   std::vector<Objects> objects_;
 };
@@ -59,12 +66,18 @@ class AdamTable {
 // if any of it is out of the ordinary (a state is missing, a tensor is not plain or does not fit its param): then it is
 // for the caller to find out what is the matter. `first_state` is that of the group's last table, 0 if unknown.
 std::unique_ptr<AdamTable> table_of_params(const TensorReader& reader, const pybind11::list& params,
-                                           const pybind11::dict& states, bool amsgrad, Py_ssize_t first_state);
+                                           const pybind11::dict& states, bool amsgrad, bool master_weights,
+                                           Py_ssize_t first_state);
 
-// The table of columns, which are trusted. A dtype code is param + 3 * grad + 9 * state; steps include this one.
+// The table of columns, which are trusted. A dtype code is param + 3 * grad + 9 * state; steps are counts, this one
+// included, or addresses of counts, it not included; a master of 0 is none.
 std::unique_ptr<AdamTable> table_of_addresses(const pybind11::list& params, const pybind11::list& grads,
                                               const pybind11::list& exp_avgs, const pybind11::list& exp_avg_sqs,
                                               const pybind11::object& max_exp_avg_sqs, const pybind11::list& numels,
-                                              const pybind11::list& dtypes, const pybind11::list& steps);
+                                              const pybind11::list& dtypes, const pybind11::list& steps,
+                                              const pybind11::object& masters, bool counts_on_device);
+
+// Makes Python know TensorReader, AdamTable and the two functions above, as the module's own.
+void bind_adam_table(pybind11::module_& module);
 
 }  // namespace adamops

@@ -85,17 +85,18 @@ template <class Range, class Choose>
 std::vector<Range> kernels(const AdamTable& table, const Choose& choose) {
   std::vector<Range> ranges;
   ranges.reserve(table.tensors.size());
-  for (const Dtypes& dtypes : table.dtypes) {
+  for (const AdamDtypes& dtypes : table.dtypes) {
     ranges.push_back(choose(dtypes));
-    if (!ranges.back()) throw py::value_error("no kernel for these dtypes of param, grad and state");
+    if (!ranges.back()) throw py::value_error("no kernel for these dtypes of param, grad, state and master");
   }
   return ranges;
 }
 
 void adam_step(AdamTable& table, const std::vector<ScalarRow>& scalar_rows, bool l2, int threads) {
   const AdamTarget& target = *current_target.load();
-  const auto ranges = kernels<AdamRange>(
-      table, [&](const Dtypes& d) { return target.adam_range(d.param, d.grad, d.state, l2, table.amsgrad); });
+  const auto ranges =
+      kernels<AdamRange>(table, [&](const AdamDtypes& dtypes) { return target.adam_range(dtypes, l2, table.amsgrad); });
+  if (table.counts_on_device()) throw py::value_error("the CPU op takes step counts as numbers");
   if (scalar_rows.size() != table.steps.size())
     throw py::value_error("scalars has " + std::to_string(scalar_rows.size()) + " rows, expected " +
                           std::to_string(table.steps.size()) + ", one for each of the table's steps");
@@ -112,8 +113,7 @@ void adam_step(AdamTable& table, const std::vector<ScalarRow>& scalar_rows, bool
 
 void touch(const AdamTable& table, int prefetch_bytes, int threads) {
   const AdamTarget& target = *current_target.load();
-  const auto ranges =
-      kernels<TouchRange>(table, [&](const Dtypes& d) { return target.touch_range(d.param, d.grad, d.state); });
+  const auto ranges = kernels<TouchRange>(table, target.touch_range);
   for_each_piece(sizes_of(table), threads, [&](size_t i, int64_t begin, int64_t end) {
     ranges[i](table.tensors[i], begin, end, prefetch_bytes);
   });
@@ -142,22 +142,7 @@ PYBIND11_MODULE(cpu_adam, module) {
   current_target = best_target();
   if (!current_target.load()) throw py::import_error("cpu_adam was built without a SIMD target that this CPU can run");
 
-  py::class_<TensorReader>(module, "TensorReader", "Reads plain tensors through torch's DLPack exchange table.")
-      .def(py::init<const py::object&, const std::array<py::type, 2>&>(), py::arg("capsule"), py::arg("types"));
-  py::class_<AdamTable>(module, "AdamTable", "The tensors of a step, as addresses, and their step counts.")
-      .def("__len__", [](const AdamTable& table) { return table.tensors.size(); })
-      .def_readonly("first_state", &AdamTable::first_state, "Where the dict of states has that of the first tensor.")
-      .def_readonly("steps", &AdamTable::steps, "The distinct step counts, this step included.");
-  module.def(
-      "table_of_params", &table_of_params, py::arg("reader"), py::arg("params"), py::arg("states"), py::arg("amsgrad"),
-      py::arg("first_state") = 0,
-      "A table of the params that have a grad, kept alive with what belongs to them, or None if any of it is out "
-      "of the ordinary. `first_state` is that of the group's last table: where to look for states first.");
-  module.def(
-      "table_of_addresses", &table_of_addresses, py::arg("params"), py::arg("grads"), py::arg("exp_avgs"),
-      py::arg("exp_avg_sqs"), py::arg("max_exp_avg_sqs"), py::arg("numels"), py::arg("dtypes"), py::arg("steps"),
-      "A table of columns of addresses, sizes, dtype codes (param + 3 * grad + 9 * state) and step counts, which "
-      "are trusted.");
+  bind_adam_table(module);
   module.def("adam_step", &adam_step, py::arg("table"), py::arg("scalars"), py::arg("l2"), py::arg("threads"),
              "One step for the table's tensors, with a row of scalars for each of the table's steps. Counts it in the "
              "states that the table was made from, and lets go of the tensors.");

@@ -62,13 +62,16 @@ template <class T>
 constexpr bool same_type<T, T> = true;
 
 // One block of kBlock elements. Param, Grad and State are the storage types.
-template <class Param, class Grad, class State, bool L2, bool Amsgrad>
+template <class Param, class Grad, class State, bool Master, bool L2, bool Amsgrad>
 inline void update_block(const AdamConstants<Ops>& k, Param* param, const Grad* grad, State* exp_avg, State* exp_avg_sq,
-                         State* max_exp_avg_sq) {
+                         State* max_exp_avg_sq, float* master) {
   constexpr bool kEvenOdd = same_type<Param, bf16> && same_type<Grad, bf16> && same_type<State, bf16>;
   for (int64_t i = 0; i < kBlock; i += 2 * Ops::kWidth) {
     Ops::Number p[2], g[2], m[2], v[2], max_v[2] = {};
-    load_two<kEvenOdd>(param + i, p);
+    if constexpr (Master)
+      load_two<kEvenOdd>(master + i, p);
+    else
+      load_two<kEvenOdd>(param + i, p);
     load_two<kEvenOdd>(grad + i, g);
     load_two<kEvenOdd>(exp_avg + i, m);
     load_two<kEvenOdd>(exp_avg_sq + i, v);
@@ -76,6 +79,7 @@ inline void update_block(const AdamConstants<Ops>& k, Param* param, const Grad* 
     for (int half = 0; half < 2; ++half)
       adam_update<L2, Amsgrad, Ops>(k, p[half], g[half], m[half], v[half], max_v[half]);
     store_two<kEvenOdd>(param + i, p);
+    if constexpr (Master) store_two<kEvenOdd>(master + i, p);
     store_two<kEvenOdd>(exp_avg + i, m);
     store_two<kEvenOdd>(exp_avg_sq + i, v);
     if constexpr (Amsgrad) store_two<kEvenOdd>(max_exp_avg_sq + i, max_v);
@@ -95,7 +99,7 @@ struct Padded {
   }
 };
 
-template <class Param, class Grad, class State, bool L2, bool Amsgrad>
+template <class Param, class Grad, class State, bool Master, bool L2, bool Amsgrad>
 void adam_range(const AdamTensor& tensor, int64_t begin, int64_t end, const AdamScalars& scalars, int prefetch_bytes) {
   const AdamConstants<Ops> k(scalars);
   Param* param = at<Param>(tensor.param, begin);
@@ -103,6 +107,7 @@ void adam_range(const AdamTensor& tensor, int64_t begin, int64_t end, const Adam
   State* exp_avg = at<State>(tensor.exp_avg, begin);
   State* exp_avg_sq = at<State>(tensor.exp_avg_sq, begin);
   State* max_exp_avg_sq = Amsgrad ? at<State>(tensor.max_exp_avg_sq, begin) : nullptr;
+  float* master = Master ? at<float>(tensor.master, begin) : nullptr;
 
   const int64_t count = end - begin, tail = count % kBlock, body = count - tail;
   for (int64_t i = 0; i < body; i += kBlock) {
@@ -111,8 +116,10 @@ void adam_range(const AdamTensor& tensor, int64_t begin, int64_t end, const Adam
     prefetch_block(exp_avg + i, prefetch_bytes);
     prefetch_block(exp_avg_sq + i, prefetch_bytes);
     if constexpr (Amsgrad) prefetch_block(max_exp_avg_sq + i, prefetch_bytes);
-    update_block<Param, Grad, State, L2, Amsgrad>(k, param + i, grad + i, exp_avg + i, exp_avg_sq + i,
-                                                  Amsgrad ? max_exp_avg_sq + i : nullptr);
+    if constexpr (Master) prefetch_block(master + i, prefetch_bytes);
+    update_block<Param, Grad, State, Master, L2, Amsgrad>(k, param + i, grad + i, exp_avg + i, exp_avg_sq + i,
+                                                          Amsgrad ? max_exp_avg_sq + i : nullptr,
+                                                          Master ? master + i : nullptr);
   }
   if (tail == 0) return;
 
@@ -120,11 +127,14 @@ void adam_range(const AdamTensor& tensor, int64_t begin, int64_t end, const Adam
   Padded<Grad> g(grad + body, tail);
   Padded<State> m(exp_avg + body, tail), v(exp_avg_sq + body, tail);
   Padded<State> max_v(Amsgrad ? max_exp_avg_sq + body : nullptr, Amsgrad ? tail : 0);
-  update_block<Param, Grad, State, L2, Amsgrad>(k, p.values, g.values, m.values, v.values, max_v.values);
+  Padded<float> wide(Master ? master + body : nullptr, Master ? tail : 0);
+  update_block<Param, Grad, State, Master, L2, Amsgrad>(k, p.values, g.values, m.values, v.values, max_v.values,
+                                                        wide.values);
   p.write_back(param + body, tail);
   m.write_back(exp_avg + body, tail);
   v.write_back(exp_avg_sq + body, tail);
   if (Amsgrad) max_v.write_back(max_exp_avg_sq + body, tail);
+  if (Master) wide.write_back(master + body, tail);
 }
 
 // Every byte that adam_range moves is loaded, changed by one exclusive or, and stored.
@@ -157,38 +167,46 @@ void touch_range(const AdamTensor& tensor, int64_t begin, int64_t end, int prefe
   }
 }
 
-template <class Param, class Grad, class State>
+template <class Param, class Grad, class State, bool Master>
 AdamRange choose_mode(bool l2, bool amsgrad) {
-  if (l2) return amsgrad ? adam_range<Param, Grad, State, true, true> : adam_range<Param, Grad, State, true, false>;
-  return amsgrad ? adam_range<Param, Grad, State, false, true> : adam_range<Param, Grad, State, false, false>;
+  if (l2)
+    return amsgrad ? adam_range<Param, Grad, State, Master, true, true>
+                   : adam_range<Param, Grad, State, Master, true, false>;
+  return amsgrad ? adam_range<Param, Grad, State, Master, false, true>
+                 : adam_range<Param, Grad, State, Master, false, false>;
 }
 
 // Calls `visit` with a value of each storage type, and returns what it returns; null where the combination does not
 // exist.
 template <class Result, class Visit>
-Result choose_types(Dtype param, Dtype grad, Dtype state, Visit visit) {
-  if (param == kFloat32) {
-    return grad == kFloat32 && state == kFloat32 ? visit(float{}, float{}, float{}) : nullptr;
+Result choose_types(AdamDtypes dtypes, Visit visit) {
+  if (dtypes.param == kFloat32) {
+    return dtypes.grad == kFloat32 && dtypes.state == kFloat32 ? visit(float{}, float{}, float{}) : nullptr;
   }
   const auto choose_16 = [&](auto p) -> Result {
-    const bool grad_fp32 = grad == kFloat32, state_fp32 = state == kFloat32;
-    if ((!grad_fp32 && grad != param) || (!state_fp32 && state != param)) return nullptr;
+    const bool grad_fp32 = dtypes.grad == kFloat32, state_fp32 = dtypes.state == kFloat32;
+    if ((!grad_fp32 && dtypes.grad != dtypes.param) || (!state_fp32 && dtypes.state != dtypes.param)) return nullptr;
     if (grad_fp32) return state_fp32 ? visit(p, float{}, float{}) : visit(p, float{}, p);
     return state_fp32 ? visit(p, p, float{}) : visit(p, p, p);
   };
-  return param == kBfloat16 ? choose_16(bf16{}) : choose_16(fp16{});
+  return dtypes.param == kBfloat16 ? choose_16(bf16{}) : choose_16(fp16{});
 }
 
-AdamRange choose_adam_range(Dtype param, Dtype grad, Dtype state, bool l2, bool amsgrad) {
-  return choose_types<AdamRange>(param, grad, state, [&](auto p, auto g, auto s) {
-    return choose_mode<decltype(p), decltype(g), decltype(s)>(l2, amsgrad);
+AdamRange choose_adam_range(AdamDtypes dtypes, bool l2, bool amsgrad) {
+  return choose_types<AdamRange>(dtypes, [&](auto p, auto g, auto s) -> AdamRange {
+    using Param = decltype(p);
+    using Grad = decltype(g);
+    using State = decltype(s);
+    if (!dtypes.master) return choose_mode<Param, Grad, State, false>(l2, amsgrad);
+    if constexpr (!same_type<Param, float> && same_type<State, float>)
+      return choose_mode<Param, Grad, State, true>(l2, amsgrad);
+    return nullptr;
   });
 }
 
-TouchRange choose_touch_range(Dtype param, Dtype grad, Dtype state) {
-  return choose_types<TouchRange>(param, grad, state, [](auto p, auto g, auto s) -> TouchRange {
-    return touch_range<decltype(p), decltype(g), decltype(s)>;
-  });
+TouchRange choose_touch_range(AdamDtypes dtypes) {
+  return choose_types<TouchRange>(
+      dtypes, [](auto p, auto g, auto s) -> TouchRange { return touch_range<decltype(p), decltype(g), decltype(s)>; });
 }
 
 }  // namespace

@@ -4,20 +4,10 @@
 
 #include <cstdint>
 
-#include "../dtype.h"
+#include "adam_tensor.h"
 #include "adam_update.h"
 
 namespace adamops {
-
-// The storage of one parameter and what belongs to it, all of `numel` elements in the same order in memory.
-struct AdamTensor {
-  void* param;
-  const void* grad;
-  void* exp_avg;
-  void* exp_avg_sq;
-  void* max_exp_avg_sq;  // null without amsgrad
-  int64_t numel;
-};
 
 // Updates the elements [begin, end) of a tensor, asking for memory `prefetch_bytes` ahead of its use.
 using AdamRange = void (*)(const AdamTensor&, int64_t begin, int64_t end, const AdamScalars&, int prefetch_bytes);
@@ -29,9 +19,10 @@ using TouchRange = void (*)(const AdamTensor&, int64_t begin, int64_t end, int p
 struct AdamTarget {
   const char* name;
   uint32_t required_features;  // of simd/cpu_features.h
-  // Null for combinations that do not exist: grads have the dtype of the params or fp32, and so have the states.
-  AdamRange (*adam_range)(Dtype param, Dtype grad, Dtype state, bool l2, bool amsgrad);
-  TouchRange (*touch_range)(Dtype param, Dtype grad, Dtype state);
+  // Null for combinations that do not exist: grads have the dtype of the params or fp32, and so have the states;
+  // masters go with 16-bit params and fp32 states.
+  AdamRange (*adam_range)(AdamDtypes dtypes, bool l2, bool amsgrad);
+  TouchRange (*touch_range)(AdamDtypes dtypes);  // masters are left alone
 };
 
 }  // namespace adamops

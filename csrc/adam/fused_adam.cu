@@ -78,6 +78,13 @@ Kernel kernel_of_param(bool grad32, bool state32, bool master, bool l2, bool ams
                 : kernel_of_mode<Param, Param, Param, false>(l2, amsgrad);
 }
 
+// What a kernel is compiled for, as one number.
+uint32_t kind_of(AdamDtypes dtypes, bool l2, bool amsgrad) {
+  return dtypes.param +
+         kDtypeCount *
+             (dtypes.grad + kDtypeCount * (dtypes.state + kDtypeCount * (dtypes.master + 2u * (l2 + 2u * amsgrad))));
+}
+
 // Null if there is none.
 Kernel kernel_of_kind(uint32_t kind) {
   const auto next = [&kind](uint32_t base) {
@@ -98,19 +105,16 @@ constexpr uint32_t kKinds = kDtypeCount * kDtypeCount * kDtypeCount * 8;
 
 }  // namespace
 
-uint32_t adam_kind(Dtype param, Dtype grad, Dtype state, bool master, bool l2, bool amsgrad) {
-  return param + kDtypeCount * (grad + kDtypeCount * (state + kDtypeCount * (master + 2u * (l2 + 2u * amsgrad))));
-}
-
 void cuda_adam_step(const CudaAdamStep& step, CudaPlace place) {
   std::vector<PlannedTensor> planned;
   planned.reserve(step.tensors.size());
   for (size_t i = 0; i < step.tensors.size(); ++i) {
-    if (!kernel_of_kind(step.kinds[i]))
+    const uint32_t kind = kind_of(step.dtypes[i], step.l2, step.amsgrad);
+    if (!kernel_of_kind(kind))
       throw std::invalid_argument("tensor " + std::to_string(i) +
-                                  ": no kernel for these dtypes of param, grad and state");
+                                  ": no kernel for these dtypes of param, grad, state and master");
     const uint32_t row = step.device_scalars ? 0 : step.scalar_rows[i];
-    planned.push_back({step.tensors[i].numel, step.kinds[i] + kKinds * row});
+    planned.push_back({step.tensors[i].numel, kind + kKinds * row});
   }
   const auto launches = plan_launches(planned, {kTensorsPerLaunch, kChunk, INT_MAX});
   if (launches.empty()) return;
@@ -170,6 +174,19 @@ CudaStatus cuda_status() {
     cudaGetLastError();  // so that no later check meets it
   }
   return status;
+}
+
+std::string cuda_problem(int device) {
+  try {
+    const DeviceGuard guard(device);
+    cudaFuncAttributes attributes;
+    const auto* const kernel = reinterpret_cast<const void*>(&scalars_kernel);  // compiled like all others
+    check(cudaFuncGetAttributes(&attributes, kernel), "device " + std::to_string(device));
+  } catch (const std::runtime_error& error) {
+    cudaGetLastError();
+    return error.what();
+  }
+  return "";
 }
 
 }  // namespace adamops

@@ -7,21 +7,10 @@
 #include <string>
 #include <vector>
 
-#include "../dtype.h"
 #include "adam_scalars.h"
+#include "adam_tensor.h"
 
 namespace adamops {
-
-// One tensor with what belongs to it, all of `numel` elements in the same order in device memory.
-struct CudaTensor {
-  void* param;
-  const void* grad;
-  void* exp_avg;
-  void* exp_avg_sq;
-  void* max_exp_avg_sq;  // null without amsgrad
-  float* master;         // the param in fp32; null without master weights
-  int64_t numel;
-};
 
 // Where a step runs.
 struct CudaPlace {
@@ -29,20 +18,18 @@ struct CudaPlace {
   void* stream;
 };
 
-// The step of a param group on one device.
+// The step of a param group on one device; vectors of equal lengths.
 struct CudaAdamStep {
-  std::vector<CudaTensor> tensors;
-  std::vector<uint32_t> kinds;        // for each tensor, as adam_kind()
-  std::vector<uint32_t> scalar_rows;  // for each tensor, which of `scalars` are its own
+  const std::vector<AdamTensor>& tensors;
+  const std::vector<AdamDtypes>& dtypes;
+  bool l2, amsgrad;
   std::vector<AdamScalars> scalars;
-  const AdamScalars* device_scalars;  // or, if not null, for each tensor its own in device memory
-  const float* found_inf;             // on the device; if not null and not 0, nothing happens
+  const std::vector<uint32_t>& scalar_rows;  // for each tensor, which of `scalars` are its own
+  const AdamScalars* device_scalars;         // or, if not null, for each tensor its own in device memory
+  const float* found_inf;                    // on the device; if not null and not 0, nothing happens
 };
 
-// What a step's kernel is compiled for, as one number.
-uint32_t adam_kind(Dtype param, Dtype grad, Dtype state, bool master, bool l2, bool amsgrad);
-
-// Enqueues the step. Throws std::invalid_argument, before anything runs, if there is no kernel for a kind.
+// Enqueues the step. Throws std::invalid_argument, before anything runs, if there is no kernel for a tensor's dtypes.
 void cuda_adam_step(const CudaAdamStep& step, CudaPlace place);
 
 // Step counts on the device are counted, and the scalars of each tensor computed there.
@@ -52,7 +39,7 @@ struct CudaScalars {
   const double* lr64;       // or as fp64
   const float* loss_scale;  // on the device; null: 1
   const float* found_inf;   // on the device; if not null and not 0, no step is counted
-  std::vector<float*> steps;
+  const std::vector<float*>& steps;
   AdamScalars* scalars;  // in device memory, room for one a tensor
 };
 void cuda_adam_scalars(const CudaScalars& work, CudaPlace place);
@@ -63,5 +50,8 @@ struct CudaStatus {
   std::string problem;
 };
 CudaStatus cuda_status();
+
+// Why the kernels cannot run on a device, its architecture not being among those compiled for, say; empty if they can.
+std::string cuda_problem(int device);
 
 }  // namespace adamops

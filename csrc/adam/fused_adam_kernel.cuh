@@ -18,7 +18,7 @@ constexpr int kParameterBytes = 4096;
 #else
 constexpr int kParameterBytes = 32764;
 #endif
-constexpr int kTensorsPerLaunch = (kParameterBytes - 96) / (sizeof(CudaTensor) + 2 * sizeof(uint32_t));
+constexpr int kTensorsPerLaunch = (kParameterBytes - 96) / (sizeof(AdamTensor) + 2 * sizeof(uint32_t));
 constexpr int kThreads = 256;
 constexpr int kChunk = 4096;  // elements a block
 
@@ -29,7 +29,7 @@ struct AdamLaunch {
   uint32_t count;
   uint32_t first_block[kTensorsPerLaunch + 1];
   uint32_t rows[kTensorsPerLaunch];
-  CudaTensor tensors[kTensorsPerLaunch];
+  AdamTensor tensors[kTensorsPerLaunch];
 };
 static_assert(sizeof(AdamLaunch) <= kParameterBytes, "the parameters of a launch are too large");
 
@@ -145,7 +145,7 @@ struct AdamKind {
 };
 
 template <class Kind, int Width>
-__device__ inline void update_elements(const CudaTensor& tensor, int64_t i, const AdamConstants<CudaOps>& k) {
+__device__ inline void update_elements(const AdamTensor& tensor, int64_t i, const AdamConstants<CudaOps>& k) {
   using State = typename Kind::StateType;
   auto* const param = static_cast<typename Kind::ParamType*>(tensor.param) + i;
   const auto* const grad = static_cast<const typename Kind::GradType*>(tensor.grad) + i;
@@ -189,7 +189,7 @@ template <class Kind>
 __global__ void __launch_bounds__(kThreads, 2) adam_kernel(const __grid_constant__ AdamLaunch launch) {
   if (launch.found_inf && *launch.found_inf != 0.0f) return;
   const uint32_t index = tensor_of_block(launch, blockIdx.x);
-  const CudaTensor& tensor = launch.tensors[index];
+  const AdamTensor& tensor = launch.tensors[index];
   const AdamConstants<CudaOps> k(launch.device_scalars ? launch.device_scalars[launch.rows[index]] : launch.scalars);
   const int64_t begin = static_cast<int64_t>(blockIdx.x - launch.first_block[index]) * kChunk;
   const int64_t end = begin + kChunk < tensor.numel ? begin + kChunk : tensor.numel;

@@ -13,7 +13,7 @@ from adamops.op_builder.compile import Compiler
 
 HERE = Path(__file__).resolve().parent
 CSRC = HERE.parents[1] / "csrc"
-OP_SOURCES = ["adam/fused_adam.cu", "adam/fused_adam.cpp", "adam/launch_plan.cpp"]
+OP_SOURCES = ["adam/fused_adam.cu", "adam/fused_adam.cpp", "adam/adam_table.cpp", "adam/launch_plan.cpp"]
 
 
 def build(output: Path, sources: list[Path], *flags: str) -> Path:

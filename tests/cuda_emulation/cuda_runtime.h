@@ -69,7 +69,8 @@ inline float __uint_as_float(uint32_t bits) {
   return a;
 }
 
-// The runtime of a machine that has two devices; EMULATED_CUDA_ERROR=1 makes every launch fail.
+// The runtime of a machine that has two devices. EMULATED_CUDA_ERROR=1 makes every launch fail, and
+// EMULATED_CUDA_NO_CODE=1 says that the kernels were not compiled for the devices.
 using cudaStream_t = void*;
 enum cudaError_t { cudaSuccess = 0, cudaErrorInvalidValue = 1, cudaErrorInsufficientDriver = 35 };
 constexpr int kEmulatedDevices = 2;
@@ -97,6 +98,11 @@ inline cudaError_t cudaSetDevice(int device) {
   if (device < 0 || device >= kEmulatedDevices) return cudaErrorInvalidValue;
   emulated_device = device;
   return cudaSuccess;
+}
+
+struct cudaFuncAttributes {};
+inline cudaError_t cudaFuncGetAttributes(cudaFuncAttributes*, const void*) {
+  return std::getenv("EMULATED_CUDA_NO_CODE") ? cudaErrorInvalidValue : cudaSuccess;
 }
 
 template <class Parameters>

@@ -6,6 +6,7 @@ Everything a user can get wrong about a tensor is found here, before anything is
 from __future__ import annotations
 
 import dataclasses
+import numbers
 from collections.abc import Mapping
 from typing import Any
 
@@ -15,7 +16,9 @@ from torch import Tensor
 from .hyper import AdamHyper
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
-STATE_TENSORS = ("exp_avg", "exp_avg_sq", "max_exp_avg_sq")
+MASTER = "master_param"
+STATE_TENSORS = ("exp_avg", "exp_avg_sq", "max_exp_avg_sq", MASTER)
+MOST_STEPS = 2**53  # kMostSteps in csrc/adam/adam_table.h
 
 
 @dataclasses.dataclass
@@ -32,10 +35,10 @@ class AdamBatch:
     grads: list[Tensor]
     states: list[dict[str, Any]]
 
-    @property
-    def state_keys(self) -> tuple[str, ...]:
-        """The names of the tensors that each state must have."""
-        return STATE_TENSORS if self.hyper.amsgrad else STATE_TENSORS[:2]
+    def state_keys(self, param: Tensor) -> tuple[str, ...]:
+        """The names of the tensors that the state of a param must have."""
+        keys = ("exp_avg", "exp_avg_sq", "max_exp_avg_sq") if self.hyper.amsgrad else ("exp_avg", "exp_avg_sq")
+        return (*keys, MASTER) if self.hyper.master_weights and param.dtype != torch.float32 else keys
 
     @property
     def steps(self) -> list[int]:
@@ -45,6 +48,19 @@ class AdamBatch:
     def column(self, key: str) -> list[Tensor]:
         """The tensors of one name in the states."""
         return [state[key] for state in self.states]
+
+    @property
+    def masters(self) -> list[Tensor | None]:
+        """The fp32 copies that 16-bit params have with master weights; None for those without."""
+        pairs = zip(self.params, self.states, strict=True)
+        return [state[MASTER] if MASTER in self.state_keys(param) else None for param, state in pairs]
+
+    def append(self, name: str, param: Tensor, grad: Tensor, state: dict[str, Any]) -> None:
+        """Adds a param with what belongs to it."""
+        self.names.append(name)
+        self.params.append(param)
+        self.grads.append(grad)
+        self.states.append(state)
 
     def count_step(self) -> None:
         """Writes the step counts, this step included, into the states."""
@@ -73,13 +89,18 @@ def check_param(param: Tensor, name: str) -> None:
         raise TypeError(f"{described} has layout {param.layout}; only dense (strided) params are supported")
     if param.dtype not in DTYPES:
         raise TypeError(f"{described}: its dtype is not supported; use float32, bfloat16 or float16")
-    if param.device.type != "cpu":
-        raise ValueError(f"{described} is not in host memory; move the params to the CPU, as ZeRO-Offload does")
     if not is_dense(param):
         raise ValueError(
             f"{described} has strides {param.stride()}, which overlap or leave gaps; use a param that owns its memory, "
             "such as param.detach().clone()"
         )
+
+
+def check_in_host_memory(param: Tensor, name: str) -> None:
+    """Raises ValueError for a param on a GPU."""
+    if param.device.type != "cpu":
+        described = _described(param, name)
+        raise ValueError(f"{described} is not in host memory; move the params to the CPU, as ZeRO-Offload does")
 
 
 def _checked_grad(param: Tensor, grad: Tensor, name: str) -> Tensor:
@@ -138,12 +159,12 @@ def like_param(tensor: Tensor, param: Tensor) -> Tensor:
 def check_no_overlap(params: Mapping[str, Tensor]) -> None:
     """Raises ValueError if two params, given by name, share memory: the threads of one step would race for it."""
     spans = sorted(
-        (param.data_ptr(), param.data_ptr() + param.numel() * param.element_size(), name)
+        (str(param.device), param.data_ptr(), param.data_ptr() + param.numel() * param.element_size(), name)
         for name, param in params.items()
-        if param.numel()
+        if param.numel() and param.data_ptr()  # meta tensors have no memory
     )
-    for (_, end, first), (start, _, second) in zip(spans, spans[1:], strict=False):
-        if start < end:
+    for (device, _, end, first), (other_device, start, _, second) in zip(spans, spans[1:], strict=False):
+        if device == other_device and start < end:
             raise ValueError(f"{first} and {second} share memory; pass each piece of memory once, as one param")
 
 
@@ -157,7 +178,8 @@ def check_states(batch: AdamBatch) -> None:
     """
     for name, param, state in zip(batch.names, batch.params, batch.states, strict=True):
         check_state(state, param, name)
-        for key in batch.state_keys:
+        _check_step(state["step"], name)
+        for key in batch.state_keys(param):
             value = state[key]
             if not is_dense(value) or not same_layout(value, param):
                 raise ValueError(
@@ -166,8 +188,21 @@ def check_states(batch: AdamBatch) -> None:
                 )
 
 
+def _check_step(step: Any, name: str) -> None:
+    """Raises for what is no step count. One on a GPU is not looked at, as that would wait for the GPU."""
+    if isinstance(step, Tensor):
+        if step.numel() != 1:
+            raise ValueError(f"{name} has a step count of shape {tuple(step.shape)}; expected one number")
+        if step.device.type != "cpu":
+            return
+    elif not isinstance(step, numbers.Real):
+        raise TypeError(f"{name} has a {type(step).__name__} as step count; expected an int")
+    if not 0 <= int(step) < MOST_STEPS:
+        raise ValueError(f"{name} has the step count {int(step)}; expected 0 or more, and less than {MOST_STEPS}")
+
+
 def check_state(state: Mapping[str, Any], param: Tensor, name: str) -> None:
-    """Raises if a tensor of the state (exp_avg, exp_avg_sq, max_exp_avg_sq) does not fit its param."""
+    """Raises if a tensor of the state (exp_avg, exp_avg_sq, max_exp_avg_sq, master_param) does not fit its param."""
     described = _described(param, name)
     dtypes = set()
     for key in STATE_TENSORS:
@@ -180,6 +215,8 @@ def check_state(state: Mapping[str, Any], param: Tensor, name: str) -> None:
             raise ValueError(
                 f"{described} has state {key!r} of shape {tuple(value.shape)}; it belongs to another model or shard"
             )
+        if key == MASTER and value.dtype != torch.float32:
+            raise TypeError(f"{described} has state {key!r} of {value.dtype}; use torch.float32")
         if value.dtype not in (param.dtype, torch.float32):
             raise TypeError(f"{described} has state {key!r} of {value.dtype}; use {_param_dtype_or_fp32(param)}")
         if value.device != param.device:

@@ -94,8 +94,10 @@ class DeepSpeedCPUAdam(AdamOptimizer):
         loss = evaluate(closure)
         batch = self._subgroup_batch(subgroup_id)
         held = self.state.get(subgroup_id)  # type: ignore[call-overload]
-        batch.states = self._with_new_states(batch.params, [held or {}], batch.state_keys)
-        self._backend.prepare(batch)()
+        batch.states = [held or {}]
+        backend = self._backend_of(batch.params[0], batch.names[0])
+        self._complete_states(backend, batch)
+        backend.prepare(batch)()
         self.state[subgroup_id] = batch.states[0]  # type: ignore[index]
         return loss
 
@@ -142,6 +144,7 @@ class DeepSpeedCPUAdam(AdamOptimizer):
         ((group, param, grad),) = found
         where = f"subgroup {subgroup_id}"
         batch = AdamBatch([where], self._hyper(group, where), [param], [grad], [])
+        self._backend_of(param, where)
         check_params_and_grads(batch)
         return batch
 

@@ -1,13 +1,28 @@
-"""FusedAdam: Adam and AdamW with the arguments of deepspeed.ops.adam.FusedAdam and apex."""
+"""FusedAdam: Adam and AdamW with the arguments of deepspeed.ops.adam.FusedAdam and apex, on any device."""
 
 from __future__ import annotations
 
 from collections.abc import Callable
 from typing import Any
 
+import torch
 from torch import Tensor
 
-from .optimizer import AdamOptimizer
+from ... import op_builder
+from .backend import Backend
+from .cuda_backend import CudaBackend
+from .optimizer import AdamOptimizer, torch_calls
+
+
+def _load_backend(device: torch.device) -> Backend:
+    """The compiled op for params on a device that is not the host, or torch calls with one warning that says why."""
+    if device.type != "cuda" or torch.version.hip:
+        return torch_calls(f"No op is compiled for params on {'AMD GPUs' if torch.version.hip else device.type}.")
+    builder: Any = op_builder.get("fused_adam")
+    try:
+        return CudaBackend(builder.load_for_device(device.index), device)
+    except op_builder.OpUnavailableError as error:
+        return torch_calls(str(error))
 
 
 class FusedAdam(AdamOptimizer):
@@ -20,14 +35,25 @@ class FusedAdam(AdamOptimizer):
     Parameters
     ----------
     params
-        Params to optimise, or dicts of param groups. Each param is a dense tensor in host memory, of float32, bfloat16
-        or float16, with a grad of the same dtype or float32. States are float32.
+        Params to optimise, or dicts of param groups. Each param is a dense tensor of float32, bfloat16 or float16 on
+        any device, with a grad of the same dtype or float32. States are float32. Params on CUDA devices are updated by
+        the CUDA op, those in host memory by the CPU op, and others, with a warning, by torch calls.
     lr, bias_correction, betas, eps, weight_decay, amsgrad, maximize
         As in DeepSpeedCPUAdam.
     adam_w_mode
         AdamW if true, Adam with L2 otherwise.
     set_grad_none
         Whether zero_grad() sets the grads to None, or to zero.
+    capturable
+        Whether steps on CUDA devices may be captured into CUDA graphs: step counts are then kept there (as 0-dim
+        float32 tensors), and so is `lr` if it is a tensor there, and nothing waits for the device. Do one step before
+        capturing. Without effect in host memory.
+    master_weights
+        Whether bfloat16 and float16 params have a float32 master (``state["master_param"]``) that is updated, and of
+        which they are rounded copies; a param that is changed otherwise than by step() is overwritten by the next.
+
+    Under torch.amp.GradScaler, step counts of params on CUDA devices are kept there too, as the device alone knows
+    whether a step is skipped.
 
     Raises
     ------
@@ -48,6 +74,8 @@ class FusedAdam(AdamOptimizer):
         set_grad_none: bool = True,
         *,
         maximize: bool = False,
+        capturable: bool = False,
+        master_weights: bool = False,
     ) -> None:
         self.set_grad_none = set_grad_none
         defaults = {
@@ -58,8 +86,9 @@ class FusedAdam(AdamOptimizer):
             "bias_correction": bias_correction,
             "amsgrad": amsgrad,
             "maximize": maximize,
+            "capturable": capturable,
         }
-        super().__init__(params, defaults, adam_w_mode=adam_w_mode)
+        super().__init__(params, defaults, adam_w_mode=adam_w_mode, master_weights=master_weights)
 
     def zero_grad(self, set_to_none: bool | None = None) -> None:
         """Sets the grads to None, or to zero, as `set_grad_none` says unless `set_to_none` is given."""
@@ -90,9 +119,27 @@ class FusedAdam(AdamOptimizer):
             )
         return super().step(closure)
 
+    def _backend_of(self, param: Tensor, name: str) -> Backend:
+        device = param.device
+        if device not in self._backends:
+            self._backends[device] = _load_backend(device)
+        return self._backends[device]
+
     def __setstate__(self, state: dict[str, Any]) -> None:
         super().__setstate__(state)
         self.__dict__.setdefault("set_grad_none", True)
+        for i, group in enumerate(self.param_groups):
+            if group.setdefault("capturable", False):
+                self._place_step_counts(group, f"param group {i}")
+
+    def _place_step_counts(self, group: dict[str, Any], where: str) -> None:
+        """Moves loaded step counts to where a captured step will look for them."""
+        hyper = self._hyper(group, where)
+        for i, param in enumerate(group["params"]):
+            state = self.state.get(param)
+            if state and "step" in state:
+                backend = self._backend_of(param, f"{where}, param {i}")
+                state["step"] = backend.new_step_count(hyper, param, state["step"])
 
     def __getstate__(self) -> dict[str, Any]:
         return {**super().__getstate__(), "set_grad_none": self.set_grad_none}

@@ -1,20 +1,23 @@
 """The host's side of the update rule: hyper-parameters in, the scalars of one step out.
 
-The other side is csrc/adam/adam_update.h. Must not know of tensors.
+The other side is csrc/adam/adam_update.h. Must not know of tensors: what may be one is used as a number only.
 """
 
 from __future__ import annotations
 
 import dataclasses
 import math
-from typing import Any
+from typing import Any, SupportsFloat
 
 
 @dataclasses.dataclass(frozen=True)
 class AdamHyper:
-    """The hyper-parameters of one param group, as plain numbers."""
+    """The hyper-parameters of one param group, and what a step needs to know besides.
 
-    lr: float
+    Where a number may be a 0-dim tensor, it may be one on a GPU, and float() would wait for that.
+    """
+
+    lr: SupportsFloat
     beta1: float
     beta2: float
     eps: float
@@ -23,23 +26,26 @@ class AdamHyper:
     adamw_mode: bool
     amsgrad: bool
     maximize: bool
-    loss_scale: float = 1.0  # what the loss, and so the grads, have been multiplied by
+    master_weights: bool = False  # whether 16-bit params have fp32 masters in their states
+    capturable: bool = False  # whether a step on a GPU must be fit for CUDA graphs
+    loss_scale: SupportsFloat = 1.0  # what the loss, and so the grads, have been multiplied by
+    found_inf: SupportsFloat | None = None  # not 0: the grads hold infs or NaNs, and there is to be no step
 
     @classmethod
-    def of_group(cls, group: dict[str, Any], adamw_mode: bool, loss_scale: float = 1.0) -> AdamHyper:
-        """From a param group, whose lr, betas and weight_decay may be 0-dim tensors."""
+    def of_group(cls, group: dict[str, Any], **others: Any) -> AdamHyper:
+        """From a param group, whose lr, betas and weight_decay may be 0-dim tensors, and fields that it does not have."""
         beta1, beta2 = group["betas"]
         return cls(
-            lr=float(group["lr"]),
+            lr=group["lr"],
             beta1=float(beta1),
             beta2=float(beta2),
             eps=float(group["eps"]),
             weight_decay=float(group["weight_decay"]),
             bias_correction=bool(group["bias_correction"]),
-            adamw_mode=adamw_mode,
             amsgrad=bool(group["amsgrad"]),
             maximize=bool(group["maximize"]),
-            loss_scale=loss_scale,
+            capturable=bool(group.get("capturable", False)),
+            **others,
         )
 
     @property
@@ -47,29 +53,35 @@ class AdamHyper:
         """Whether weight decay is added to the gradient (Adam) and not taken from the param (AdamW)."""
         return not self.adamw_mode and self.weight_decay != 0
 
+    @property
+    def overflowed(self) -> bool:
+        """Whether torch.amp.GradScaler found infs or NaNs in the grads."""
+        return self.found_inf is not None and float(self.found_inf) != 0
+
     def scalars(self, step: int) -> tuple[float, ...]:
         """The fields of AdamScalars in csrc/adam/adam_update.h, in order, in double; the op rounds each to float once.
 
         `step` counts from 1 (t in Algorithm 1 of arXiv 1412.6980).
         """
+        lr = float(self.lr)
         bias1 = 1.0 - integer_power(self.beta1, step) if self.bias_correction else 1.0
         bias2 = 1.0 - integer_power(self.beta2, step) if self.bias_correction else 1.0
         return (
-            (-1.0 if self.maximize else 1.0) / self.loss_scale,
+            (-1.0 if self.maximize else 1.0) / float(self.loss_scale),
             self.beta1,
             1.0 - self.beta1,
             self.beta2,
             1.0 - self.beta2,
-            -self.lr / bias1,
+            -lr / bias1,
             1.0 / math.sqrt(bias2),
             self.eps,
-            1.0 - self.lr * self.weight_decay if self.adamw_mode else 1.0,
+            1.0 - lr * self.weight_decay if self.adamw_mode else 1.0,
             self.weight_decay if self.l2 else 0.0,
         )
 
 
 def integer_power(base: float, exponent: int) -> float:
-    """base ** exponent by squaring, in double.
+    """base ** exponent by squaring, in double; the exponent is 0 or more.
 
     Its bits depend on nothing but IEEE multiplication, while pow() differs in the last place between C libraries. The
     relative error is below exponent * 2**-52 (each squaring doubles the error made so far), that is 1e-10 after a

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 from torch.optim import Optimizer
 
-from .batch import STATE_TENSORS, check_state, like_param
+from .batch import MASTER, STATE_TENSORS, check_state, like_param
 
 
 class _Shielded:
@@ -33,8 +33,13 @@ def shield_states(optimizer: Optimizer, state_dict: dict[str, Any]) -> dict[str,
     return {**state_dict, "state": shielded}
 
 
-def adopted_states(states: dict[Any, Any], groups: list[dict[str, Any]], fp32: bool) -> defaultdict[Any, Any]:
-    """Loaded states, checked, as this optimizer keeps them: steps as ints, tensors in dtype and layout as new ones."""
+def adopted_states(
+    states: dict[Any, Any], groups: list[dict[str, Any]], fp32: bool, masters: bool
+) -> defaultdict[Any, Any]:
+    """Loaded states, checked, as this optimizer keeps them: steps as ints, tensors in dtype and layout as new ones.
+
+    Master weights that the optimizer does not have are left out: they would not follow their params.
+    """
     adopted: defaultdict[Any, Any] = defaultdict(dict)
     names, group_steps = {}, {}
     for g, group in enumerate(groups):
@@ -52,6 +57,8 @@ def adopted_states(states: dict[Any, Any], groups: list[dict[str, Any]], fp32: b
         if "step" in state:
             state["step"] = int(state["step"])
         if isinstance(key, Tensor):
+            if not masters or key.dtype == torch.float32:
+                state.pop(MASTER, None)
             state.update(_converted_tensors(state, key, names.get(key, "a param"), fp32))
         adopted[key] = state
     return adopted
@@ -66,7 +73,7 @@ def _converted_tensors(state: dict[str, Any], param: Tensor, name: str, fp32: bo
         )
     dtype = torch.float32 if fp32 else param.dtype
     converted = {
-        key: state[key].to(device=param.device, dtype=dtype)
+        key: state[key].to(device=param.device, dtype=torch.float32 if key == MASTER else dtype)
         for key in STATE_TENSORS
         if isinstance(state.get(key), Tensor)
     }

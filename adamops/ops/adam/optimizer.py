@@ -13,21 +13,40 @@ from torch import Tensor
 from torch.optim import Optimizer
 
 from ... import op_builder
-from .batch import AdamBatch, check_no_overlap, check_param, check_params_and_grads
+from .backend import Backend
+from .batch import (
+    MASTER,
+    STATE_TENSORS,
+    AdamBatch,
+    check_in_host_memory,
+    check_no_overlap,
+    check_param,
+    check_params_and_grads,
+)
 from .hyper import AdamHyper
 from .loading import adopted_states, shield_states
 from .native_backend import NativeBackend
 from .torch_adam import TorchBackend
 
+_HOST = torch.device("cpu")
 
-def _load_backend() -> NativeBackend | TorchBackend:
-    """The compiled op, or torch calls with one warning that says why."""
+
+def _load_host_backend() -> Backend:
+    """The compiled CPU op, or torch calls with one warning that says why."""
     try:
         return NativeBackend(op_builder.get("cpu_adam").load())
     except op_builder.OpUnavailableError as error:
-        warnings.warn(f"adamops falls back to torch calls, which are slow. {error}", RuntimeWarning, stacklevel=4)
-        op_builder.get("torch_adam").load()
-        return TorchBackend()
+        return torch_calls(str(error))
+
+
+def torch_calls(why: str) -> TorchBackend:
+    """The last resort, with a warning that says why."""
+    frame, level = sys._getframe(), 1
+    while frame.f_back and frame.f_globals.get("__name__", "").partition(".")[0] in ("adamops", "torch"):
+        frame, level = frame.f_back, level + 1
+    warnings.warn(f"adamops falls back to torch calls, which are slow. {why}", RuntimeWarning, stacklevel=level)
+    op_builder.get("torch_adam").load()
+    return TorchBackend()
 
 
 def _unguarded(method: Callable[..., Any]) -> Callable[..., Any]:
@@ -48,13 +67,20 @@ class AdamOptimizer(Optimizer):
     _step_supports_amp_scaling = True  # what GradScaler asks: it then leaves unscaling and skipping to step()
 
     def __init__(
-        self, params: Any, defaults: dict[str, Any], *, adam_w_mode: bool, fp32_optimizer_states: bool = True
+        self,
+        params: Any,
+        defaults: dict[str, Any],
+        *,
+        adam_w_mode: bool,
+        fp32_optimizer_states: bool = True,
+        master_weights: bool = False,
     ) -> None:
         self.adam_w_mode = adam_w_mode
         self.fp32_optimizer_states = fp32_optimizer_states
+        self.master_weights = master_weights
         _check_hyper(defaults, "")
         super().__init__(params, defaults)
-        self._backend = _load_backend()
+        self._backends: dict[torch.device, Backend] = {_HOST: _load_host_backend()}
 
     def add_param_group(self, param_group: dict[str, Any]) -> None:
         """Adds a param group, as torch.optim.Optimizer does; its settings and params are checked first."""
@@ -99,8 +125,6 @@ class AdamOptimizer(Optimizer):
             that share memory.
         """
         loss = evaluate(closure)
-        if self._overflowed():
-            return loss
         groups = [(f"param group {i}", group) for i, group in enumerate(self.param_groups)]
         prepared = [self._prepare(group, where) for where, group in groups]
         if any(states_are_new for _, states_are_new in prepared):
@@ -112,52 +136,75 @@ class AdamOptimizer(Optimizer):
     def _prepare(self, group: dict[str, Any], where: str) -> tuple[Callable[[], None], bool]:
         """What updates the group when called, and whether any of its states is new and not yet in self.state."""
         hyper = self._hyper(group, where)
-        update = self._backend.prepare_group(where, hyper, group["params"], self.state)
-        if update is not None:
-            return update, False
-        found = with_grads(group, where)
-        batch = AdamBatch(
-            names=[name for name, _, _ in found],
-            hyper=hyper,
-            params=[param for _, param, _ in found],
-            grads=[grad for _, _, grad in found],
-            states=[self.state.get(param) or {} for _, param, _ in found],
-        )
-        if all(state.keys() >= {"step", *batch.state_keys} for state in batch.states):
-            return self._backend.prepare(batch), False
+        params = group["params"]
+        backend = self._backends.get(params[0].device) if params else None
+        update = backend.prepare_group(where, hyper, params, self.state) if backend else None
+        if backend and update:
+            return (_nothing if backend.skips(hyper) else update), False
+
+        prepared = [self._prepare_batch(*batch) for batch in self._batches(group, where, hyper)]
+
+        def update_all() -> None:
+            for update, _ in prepared:
+                update()
+
+        return update_all, any(states_are_new for _, states_are_new in prepared)
+
+    def _batches(self, group: dict[str, Any], where: str, hyper: AdamHyper) -> list[tuple[Backend, AdamBatch]]:
+        """The group's params that have a grad, by the backends that update them; without those to be skipped."""
+        batches: dict[torch.device, tuple[Backend, AdamBatch]] = {}
+        for name, param, grad in with_grads(group, where):
+            if param.device not in batches:
+                batches[param.device] = self._backend_of(param, name), AdamBatch([], hyper, [], [], [])
+            batches[param.device][1].append(name, param, grad, self.state.get(param) or {})
+        return [(backend, batch) for backend, batch in batches.values() if not backend.skips(hyper)]
+
+    def _prepare_batch(self, backend: Backend, batch: AdamBatch) -> tuple[Callable[[], None], bool]:
+        """As _prepare(), for a batch."""
+        needed = [{"step", *batch.state_keys(param)} for param in batch.params]
+        if all(state.keys() >= keys for state, keys in zip(batch.states, needed, strict=True)):
+            return backend.prepare(batch), False
         check_params_and_grads(batch)
-        batch.states = self._with_new_states(batch.params, batch.states, batch.state_keys)
-        update_batch = self._backend.prepare(batch)
+        self._complete_states(backend, batch)
+        update = backend.prepare(batch)
 
         def update_and_keep_states() -> None:
-            update_batch()
+            update()
             self.state.update(zip(batch.params, batch.states, strict=True))
 
         return update_and_keep_states, True
 
-    def _overflowed(self) -> bool:
-        """Whether torch.amp.GradScaler, which sets `found_inf` while it steps, found infs or NaNs in the grads."""
-        found_inf = getattr(self, "found_inf", None)
-        return found_inf is not None and bool(found_inf.item())
+    def _backend_of(self, param: Tensor, name: str) -> Backend:
+        """What updates the param. Raises ValueError if that can be nothing."""
+        check_in_host_memory(param, name)
+        return self._backends[_HOST]
 
     def _hyper(self, group: dict[str, Any], where: str) -> AdamHyper:
-        """The group's hyper-parameters, checked, with the loss scale that torch.amp.GradScaler sets for a step."""
+        """The group's hyper-parameters, checked, with what torch.amp.GradScaler sets for a step."""
         loss_scale = getattr(self, "grad_scale", None)
-        hyper = AdamHyper.of_group(group, self.adam_w_mode, 1.0 if loss_scale is None else float(loss_scale))
+        hyper = AdamHyper.of_group(
+            group,
+            adamw_mode=self.adam_w_mode,
+            master_weights=self.master_weights,
+            loss_scale=1.0 if loss_scale is None else loss_scale,
+            found_inf=getattr(self, "found_inf", None),
+        )
         _check_betas(hyper.beta1, hyper.beta2, f" in {where}")
         return hyper
 
-    def _with_new_states(
-        self, params: list[Tensor], states: list[dict[str, Any]], needed: tuple[str, ...]
-    ) -> list[dict[str, Any]]:
-        """The states with what they lack: a step count of 0, and zeros."""
-        completed = [{"step": 0, **state} for state in states]
-        for key in needed:
-            lacking = [i for i, state in enumerate(completed) if key not in state]
-            like = [params[i] for i in lacking]
-            for i, zeros in zip(lacking, self._backend.zeros_like(like, self._state_dtypes(like)), strict=True):
-                completed[i][key] = zeros
-        return completed
+    def _complete_states(self, backend: Backend, batch: AdamBatch) -> None:
+        """Gives the batch's states what they lack: a step count of 0, and zeros; master weights begin as the params."""
+        completed = [
+            {**state} if "step" in state else {"step": backend.new_step_count(batch.hyper, param), **state}
+            for param, state in zip(batch.params, batch.states, strict=True)
+        ]
+        for key in STATE_TENSORS:
+            lacking = [i for i, p in enumerate(batch.params) if key in batch.state_keys(p) and key not in completed[i]]
+            like = [batch.params[i] for i in lacking]
+            dtypes = [torch.float32] * len(like) if key == MASTER else self._state_dtypes(like)
+            for i, zeros in zip(lacking, backend.zeros_like(like, dtypes), strict=True):
+                completed[i][key] = zeros.copy_(batch.params[i]) if key == MASTER else zeros
+        batch.states = completed
 
     def _state_dtypes(self, params: list[Tensor]) -> list[torch.dtype]:
         return [torch.float32 if self.fp32_optimizer_states else param.dtype for param in params]
@@ -183,22 +230,29 @@ class AdamOptimizer(Optimizer):
         """Called by unpickling and, with loaded state, by load_state_dict()."""
         state = {**state}
         state.setdefault("fp32_optimizer_states", getattr(self, "fp32_optimizer_states", True))
+        state.setdefault("master_weights", getattr(self, "master_weights", False))
         if "state" in state and "param_groups" in state:
-            state["state"] = adopted_states(state["state"], state["param_groups"], state["fp32_optimizer_states"])
+            kinds = state["fp32_optimizer_states"], state["master_weights"]
+            state["state"] = adopted_states(state["state"], state["param_groups"], *kinds)
         super().__setstate__(state)
         for group in self.param_groups:
             group.setdefault("bias_correction", True)
             group.setdefault("amsgrad", False)
             group.setdefault("maximize", False)
-        if not hasattr(self, "_backend"):
-            self._backend = _load_backend()
+        if not hasattr(self, "_backends"):
+            self._backends = {_HOST: _load_host_backend()}
 
     def __getstate__(self) -> dict[str, Any]:
         return {
             **super().__getstate__(),
             "adam_w_mode": self.adam_w_mode,
             "fp32_optimizer_states": self.fp32_optimizer_states,
+            "master_weights": self.master_weights,
         }
+
+
+def _nothing() -> None:
+    """The update of a step that is skipped."""
 
 
 def evaluate(closure: Callable[[], Any] | None) -> Any:

@@ -20,6 +20,12 @@ class TorchBackend:
 
     name = "torch_adam"
 
+    def skips(self, hyper: AdamHyper) -> bool:
+        return hyper.overflowed
+
+    def new_step_count(self, hyper: AdamHyper, param: Tensor, count: int = 0) -> int:
+        return count
+
     def prepare_group(self, where: str, hyper: AdamHyper, params: list[Tensor], states: Any) -> None:
         """None: there is no quick way here; prepare() does it."""
 
@@ -30,10 +36,11 @@ class TorchBackend:
         return lambda: self._step(batch)
 
     def _step(self, batch: AdamBatch) -> None:
+        masters = batch.masters
         for i, step in enumerate(batch.steps):
-            state = batch.states[i]
+            state, master = batch.states[i], masters[i]
             _adam_update(
-                batch.params[i],
+                batch.params[i] if master is None else master,
                 batch.grads[i],
                 state["exp_avg"],
                 state["exp_avg_sq"],
@@ -41,6 +48,8 @@ class TorchBackend:
                 batch.hyper.scalars(step),
                 batch.hyper.l2,
             )
+            if master is not None:
+                batch.params[i].copy_(master)
         batch.count_step()
 
     def zeros_like(self, params: Sequence[Tensor], dtypes: Sequence[torch.dtype]) -> list[Tensor]:

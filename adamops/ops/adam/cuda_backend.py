@@ -1,0 +1,137 @@
+"""Hands params on a CUDA device to the compiled CUDA op, on torch's current stream, without waiting for the device.
+
+Step counts are numbers, and the scalars of a step are computed here, unless something that only the device knows goes
+into them: then the counts are kept on the device too, and the scalars computed there.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from .batch import AdamBatch
+from .hyper import AdamHyper
+from .table_backend import TableBackend, addresses
+
+
+class CudaBackend(TableBackend):
+    """Adam by the extension module fused_adam."""
+
+    name = "fused_adam"
+
+    def skips(self, hyper: AdamHyper) -> bool:
+        return False  # the kernels look at found_inf themselves
+
+    def new_step_count(self, hyper: AdamHyper, param: Tensor, count: int = 0) -> int | Tensor:
+        return self._device_count(count) if self._needs_device_counts(hyper) else count
+
+    def zeros_like(self, params: Sequence[Tensor], dtypes: Sequence[torch.dtype]) -> list[Tensor]:
+        self._refuse_while_capturing("it would make its states anew at each replay; do one step before")
+        return [torch.zeros_like(param, dtype=dtype) for param, dtype in zip(params, dtypes, strict=True)]
+
+    def _prepare_checked(self, batch: AdamBatch) -> Callable[[], None]:
+        if not self._needs_device_counts(batch.hyper) and all(isinstance(s["step"], int) for s in batch.states):
+            table = self._table_of_addresses(batch, batch.steps)
+
+            def update() -> None:
+                self._step(table, batch.hyper)
+                batch.count_step()
+
+            return update
+
+        counts = [self._device_count(state["step"]) for state in batch.states]
+        table = self._table_of_addresses(batch, addresses(counts), counts_on_device=True)
+
+        def update_with_device_counts() -> None:
+            for state, count in zip(batch.states, counts, strict=True):
+                state["step"] = count
+            self._step(table, batch.hyper)
+
+        return update_with_device_counts
+
+    def _counts_fit(self, table: Any, hyper: AdamHyper) -> bool:
+        return table.counts_on_device or len(table) == 0 or not self._needs_device_counts(hyper)
+
+    def _needs_device_counts(self, hyper: AdamHyper) -> bool:
+        """Whether the step depends on what only the device knows."""
+        unknown = any(self._is_on_device(value) for value in (hyper.lr, hyper.loss_scale))
+        return hyper.capturable or hyper.found_inf is not None or unknown
+
+    def _is_on_device(self, value: Any) -> bool:
+        return isinstance(value, Tensor) and value.device.type == self.device.type
+
+    def _device_count(self, step: int | Tensor) -> Tensor:
+        """A step count as a 0-dim float32 tensor on the device, which may be `step` itself."""
+        if isinstance(step, Tensor):
+            return step.detach().to(device=self.device, dtype=torch.float32).reshape(())
+        self._refuse_while_capturing("it would set the step count anew at each replay; do one step before")
+        return torch.full((), float(step), dtype=torch.float32, device=self.device)
+
+    def _step(self, table: Any, hyper: AdamHyper) -> None:
+        if not len(table):
+            return
+        if table.counts_on_device:
+            self._step_by_device_counts(table, hyper)
+            return
+        self._refuse_while_capturing("its step counts are on the host; construct FusedAdam with capturable=True")
+        scalars = [hyper.scalars(step) for step in table.steps]
+        self.module.adam_step(table, scalars, hyper.l2, device_scalars=0, found_inf=0, **self._place())
+
+    def _place(self) -> dict[str, int]:
+        """Where the op is to run: the device, and torch's current stream on it."""
+        return {"device": self.device.index or 0, "stream": self._stream()}
+
+    def _step_by_device_counts(self, table: Any, hyper: AdamHyper) -> None:
+        place = self._place()
+        # Tensors made here may go out of scope before the kernels run: torch reuses memory in the order of the stream.
+        scalars = torch.empty(len(table) * self.module.SCALARS_SIZE, dtype=torch.uint8, device=self.device)
+        lr = self._on_device(hyper.lr, _lr_dtype(hyper.lr)) if self._is_on_device(hyper.lr) else None
+        scaled = isinstance(hyper.loss_scale, Tensor) or float(hyper.loss_scale) != 1
+        loss_scale = self._on_device(hyper.loss_scale, torch.float32) if scaled else None
+        found_inf = None if hyper.found_inf is None else self._on_device(hyper.found_inf, torch.float32)
+        (loss_scale_there, found_inf_there) = addresses([loss_scale, found_inf])
+        self.module.count_steps(
+            table,
+            scalars=scalars.data_ptr(),
+            lr=float(hyper.lr) if lr is None else 0.0,
+            lr32=0 if lr is None or lr.dtype != torch.float32 else lr.data_ptr(),
+            lr64=0 if lr is None or lr.dtype != torch.float64 else lr.data_ptr(),
+            beta1=hyper.beta1,
+            beta2=hyper.beta2,
+            eps=hyper.eps,
+            weight_decay=hyper.weight_decay,
+            bias_correction=hyper.bias_correction,
+            adamw_mode=hyper.adamw_mode,
+            maximize=hyper.maximize,
+            loss_scale=loss_scale_there,
+            found_inf=found_inf_there,
+            **place,
+        )
+        self.module.adam_step(
+            table, [], hyper.l2, device_scalars=scalars.data_ptr(), found_inf=found_inf_there, **place
+        )
+
+    def _on_device(self, value: Any, dtype: torch.dtype) -> Tensor:
+        """A number or a 0-dim tensor as a tensor that kernels on this device can read."""
+        if isinstance(value, Tensor):
+            return value.detach().to(device=self.device, dtype=dtype, non_blocking=True)
+        return torch.full((), float(value), dtype=dtype, device=self.device)
+
+    def _stream(self) -> int:
+        """The address of torch's current stream on the device."""
+        return torch.cuda.current_stream(self.device).cuda_stream
+
+    def _capturing(self) -> bool:
+        """Whether a CUDA graph is being captured."""
+        return torch.cuda.is_current_stream_capturing()
+
+    def _refuse_while_capturing(self, why: str) -> None:
+        if self._capturing():
+            raise RuntimeError(f"This step cannot be captured into a CUDA graph: {why}")
+
+
+def _lr_dtype(lr: Any) -> torch.dtype:
+    return lr.dtype if lr.dtype in (torch.float32, torch.float64) else torch.float64
