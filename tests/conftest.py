@@ -4,8 +4,10 @@ import os
 import random
 import secrets
 
+import cuda_emulation
 import pytest
 import torch
+from optimizers import MAKERS, EmulatedFusedAdam
 
 from adamops import op_builder
 
@@ -19,6 +21,22 @@ def seed(request):
     request.node.user_properties.append(("seed", value))
     print(f"ADAMOPS_TEST_SEED={value}")  # pytest shows it with a failure
     return value
+
+
+@pytest.fixture(scope="session")
+def cuda_op(tmp_path_factory):
+    """The emulated CUDA op; its device addresses are host addresses."""
+    module = cuda_emulation.load(cuda_emulation.build_op(tmp_path_factory.mktemp("cuda") / "fused_adam.so"))
+    EmulatedFusedAdam.module = module
+    return module
+
+
+@pytest.fixture(scope="session", params=list(MAKERS))
+def Adam(request):  # noqa: N802
+    """Makes an optimizer from DeepSpeedCPUAdam's arguments: each class in turn, on each op."""
+    if "CUDA" in request.param:
+        request.getfixturevalue("cuda_op")
+    return MAKERS[request.param]
 
 
 @pytest.fixture

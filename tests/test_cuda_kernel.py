@@ -24,12 +24,6 @@ COMBINATIONS = [
 
 
 @pytest.fixture(scope="session")
-def cuda_op(tmp_path_factory):
-    """The emulated module; its device addresses are host addresses."""
-    return cuda_emulation.load(cuda_emulation.build_op(tmp_path_factory.mktemp("cuda") / "fused_adam.so"))
-
-
-@pytest.fixture(scope="session")
 def launch_plan(tmp_path_factory):
     sources = [cuda_emulation.HERE / "launch_plan_module.cpp", cuda_emulation.CSRC / "adam/launch_plan.cpp"]
     return cuda_emulation.load(cuda_emulation.build(tmp_path_factory.mktemp("plan") / "launch_plan.so", sources))

@@ -33,7 +33,7 @@ class AdamHyper:
 
     @classmethod
     def of_group(cls, group: dict[str, Any], **others: Any) -> AdamHyper:
-        """From a param group, whose lr, betas and weight_decay may be 0-dim tensors, and fields that it does not have."""
+        """From a param group, whose lr, betas and weight_decay may be 0-dim tensors, and what it does not have."""
         beta1, beta2 = group["betas"]
         return cls(
             lr=group["lr"],
