@@ -59,7 +59,10 @@ def digest(module, threads=1):
     """A digest of params and states after two steps, over all dtypes, modes and tails."""
     sha = hashlib.sha256()
     rng = random.Random(20260101)
-    for (param, grad, state), l2, amsgrad, maximize in itertools.product(COMBINATIONS, (0, 1), (0, 1), (0, 1)):
+    modes = itertools.product(COMBINATIONS, (0, 1), (0, 1), (0, 1), (0, 1))
+    for (param, grad, state), l2, amsgrad, maximize, with_master in modes:
+        if with_master and (param == FLOAT32 or state != FLOAT32):
+            continue
         code = param + 3 * grad + 9 * state
         for size in SIZES:
             data = [
@@ -68,16 +71,17 @@ def digest(module, threads=1):
                 stored(random_values(rng, size), state),
                 stored(random_values(rng, size, positive=True), state),
                 stored(random_values(rng, size, positive=True), state),
+                stored(random_values(rng, size), FLOAT32),
             ]
             addresses = [[x.buffer_info()[0]] for x in data]
-            max_exp_avg_sqs = addresses[4] if amsgrad else None
+            max_exp_avg_sqs, masters = addresses[4] if amsgrad else None, addresses[5] if with_master else None
             for step in (1, 2):
-                table = module.table_of_addresses(*addresses[:4], max_exp_avg_sqs, [size], [code], [step])
+                table = module.table_of_addresses(*addresses[:4], max_exp_avg_sqs, [size], [code], [step], masters)
                 bias1, bias2 = 1 - 0.9**step, 1 - 0.999**step
                 scalars = (-1.0 if maximize else 1.0, 0.9, 1 - 0.9, 0.999, 1 - 0.999, -1e-3 / bias1, bias2**-0.5, 1e-8)
                 scalars += (1.0, 0.01) if l2 else (1 - 1e-5, 0.0)
                 module.adam_step(table, [scalars], bool(l2), threads)
-            for x, dtype in zip(data, (param, grad, state, state, state), strict=True):
+            for x, dtype in zip(data, (param, grad, state, state, state, FLOAT32), strict=True):
                 sha.update(canonical(x, dtype))
     return sha.hexdigest()
 

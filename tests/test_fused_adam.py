@@ -9,6 +9,7 @@ import pytest
 import torch
 
 from adamops import DeepSpeedCPUAdam, FusedAdam
+from adamops.ops.adam.torch_adam import TorchBackend
 
 SIZES = [(3, 5), (70,), (), (0,), (9, 1, 4)]
 
@@ -53,6 +54,129 @@ def test_steps_have_the_bits_of_cpu_adam(dtype, adam_w_mode, amsgrad, maximize):
         b.step()
     assert_equal(ours, theirs)
     assert all(a.state[param]["exp_avg"].dtype == torch.float32 for param in ours)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("grad_dtype", ["same", "float32"])
+@pytest.mark.parametrize("adam_w_mode", [True, False])
+@pytest.mark.parametrize("amsgrad", [True, False])
+def test_master_weights_are_those_of_fp32_params(dtype, grad_dtype, adam_w_mode, amsgrad):
+    """Params of 16 bits with masters: the trajectory of fp32 params under the widened grads, rounded once."""
+    half = [torch.nn.Parameter(torch.randn(size).to(dtype)) for size in [*SIZES, (12345,)]]
+    full = [torch.nn.Parameter(param.detach().float()) for param in half]
+    settings = {"lr": 1e-4, "weight_decay": 0.1, "amsgrad": amsgrad, "adam_w_mode": adam_w_mode}
+    ours, theirs = FusedAdam(half, master_weights=True, **settings), FusedAdam(full, **settings)
+    for _ in range(5):
+        for a, b in zip(half, full, strict=True):
+            a.grad = torch.randn(a.shape).to(dtype)
+            b.grad = a.grad.float()
+            if grad_dtype == "float32":
+                a.grad.data = a.grad.float()
+        ours.step()
+        theirs.step()
+    for a, b in zip(half, full, strict=True):
+        assert ours.state[a]["master_param"].dtype == torch.float32
+        assert torch.equal(ours.state[a]["master_param"], b)
+        assert torch.equal(a, b.to(dtype))
+        assert torch.equal(ours.state[a]["exp_avg"], theirs.state[b]["exp_avg"])
+    assert "master_param" not in theirs.state[full[0]]
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_updates_too_small_for_16_bits_add_up_in_the_master(dtype):
+    with_master, without = (torch.nn.Parameter(torch.ones(50, dtype=dtype)) for _ in range(2))
+    optimizers = FusedAdam([with_master], lr=1e-5, master_weights=True), FusedAdam([without], lr=1e-5)
+    for _ in range(1000):
+        for param, optimizer in zip((with_master, without), optimizers, strict=True):
+            param.grad = torch.ones_like(param)
+            optimizer.step()
+    assert without.eq(1).all()
+    master = optimizers[0].state[with_master]["master_param"]
+    torch.testing.assert_close(master, torch.full((50,), 0.99), rtol=0, atol=1000 * 2.0**-25)  # half an ulp a step
+    assert torch.equal(with_master, master.to(dtype))
+
+
+def test_master_weights_of_mixed_and_strided_params():
+    dtypes = [torch.float32, torch.bfloat16, torch.float16]
+    params = [torch.nn.Parameter(torch.randn(4, 6, 2).to(dtype).transpose(0, 1)) for dtype in dtypes]
+    plain = [torch.nn.Parameter(param.detach().contiguous()) for param in params]
+    ours, theirs = (FusedAdam(group, master_weights=True) for group in (params, plain))
+    for _ in range(3):
+        set_grads(params)
+        for a, b in zip(params, plain, strict=True):
+            b.grad = a.grad.contiguous()
+        ours.step()
+        theirs.step()
+    assert_equal(params, plain)
+    assert ["master_param" in ours.state[param] for param in params] == [False, True, True]
+    assert ours.state[params[1]]["master_param"].stride() == params[1].stride()
+
+
+def test_torch_calls_keep_masters_too():
+    params, twins = new_params(torch.bfloat16), new_params(torch.bfloat16)
+    compiled, fallback = FusedAdam(params, master_weights=True), FusedAdam(twins, master_weights=True)
+    fallback._backends[torch.device("cpu")] = TorchBackend()
+    for _ in range(5):
+        set_grads(params)
+        for a, b in zip(params, twins, strict=True):
+            b.grad = a.grad.clone()
+        compiled.step()
+        fallback.step()
+    for a, b in zip(params, twins, strict=True):
+        masters = compiled.state[a]["master_param"], fallback.state[b]["master_param"]
+        torch.testing.assert_close(*masters, rtol=1e-5, atol=1e-6)
+        assert torch.equal(b, masters[1].bfloat16())
+
+
+@pytest.mark.parametrize("saved_with", [True, False])
+@pytest.mark.parametrize("loaded_with", [True, False])
+def test_checkpoints_with_and_without_masters(saved_with, loaded_with):
+    params, twin = new_params(torch.bfloat16), new_params(torch.bfloat16)
+    optimizer = FusedAdam(params, master_weights=saved_with)
+    optimizer.step()
+    resumed = FusedAdam(twin, master_weights=loaded_with)
+    resumed.load_state_dict(copy.deepcopy(optimizer.state_dict()))
+    with torch.no_grad():
+        for a, b in zip(twin, params, strict=True):
+            a.copy_(b)
+    for a, b in zip(params, twin, strict=True):
+        assert ("master_param" in resumed.state[b]) == (saved_with and loaded_with)
+        if saved_with and loaded_with:
+            assert torch.equal(resumed.state[b]["master_param"], optimizer.state[a]["master_param"])
+    set_grads(twin)
+    for a, b in zip(params, twin, strict=True):
+        a.grad = b.grad.clone()
+    optimizer.step()
+    resumed.step()
+    assert all(("master_param" in resumed.state[param]) == loaded_with for param in twin)
+    if saved_with == loaded_with:
+        assert_equal(params, twin)
+
+
+def spoilt_dtype(state):
+    state["master_param"] = state["master_param"].bfloat16()
+
+
+def spoilt_shape(state):
+    state["master_param"] = torch.zeros(3)
+
+
+@pytest.mark.parametrize(
+    ("spoil", "error", "message"),
+    [
+        (spoilt_dtype, TypeError, "param 1 .* state 'master_param' of torch.bfloat16; use torch.float32"),
+        (spoilt_shape, ValueError, r"param 1 .* state 'master_param' of shape \(3,\)"),
+    ],
+)
+def test_masters_replaced_by_the_user(spoil, error, message):
+    params = new_params(torch.bfloat16)
+    optimizer = FusedAdam(params, master_weights=True)
+    optimizer.step()
+    spoil(optimizer.state[params[1]])
+    before = copy.deepcopy(params)
+    with pytest.raises(error, match=message):
+        optimizer.step()
+    assert_equal(params, before)
 
 
 @pytest.mark.parametrize("argument", ["grads", "output_params", "scale", "grad_norms"])
@@ -145,10 +269,12 @@ def test_loads_checkpoints_that_count_steps_by_group():
 
 
 def test_survives_pickle_and_deepcopy():
-    optimizer = FusedAdam(new_params(), lr=0.5, set_grad_none=False, adam_w_mode=False)
+    settings = {"set_grad_none": False, "adam_w_mode": False, "master_weights": True, "capturable": True}
+    optimizer = FusedAdam(new_params(torch.float16), lr=0.5, **settings)
     optimizer.step()
     for twin in (pickle.loads(pickle.dumps(optimizer)), copy.deepcopy(optimizer)):
         assert (twin.set_grad_none, twin.adam_w_mode, twin.param_groups[0]["lr"]) == (False, False, 0.5)
+        assert twin.master_weights and twin.param_groups[0]["capturable"]
         set_grads(twin.param_groups[0]["params"])
         twin.step()
         assert {state["step"] for state in twin.state.values()} == {2}
