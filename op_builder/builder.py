@@ -13,7 +13,7 @@ from pathlib import Path
 from types import ModuleType
 from typing import Any
 
-from .compile import CompileUnit, extension_suffix, read_record
+from .compile import CompileUnit, extension_suffix, pybind11_headers, read_record
 
 
 class OpUnavailableError(RuntimeError):
@@ -76,9 +76,7 @@ class OpBuilder:
 
     def include_paths(self) -> list[str]:
         """Folders for -I, besides Python's own."""
-        import pybind11
-
-        return [str(self.source_root()), pybind11.get_include()]
+        return [str(self.source_root()), str(pybind11_headers())]
 
     def cxx_args(self) -> list[str]:
         """Compiler flags of all units, besides Compiler.COMMON_FLAGS."""

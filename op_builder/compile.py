@@ -124,6 +124,16 @@ def extension_suffix() -> str:
     return sysconfig.get_config_var("EXT_SUFFIX") or ".so"
 
 
+def pybind11_headers() -> Path | None:
+    """The folder of pybind11's headers: its own package's, else the copy that comes with torch; None without either."""
+    for package, folder in (("pybind11", "include"), ("torch", "include")):
+        spec = importlib.util.find_spec(package)
+        for location in (spec.submodule_search_locations or []) if spec else []:
+            if (Path(location) / folder / "pybind11" / "pybind11.h").is_file():
+                return Path(location) / folder
+    return None
+
+
 def cannot_compile_extensions(what: str) -> str:
     """Why extension modules in C++ cannot be compiled here; empty if they can. `what` needs them, for the message."""
     if os.name != "posix":
@@ -132,7 +142,7 @@ def cannot_compile_extensions(what: str) -> str:
         return "no C++ compiler found (set CXX, or install g++ or clang++)"
     if not (python_headers() / "Python.h").is_file():
         return f"no Python.h in {python_headers()} (install python3-dev)"
-    if importlib.util.find_spec("pybind11") is None:
+    if pybind11_headers() is None:
         return "pybind11 is not installed"
     return ""
 

@@ -11,6 +11,7 @@ import importlib.machinery
 import importlib.util
 import json
 import os
+import re
 import stat
 import sys
 import time
@@ -19,7 +20,7 @@ from types import ModuleType
 from typing import TYPE_CHECKING
 
 from . import environment
-from .compile import BuildError, Compiler, compile_op, extension_suffix, write_record
+from .compile import BuildError, Compiler, compile_op, extension_suffix, pybind11_headers, write_record
 
 if TYPE_CHECKING:
     from .builder import OpBuilder
@@ -68,8 +69,6 @@ def _built_extension(builder: OpBuilder) -> Path:
 
 
 def _fingerprint(builder: OpBuilder) -> str:
-    import pybind11
-
     compiler = Compiler.find()
     units = builder.compile_units()
     ingredients = [
@@ -77,7 +76,7 @@ def _fingerprint(builder: OpBuilder) -> str:
         compiler.version if compiler else "",
         compiler.machine if compiler else "",
         extension_suffix(),
-        pybind11.__version__,
+        _pybind11_version(),
         list(builder.toolchain()),
         os.environ.get("CXXFLAGS", ""),
         [*Compiler.COMMON_FLAGS, *Compiler.LINK_FLAGS, *builder.cxx_args(), *builder.extra_ldflags()],
@@ -88,6 +87,12 @@ def _fingerprint(builder: OpBuilder) -> str:
         digest.update(name.encode())
         digest.update((builder.source_root() / name).read_bytes())
     return digest.hexdigest()[:16]
+
+
+def _pybind11_version() -> list[str]:
+    headers = pybind11_headers()
+    common = (headers / "pybind11" / "detail" / "common.h").read_text() if headers else ""
+    return re.findall(r"define PYBIND11_VERSION_(?:MAJOR|MINOR|PATCH|MICRO)\s+(\S+)", common)
 
 
 def _make_private_folder(folder: Path) -> None:

@@ -8,8 +8,7 @@ import subprocess
 import sysconfig
 from pathlib import Path
 
-import pybind11
-from adamops.op_builder.compile import Compiler
+from adamops.op_builder.compile import Compiler, pybind11_headers
 
 HERE = Path(__file__).resolve().parent
 CSRC = HERE.parents[1] / "csrc"
@@ -20,7 +19,7 @@ def build(output: Path, sources: list[Path], *flags: str) -> Path:
     """Compiles the sources into one extension module."""
     compiler = Compiler.find()
     assert compiler is not None
-    includes = [HERE, CSRC, pybind11.get_include(), sysconfig.get_paths()["include"]]
+    includes = [HERE, CSRC, pybind11_headers(), sysconfig.get_paths()["include"]]
     compiler.run(
         ["-std=c++17", "-O1", "-g1", "-fPIC", "-shared", "-fvisibility=hidden", "-ffp-contract=off", "-Wall", "-Wextra"]
         + ["-Werror", "-Wno-unknown-pragmas", *flags, *(f"-I{path}" for path in includes), "-x", "c++"]
