@@ -3,6 +3,11 @@
 import os
 
 
+def python_path(folder):
+    """A PYTHONPATH with the folder before what is there already."""
+    return os.pathsep.join(filter(None, [str(folder), os.environ.get("PYTHONPATH")]))
+
+
 def offer(folder, name, code, target, distribution="fake-ops"):
     """Writes a module and a distribution with an entry point; returns the environment that makes Python find them."""
     module = target.split(":")[0]
@@ -14,7 +19,7 @@ def offer(folder, name, code, target, distribution="fake-ops"):
         if not file.tell():
             file.write("[adamops.op_builders]\n")
         file.write(f"{name} = {target}\n")
-    return {**os.environ, "PYTHONPATH": str(folder)}
+    return {**os.environ, "PYTHONPATH": python_path(folder)}
 
 
 GOOD = """

@@ -6,6 +6,7 @@ import subprocess
 import sys
 
 import pytest
+from plugins import python_path
 
 from adamops import bench
 
@@ -30,8 +31,9 @@ def small_run(tmp_path_factory):
     folder = tmp_path_factory.mktemp("bench")
     (folder / "deepspeed").mkdir()
     (folder / "deepspeed" / "__init__.py").write_text("raise RuntimeError('no such accelerator')\n")
-    path = os.pathsep.join(filter(None, [str(folder), os.environ.get("PYTHONPATH")]))
-    done = run_bench(folder, "--elements", "10000", "--repeat", "2", "--json", "times.json", PYTHONPATH=path)
+    done = run_bench(
+        folder, "--elements", "10000", "--repeat", "2", "--json", "times.json", PYTHONPATH=python_path(folder)
+    )
     assert done.returncode == 0, done.stderr
     return done.stdout, json.loads((folder / "times.json").read_text())
 

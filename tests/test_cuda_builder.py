@@ -169,3 +169,22 @@ def test_the_op_is_compiled_by_nvcc_and_imports_without_a_gpu(monkeypatch, tmp_p
     status = json.loads(subprocess.check_output([sys.executable, "-c", code]))
     assert status["runtime_version"] >= 12000
     assert status["devices"] > 0 or status["problem"]
+
+
+@needs_nvcc
+def test_without_a_prebuilt_extension_the_op_is_built_at_first_use_and_kept(monkeypatch, tmp_path, capfd):
+    monkeypatch.setenv("ADAMOPS_CUDA_ARCHS", "9.0")
+    monkeypatch.setenv("ADAMOPS_CACHE_DIR", str(tmp_path))
+    monkeypatch.setattr(FusedAdamBuilder, "MODULE", "adamops._native.no_such.fused_adam")
+    module = FusedAdamBuilder().load()
+    assert "building fused_adam for this machine, once" in capfd.readouterr().err
+    (built,) = tmp_path.glob("*/fused_adam*.so")
+    assert module.__file__ == str(built)
+    assert json.loads(built.with_name("fused_adam.build.json").read_text())["architectures"] == ["90"]
+    status = module.status()
+    if not status["devices"]:
+        assert status["problem"] in module.problem(0)
+    assert FusedAdamBuilder().load().__file__ == module.__file__
+    assert capfd.readouterr().err == ""
+    monkeypatch.setenv("ADAMOPS_CUDA_ARCHS", "8.0")
+    assert FusedAdamBuilder().load().__file__ != module.__file__, "another architecture is another build"

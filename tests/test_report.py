@@ -56,6 +56,7 @@ def test_json(tmp_path, cpu_adam):
 def test_in_a_terminal_it_is_drawn(tmp_path):
     import pty
 
+    pytest.importorskip("rich")
     master, slave = pty.openpty()
     process = subprocess.Popen([sys.executable, "-m", "adamops.report"], stdout=slave, cwd=tmp_path)
     os.close(slave)

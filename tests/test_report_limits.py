@@ -9,6 +9,7 @@ import textwrap
 from pathlib import Path
 
 import pytest
+from plugins import python_path
 
 import adamops
 from adamops import op_builder
@@ -77,7 +78,7 @@ def test_is_quick_apart_from_torch(report, copied_package, prebuilt):
     code = "import time; start = time.perf_counter()\nimport atexit, sys\n"
     code += "atexit.register(lambda: print('seconds', time.perf_counter() - start, 'cpuinfo' in sys.modules, "
     code += "file=sys.stderr))\n" + WITHOUT_TORCH
-    where = {} if prebuilt == "prebuilt" else {"PYTHONPATH": str(copied_package)}
+    where = {} if prebuilt == "prebuilt" else {"PYTHONPATH": python_path(copied_package)}
     results = [report(code=code, **where).stderr.split("seconds ")[1].split() for _ in range(3)]
     assert min(float(seconds) for seconds, _ in results) < 1
     assert {cpuinfo for _, cpuinfo in results} == {"False"}
@@ -103,7 +104,7 @@ def test_invalid_build_variable_is_shown_once(report, name, value, valid):
 def test_broken_torch(report, tmp_path):
     (tmp_path / "site" / "torch").mkdir(parents=True)
     (tmp_path / "site" / "torch" / "__init__.py").write_text("raise OSError('libtorch.so: no such file')")
-    result = report("--json", PYTHONPATH=str(tmp_path / "site"))
+    result = report("--json", PYTHONPATH=python_path(tmp_path / "site"))
     assert "libtorch.so: no such file" in json.loads(result.stdout)["machine"]["torch"]
     assert result.returncode == 1
 
@@ -133,7 +134,7 @@ class Builder:
 )
 def test_plugin_of_the_bare_contract_that_prints(report, tmp_path, compatible, prebuilt, in_use):
     site = make_plugin(tmp_path / "site", PLUGIN.format(compatible=compatible, prebuilt=prebuilt))
-    result = report("--json", PYTHONPATH=site)
+    result = report("--json", PYTHONPATH=python_path(site))
     op = op_of(result, "op")
     assert (op["compatible"], op["reason"], op["in_use"]) == (compatible, "it is what it is", in_use)
     assert result.returncode == (0 if prebuilt else 1)
@@ -141,7 +142,7 @@ def test_plugin_of_the_bare_contract_that_prints(report, tmp_path, compatible, p
 
 def test_broken_extension_is_reported_and_not_rebuilt(report, copied_package, tmp_path):
     (copied_package / "adamops" / "_native" / BINARY.name).write_text("not an extension\n")
-    result = report("--json", PYTHONPATH=str(copied_package))
+    result = report("--json", PYTHONPATH=python_path(copied_package))
     op = op_of(result, "cpu_adam")
     assert result.returncode == 1
     assert "the prebuilt extension does not load" in op["error"]

@@ -1,0 +1,135 @@
+"""Times FusedAdam on a GPU, in turns, against torch's, apex' and DeepSpeed's, and against copying memory.
+
+Part of ci/gpu.sh. Needs torch only; peers take part where they are installed. Times are medians between two events on
+the GPU's stream, so they hold what the host takes where the GPU waits for it.
+"""
+
+from __future__ import annotations
+
+import argparse
+import random
+import statistics
+import sys
+from collections.abc import Callable
+
+import torch
+
+from adamops import FusedAdam
+
+HYPER = {"lr": 1e-3, "betas": (0.9, 0.999), "eps": 1e-8, "weight_decay": 0.01}
+GPU = "cuda"
+
+
+def gpt2_sizes(layers: int = 12, width: int = 768) -> list[int]:
+    """The sizes of a GPT-2's tensors: 124 M elements in 148 tensors as they stand here."""
+    block = [width, width, 3 * width * width, 3 * width, width * width, width, width, width]
+    block += [4 * width * width, 4 * width, 4 * width * width, width]
+    return [50257 * width, 1024 * width, *(block * layers), width, width]
+
+
+def peers() -> dict[str, Callable]:
+    """Makers of the peers' optimizers: functions of params and whether masters are wanted, None if they cannot."""
+    found: dict[str, Callable] = {
+        "torch fused": lambda params, masters: None if masters else torch.optim.AdamW(params, **HYPER, fused=True),
+        "torch foreach": lambda params, masters: None if masters else torch.optim.AdamW(params, **HYPER, foreach=True),
+    }
+    try:
+        from apex.optimizers import FusedAdam as Apex
+
+        found["apex"] = lambda params, masters: Apex(params, **HYPER, master_weights=masters)
+    except Exception as error:
+        print(f"apex does not take part: {type(error).__name__}: {error}")
+    try:
+        from deepspeed.ops.adam import FusedAdam as DeepSpeeds
+
+        DeepSpeeds([torch.nn.Parameter(torch.zeros(1, device=GPU))])  # its build at first use
+        found["DeepSpeed"] = lambda params, masters: None if masters else DeepSpeeds(params, **HYPER)
+    except Exception as error:
+        print(f"DeepSpeed does not take part: {type(error).__name__}: {str(error).strip().splitlines()[-1:]}")
+    return found
+
+
+def milliseconds(work: Callable[[], object]) -> float:
+    begin, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
+    torch.cuda.synchronize()
+    begin.record()
+    work()
+    end.record()
+    end.synchronize()
+    return begin.elapsed_time(end)
+
+
+def medians(turns: dict[str, Callable[[], object]], rounds: int) -> dict[str, float]:
+    """Each round has another order, the same in every run; the first three are not counted."""
+    order = random.Random(0)
+    times: dict[str, list[float]] = {name: [] for name in turns}
+    for i in range(rounds + 3):
+        for name in order.sample(list(turns), len(turns)):
+            took = milliseconds(turns[name])
+            if i >= 3:
+                times[name].append(took)
+    return {name: statistics.median(values) for name, values in times.items()}
+
+
+def copy_bandwidth(elements: int) -> float:
+    """Bytes a second of a copy from device memory to device memory, counting what is read and what is written."""
+    source = torch.zeros(min(elements, 2**28), device=GPU)
+    target = torch.empty_like(source)
+    return 2 * source.nbytes / (medians({"copy": lambda: target.copy_(source)}, 20)["copy"] * 1e-3)
+
+
+def case(title: str, sizes: list[int], dtype: torch.dtype, masters: bool, bandwidth: float, rounds: int) -> None:
+    makers: dict[str, Callable] = {
+        "adamops": lambda params, masters: FusedAdam(params, **HYPER, master_weights=masters),
+        "adamops capturable": lambda params, m: FusedAdam(params, **HYPER, master_weights=m, capturable=True),
+        **peers_found,
+    }
+    turns = {}
+    for name, make in makers.items():
+        params = [torch.nn.Parameter(torch.randn(size, device=GPU, dtype=dtype)) for size in sizes]
+        for param in params:
+            param.grad = torch.randn_like(param)
+        optimizer = make(params, masters)
+        if optimizer is not None and (dtype == torch.float32 or not name.startswith("torch")):  # its states are 16-bit
+            turns[name] = optimizer.step
+        if name == "adamops capturable":
+            turns["adamops in a graph"] = graph_of(optimizer)
+    found = medians(turns, rounds)
+    width = dtype.itemsize
+    each = 16 + 2 * width + (4 + 4 if masters else 0) + (0 if masters else width)
+    print(f"\n{title}: {sum(sizes) / 1e6:.1f} M elements in {len(sizes)} tensors, {each} bytes an element")
+    for name, took in found.items():
+        part = each * sum(sizes) / (took * 1e-3) / bandwidth
+        print(
+            f"  {name:20} {took:9.3f} ms   {took / found['adamops']:6.2f} x adamops   {part:5.2f} of a copy's bandwidth"
+        )
+
+
+def graph_of(optimizer: FusedAdam) -> Callable[[], None]:
+    """The optimizer's step as a CUDA graph."""
+    optimizer.step()
+    torch.cuda.synchronize()
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        optimizer.step()
+    return graph.replay
+
+
+if __name__ == "__main__":
+    parser = argparse.ArgumentParser(description=(__doc__ or "").partition(":")[0])
+    parser.add_argument("--elements", type=int, default=100_000_000, help="of the large tensors (default: 100 M)")
+    parser.add_argument("--rounds", type=int, default=30, help="rounds that are counted (default: 30)")
+    options = parser.parse_args()
+    if not torch.cuda.is_available():
+        sys.exit(f"torch {torch.__version__} finds no CUDA device")
+    peers_found = peers()
+    speed = copy_bandwidth(options.elements)
+    print(f"{torch.cuda.get_device_name(0)}, torch {torch.__version__}; a copy moves {speed / 1e9:.0f} GB/s")
+    one, many = [options.elements], [4000] * 1000
+    rest = (speed, options.rounds)
+    case("one fp32 tensor", one, torch.float32, False, *rest)
+    case("one bf16 tensor, fp32 states", one, torch.bfloat16, False, *rest)
+    case("one bf16 tensor, fp32 states and masters", one, torch.bfloat16, True, *rest)
+    case("1000 fp32 tensors of 4000", many, torch.float32, False, *rest)
+    case("GPT-2, fp32", gpt2_sizes(), torch.float32, False, *rest)
+    case("GPT-2, bf16 with fp32 masters", gpt2_sizes(), torch.bfloat16, True, *rest)
