@@ -43,20 +43,29 @@ note() {
 
 cd "$work"
 export ADAMOPS_CACHE_DIR="$work/cache" PYTHONPATH="$work/site" PYTHONDONTWRITEBYTECODE=1
-run build "$python" "$root/ci/stage.py" "$work/site" &&
-  run device "$python" -c '
+run build "$python" "$root/ci/stage.py" "$work/site"
+run device "$python" -c '
 import torch
 from adamops import op_builder
 print("driver and runtime:", op_builder.get("fused_adam").load().status())
 assert torch.cuda.is_available(), f"torch {torch.__version__} finds no CUDA device"
 print(f"{torch.cuda.get_device_name(0)}, torch {torch.__version__}")'
+device=$?
 
 pytest=("$python" -m pytest -c "$root/pyproject.toml" --rootdir "$root" -q -p no:cacheprovider)
-run gpu-tests "${pytest[@]}" -m gpu "$root/tests"
 run all-tests "${pytest[@]}" -m "not gpu" "$root/tests"
 
+if [[ $device = 0 ]]; then
+  run gpu-tests "${pytest[@]}" -m gpu "$root/tests"
+  run benchmark "$python" "$root/ci/gpu_bench.py" "$@"
+else
+  table+=("$(printf '%-18s %s' 'GPU tests etc.' 'were not run, for want of a device')")
+fi
+
 sanitizer="$(command -v compute-sanitizer || ls "${CUDA_HOME:-/usr/local/cuda}/bin/compute-sanitizer" 2>/dev/null)"
-if [[ -n "$sanitizer" ]]; then
+if [[ $device != 0 ]]; then
+  :
+elif [[ -n "$sanitizer" ]]; then
   for tool in memcheck racecheck; do
     run "sanitizer-$tool" "$sanitizer" --tool "$tool" --error-exitcode 9 --target-processes all \
       "${pytest[@]}" -m gpu "$root/tests/test_gpu.py" -k "test_bits or test_many_tensors or test_amp"
@@ -64,8 +73,6 @@ if [[ -n "$sanitizer" ]]; then
 else
   table+=("$(printf '%-18s %s' sanitizer 'compute-sanitizer was not found')")
 fi
-
-run benchmark "$python" "$root/ci/gpu_bench.py" "$@"
 
 echo
 echo "== Summary"

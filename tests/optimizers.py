@@ -1,5 +1,7 @@
 """The optimizers under test: DeepSpeedCPUAdam, and FusedAdam on the CPU op and on the emulated CUDA op."""
 
+import contextlib
+
 import torch
 
 from adamops import DeepSpeedCPUAdam, FusedAdam
@@ -18,6 +20,9 @@ class EmulatedBackend(CudaBackend):
 
     def _stream(self):
         return 0
+
+    def _as_current_device(self):
+        return contextlib.nullcontext()
 
     def _capturing(self):
         return self.capturing

@@ -271,6 +271,27 @@ def test_a_build_that_lacks_the_gpus_architecture_is_made_up_for():
         builder_with(ImportError("none came"), RuntimeError("no compiler")).load_for_device(1)
 
 
+TOO_OLD = (
+    "the NVIDIA driver supports CUDA 12.8, and this build needs 13.0; "
+    "install a newer driver, or build adamops with an older CUDA toolkit"
+)
+
+
+@pytest.mark.parametrize(
+    ("driver", "problem"),
+    [("13000", ""), ("0", "no NVIDIA driver found"), ("12080", TOO_OLD)],
+    ids=["good", "no", "old"],
+)
+def test_the_driver_is_named_where_it_is_too_old(cuda_op, monkeypatch, driver, problem):
+    monkeypatch.setenv("EMULATED_CUDA_DRIVER", driver)
+    assert cuda_op.status() == {
+        "runtime_version": 13000,
+        "driver_version": int(driver),
+        "devices": 0 if problem else 2,
+        "problem": problem,
+    }
+
+
 def test_the_emulated_op_knows_its_problems(cuda_op, monkeypatch):
     assert cuda_op.problem(1) == ""
     assert cuda_op.problem(7).startswith("choosing device 7: CUDA error")

@@ -70,7 +70,8 @@ inline float __uint_as_float(uint32_t bits) {
 }
 
 // The runtime of a machine that has two devices. EMULATED_CUDA_ERROR=1 makes every launch fail, and
-// EMULATED_CUDA_NO_CODE=1 says that the kernels were not compiled for the devices.
+// EMULATED_CUDA_NO_CODE=1 says that the kernels were not compiled for the devices. EMULATED_CUDA_DRIVER is the driver's
+// version, 13000 if unset.
 using cudaStream_t = void*;
 enum cudaError_t { cudaSuccess = 0, cudaErrorInvalidValue = 1, cudaErrorInsufficientDriver = 35 };
 constexpr int kEmulatedDevices = 2;
@@ -86,10 +87,13 @@ inline cudaError_t cudaRuntimeGetVersion(int* version) {
   return *version = 13000, cudaSuccess;
 }
 inline cudaError_t cudaDriverGetVersion(int* version) {
-  return *version = 13000, cudaSuccess;
+  const char* const set = std::getenv("EMULATED_CUDA_DRIVER");
+  return *version = set ? std::atoi(set) : 13000, cudaSuccess;
 }
 inline cudaError_t cudaGetDeviceCount(int* count) {
-  return *count = kEmulatedDevices, cudaSuccess;
+  int driver = 0;
+  cudaDriverGetVersion(&driver);
+  return *count = kEmulatedDevices, driver < 13000 ? cudaErrorInsufficientDriver : cudaSuccess;
 }
 inline cudaError_t cudaGetDevice(int* device) {
   return *device = emulated_device, cudaSuccess;

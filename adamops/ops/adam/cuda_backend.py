@@ -7,6 +7,7 @@ into them: then the counts are kept on the device too, and the scalars computed 
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager
 from typing import Any
 
 import torch
@@ -73,9 +74,13 @@ class CudaBackend(TableBackend):
     def _step(self, table: Any, hyper: AdamHyper) -> None:
         if not len(table):
             return
-        if table.counts_on_device:
-            self._step_by_device_counts(table, hyper)
-            return
+        with self._as_current_device():
+            if table.counts_on_device:
+                self._step_by_device_counts(table, hyper)
+            else:
+                self._step_by_host_counts(table, hyper)
+
+    def _step_by_host_counts(self, table: Any, hyper: AdamHyper) -> None:
         self._refuse_while_capturing("its step counts are on the host; construct FusedAdam with capturable=True")
         scalars = [hyper.scalars(step) for step in table.steps]
         self.module.adam_step(table, scalars, hyper.l2, device_scalars=0, found_inf=0, **self._place())
@@ -123,6 +128,10 @@ class CudaBackend(TableBackend):
     def _stream(self) -> int:
         """The address of torch's current stream on the device."""
         return torch.cuda.current_stream(self.device).cuda_stream
+
+    def _as_current_device(self) -> AbstractContextManager[Any]:
+        """Makes the device torch's current one; the op's own CUDA runtime then finds it current, too."""
+        return torch.cuda.device(self.device)
 
     def _capturing(self) -> bool:
         """Whether a CUDA graph is being captured."""
