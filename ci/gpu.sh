@@ -57,21 +57,16 @@ run all-tests "${pytest[@]}" -m "not gpu" "$root/tests"
 
 if [[ $device = 0 ]]; then
   run gpu-tests "${pytest[@]}" -m gpu "$root/tests"
+  sanitizer="$(command -v compute-sanitizer || ls "${CUDA_HOME:-/usr/local/cuda}/bin/compute-sanitizer" 2>/dev/null)"
+  if [[ -n "$sanitizer" ]]; then
+    run sanitizer "$sanitizer" --tool memcheck --error-exitcode 9 --target-processes all \
+      "${pytest[@]}" -m gpu "$root/tests/test_gpu.py" -k "test_bits or test_many_tensors or test_amp"
+  else
+    table+=("$(printf '%-18s %s' sanitizer 'compute-sanitizer was not found')")
+  fi
   run benchmark "$python" "$root/ci/gpu_bench.py" "$@"
 else
   table+=("$(printf '%-18s %s' 'GPU tests etc.' 'were not run, for want of a device')")
-fi
-
-sanitizer="$(command -v compute-sanitizer || ls "${CUDA_HOME:-/usr/local/cuda}/bin/compute-sanitizer" 2>/dev/null)"
-if [[ $device != 0 ]]; then
-  :
-elif [[ -n "$sanitizer" ]]; then
-  for tool in memcheck racecheck; do
-    run "sanitizer-$tool" "$sanitizer" --tool "$tool" --error-exitcode 9 --target-processes all \
-      "${pytest[@]}" -m gpu "$root/tests/test_gpu.py" -k "test_bits or test_many_tensors or test_amp"
-  done
-else
-  table+=("$(printf '%-18s %s' sanitizer 'compute-sanitizer was not found')")
 fi
 
 echo

@@ -36,7 +36,7 @@ def peers() -> dict[str, Callable]:
     try:
         from apex.optimizers import FusedAdam as Apex
 
-        found["apex"] = lambda params, masters: Apex(params, **HYPER, master_weights=masters)
+        found["apex"] = lambda params, m: Apex(params, **HYPER, capturable=m, master_weights=m)
     except Exception as error:
         print(f"apex does not take part: {type(error).__name__}: {error}")
     try:
@@ -89,14 +89,21 @@ def case(title: str, sizes: list[int], dtype: torch.dtype, masters: bool, bandwi
         params = [torch.nn.Parameter(torch.randn(size, device=GPU, dtype=dtype)) for size in sizes]
         for param in params:
             param.grad = torch.randn_like(param)
-        optimizer = make(params, masters)
-        if optimizer is not None and (dtype == torch.float32 or not name.startswith("torch")):  # its states are 16-bit
-            turns[name] = optimizer.step
+        if dtype != torch.float32 and name.startswith("torch"):
+            continue  # its states would be 16-bit
+        try:
+            optimizer = make(params, masters)
+        except Exception as error:  # a peer's own
+            print(f"{name} does not take part in {title}: {type(error).__name__}: {error}")
+            continue
+        if optimizer is None:
+            continue
+        turns[name] = optimizer.step
         if name == "adamops capturable":
             turns["adamops in a graph"] = graph_of(optimizer)
     found = medians(turns, rounds)
     width = dtype.itemsize
-    each = 16 + 2 * width + (4 + 4 if masters else 0) + (0 if masters else width)
+    each = 2 * 8 + 2 * width + (2 * 4 if masters else width)  # states; grad in, param out; master or param
     print(f"\n{title}: {sum(sizes) / 1e6:.1f} M elements in {len(sizes)} tensors, {each} bytes an element")
     for name, took in found.items():
         part = each * sum(sizes) / (took * 1e-3) / bandwidth

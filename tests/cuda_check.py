@@ -3,6 +3,7 @@
 A script, so that it can run under the address sanitizer.
 """
 
+import array
 import itertools
 import random
 import sys
@@ -10,32 +11,64 @@ import sys
 from kernel_check import BFLOAT16, COMBINATIONS, FLOAT32, canonical, load, random_values, stored
 
 SIZES = [0, 1, 8, 17, 255, 4096, 4099]
+SCALARS = (1.0, 0.9, 1 - 0.9, 0.999, 1 - 0.999, -1e-3, 1.0, 1e-8, 1.0)
+
+
+def table_of(module, rows, offset, code, amsgrad, with_master, steps=None):
+    """The table of rows of arrays: param, grad, exp_avg, exp_avg_sq, max_exp_avg_sq, master."""
+    columns = [[row[k].buffer_info()[0] + offset * row[k].itemsize for row in rows] for k in range(6)]
+    return module.table_of_addresses(
+        *columns[:4],
+        columns[4] if amsgrad else None,
+        SIZES,
+        [code] * len(SIZES),
+        steps or [1] * len(SIZES),
+        columns[5] if with_master else None,
+        steps is not None,
+    )
+
+
+def step_by_device_counts(cuda, rows, offset, code, amsgrad, with_master, l2):
+    """A step whose counts and scalars are on the device, without bias correction, so that they are SCALARS."""
+    counts = [array.array("f", [2.0]) for _ in SIZES]  # each in memory of its own
+    scalars, found_inf = array.array("f", [0.0] * 10 * len(SIZES)), array.array("f", [0.0])
+    table = table_of(cuda, rows, offset, code, amsgrad, with_master, [count.buffer_info()[0] for count in counts])
+    decay = 0.01 if l2 else 0.0
+    there = scalars.buffer_info()[0], found_inf.buffer_info()[0]
+    cuda.count_steps(
+        table, there[0], 1e-3, 0, 0, 0.9, 0.999, 1e-8, decay, False, not l2, False, 0, there[1], device=0, stream=0
+    )
+    cuda.adam_step(table, [], l2, *there, 0, 0)
+    assert [count[0] for count in counts] == [3.0] * len(SIZES)
 
 
 def main(cuda_path, cpu_path):
     cuda, cpu = load(cuda_path, "fused_adam"), load(cpu_path)
     rng = random.Random(7)
-    for (param, grad, state), l2, amsgrad in itertools.product(COMBINATIONS, (False, True), (False, True)):
-        dtypes = (param, grad, state, state, state)
+    modes = itertools.product(COMBINATIONS, (False, True), (False, True), (False, True), (False, True))
+    for (param, grad, state), l2, amsgrad, with_master, device_counts in modes:
+        if with_master and (param == FLOAT32 or state != FLOAT32):
+            continue
+        dtypes = (param, grad, state, state, state, FLOAT32)
+        code = param + 3 * grad + 9 * state
         for offset in (0, 1) if (param, state) in ((FLOAT32, FLOAT32), (BFLOAT16, FLOAT32)) else (0,):
             ours = [
-                [stored(random_values(rng, size + offset, positive=k > 2), dtype) for k, dtype in enumerate(dtypes)]
+                [
+                    stored(random_values(rng, size + offset, positive=k in (3, 4)), dtype)
+                    for k, dtype in enumerate(dtypes)
+                ]
                 for size in SIZES
             ]
             theirs = [[x[:] for x in row] for row in ours]
-            scalars = [(1.0, 0.9, 0.1, 0.999, 0.001, -1e-3, 1.0, 1e-8, 1.0, 0.01 if l2 else 0.0)]
-            code = [param + 3 * grad + 9 * state] * len(SIZES)
-            columns = [[row[k].buffer_info()[0] + offset * row[k].itemsize for row in ours] for k in range(5)]
-            maxima = columns[4] if amsgrad else None
-            table = cuda.table_of_addresses(*columns[:4], maxima, SIZES, code, [1] * len(SIZES))
-            cuda.adam_step(table, scalars, l2, 0, 0, 0, 0)
-            columns = [[row[k].buffer_info()[0] + offset * row[k].itemsize for row in theirs] for k in range(5)]
-            maxima = columns[4] if amsgrad else None
-            table = cpu.table_of_addresses(*columns[:4], maxima, SIZES, code, [1] * len(SIZES))
-            cpu.adam_step(table, scalars, l2, 1)
+            scalars = [(*SCALARS, 0.01 if l2 else 0.0)]
+            if device_counts:
+                step_by_device_counts(cuda, ours, offset, code, amsgrad, with_master, l2)
+            else:
+                cuda.adam_step(table_of(cuda, ours, offset, code, amsgrad, with_master), scalars, l2, 0, 0, 0, 0)
+            cpu.adam_step(table_of(cpu, theirs, offset, code, amsgrad, with_master), scalars, l2, 1)
             for our_row, their_row in zip(ours, theirs, strict=True):
                 for x, y, dtype in zip(our_row, their_row, dtypes, strict=True):
-                    assert canonical(x, dtype) == canonical(y, dtype), (param, grad, state, l2, amsgrad, offset)
+                    assert canonical(x, dtype) == canonical(y, dtype), (dtypes, l2, amsgrad, with_master, offset)
     print("all equal")
 
 
