@@ -93,6 +93,8 @@ def _describe_builder(builder: OpBuilder) -> dict[str, Any]:
     if unneeded:
         entry["unneeded"] = unneeded
         entry["ok"] = entry["ok"] or not entry.get("error")
+    elif problem := entry.get("cuda", {}).get("problem"):  # there is a GPU, and this build cannot use it
+        entry.update(ok=False, in_use=f"a build at first use, else {FALLBACK} (torch calls)", error=problem)
     return entry
 
 

@@ -188,3 +188,24 @@ def test_without_a_prebuilt_extension_the_op_is_built_at_first_use_and_kept(monk
     assert capfd.readouterr().err == ""
     monkeypatch.setenv("ADAMOPS_CUDA_ARCHS", "8.0")
     assert FusedAdamBuilder().load().__file__ != module.__file__, "another architecture is another build"
+
+
+def test_a_gpu_that_the_build_cannot_use_is_an_error_in_the_report(monkeypatch):
+    class Module:
+        @staticmethod
+        def status():
+            problem = "the NVIDIA driver supports CUDA 12.8, and this build needs 13.0"
+            return {"runtime_version": 13000, "driver_version": 12080, "devices": 0, "problem": problem}
+
+    class Builder(FusedAdamBuilder):
+        is_prebuilt = staticmethod(lambda: True)
+        load_prebuilt = staticmethod(lambda: Module)
+        build_record = staticmethod(lambda: {"built": False})
+
+    without = report._describe_builder(Builder())
+    assert without["ok"] and without["unneeded"]
+    monkeypatch.setattr(cuda, "visible_gpus", lambda: ("90",))
+    found = report._describe_builder(Builder())
+    assert not found["ok"]
+    assert found["error"] == Module.status()["problem"]
+    assert found["in_use"] == "a build at first use, else torch_adam (torch calls)"

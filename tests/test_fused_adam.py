@@ -9,6 +9,7 @@ import pytest
 import torch
 
 from adamops import DeepSpeedCPUAdam, FusedAdam
+from adamops.ops.adam.native_backend import NativeBackend
 from adamops.ops.adam.torch_adam import TorchBackend
 
 SIZES = [(3, 5), (70,), (), (0,), (9, 1, 4)]
@@ -278,3 +279,25 @@ def test_survives_pickle_and_deepcopy():
         set_grads(twin.param_groups[0]["params"])
         twin.step()
         assert {state["step"] for state in twin.state.values()} == {2}
+
+
+def test_a_dlpack_table_of_another_version_is_not_used(cpu_adam):
+    """As a later torch may have: tensors are then read from Python."""
+
+    class Module:
+        def __getattr__(self, name):
+            return getattr(cpu_adam, name)
+
+        def TensorReader(self, *_):  # noqa: N802
+            raise ValueError("this DLPack exchange table is of another version")
+
+    params, expected = new_params(), new_params()
+    ours, theirs = FusedAdam(params), FusedAdam(expected)
+    ours._backends[torch.device("cpu")] = NativeBackend(Module())
+    for _ in range(2):
+        set_grads(params)
+        for a, b in zip(params, expected, strict=True):
+            b.grad = a.grad.clone()
+        ours.step()
+        theirs.step()
+    assert_equal(params, expected)

@@ -6,6 +6,7 @@ all others by batch.py, which also words the errors.
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import Callable, Sequence
 from operator import attrgetter
 from typing import Any
@@ -38,7 +39,8 @@ class TableBackend:
         self._reader = None
         if capsule is not None:
             place = (_DLPACK_DEVICE_TYPE[device.type], device.index or 0)
-            self._reader = module.TensorReader(capsule, PLAIN_TYPES, *place)
+            with contextlib.suppress(ValueError):  # a table of another version of DLPack: tensors are read from Python
+                self._reader = module.TensorReader(capsule, PLAIN_TYPES, *place)
         self._first_states: dict[str, int] = {}  # by group: where the next step finds its states without search
 
     def prepare_group(
