@@ -103,8 +103,7 @@ class Compiler:
 
     def accepts(self, flags: Sequence[str]) -> bool:
         """Whether it compiles an empty file with these flags."""
-        command = [*self.command, *flags, "-Werror", "-fsyntax-only", "-x", "c++", os.devnull]
-        return subprocess.run(command, capture_output=True, check=False).returncode == 0
+        return _compiles((*self.command, *flags, "-Werror", "-fsyntax-only", "-x", "c++", os.devnull))
 
     def run(self, arguments: Sequence[str]) -> None:
         """Runs it with these arguments; BuildError with its output if it fails."""
@@ -112,6 +111,11 @@ class Compiler:
         result = subprocess.run(command, capture_output=True, text=True, errors="replace", check=False)
         if result.returncode:
             raise BuildError(f"{shlex.join(command)}\nfailed:\n{result.stderr or result.stdout}")
+
+
+@functools.cache
+def _compiles(command: tuple[str, ...]) -> bool:
+    return subprocess.run(command, capture_output=True, check=False).returncode == 0
 
 
 def python_headers() -> Path:

@@ -66,14 +66,6 @@ class TargetChoice:
     enabled: tuple[SimdTarget, ...]
     dropped: tuple[tuple[str, str], ...]
 
-    def __str__(self) -> str:
-        lines = [
-            f"SIMD targets requested: {self.requested}",
-            f"SIMD targets enabled:   {' '.join(target.name for target in self.enabled)}",
-        ]
-        lines += [f"SIMD target dropped:    {name} ({reason})" for name, reason in self.dropped]
-        return "\n".join(lines)
-
 
 def choose_targets(compiler: Compiler, default: str) -> TargetChoice:
     """The targets to build with this compiler: those of ADAMOPS_CPU_TARGETS, else of the word `default`.

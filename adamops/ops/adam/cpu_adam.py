@@ -68,16 +68,18 @@ class DeepSpeedCPUAdam(AdamOptimizer):
         *,
         maximize: bool = False,
     ) -> None:
-        defaults = {
-            "lr": lr,
-            "betas": betas,
-            "eps": eps,
-            "weight_decay": weight_decay,
-            "bias_correction": bias_correction,
-            "amsgrad": amsgrad,
-            "maximize": maximize,
-        }
-        super().__init__(model_params, defaults, adam_w_mode=adamw_mode, fp32_optimizer_states=fp32_optimizer_states)
+        super().__init__(
+            model_params,
+            lr=lr,
+            betas=betas,
+            eps=eps,
+            weight_decay=weight_decay,
+            bias_correction=bias_correction,
+            amsgrad=amsgrad,
+            maximize=maximize,
+            adam_w_mode=adamw_mode,
+            fp32_optimizer_states=fp32_optimizer_states,
+        )
 
     @torch.no_grad()
     def step_subgroup(self, subgroup_id: int, closure: Callable[[], Any] | None = None) -> Any:

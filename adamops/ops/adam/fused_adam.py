@@ -78,17 +78,19 @@ class FusedAdam(AdamOptimizer):
         master_weights: bool = False,
     ) -> None:
         self.set_grad_none = set_grad_none
-        defaults = {
-            "lr": lr,
-            "betas": betas,
-            "eps": eps,
-            "weight_decay": weight_decay,
-            "bias_correction": bias_correction,
-            "amsgrad": amsgrad,
-            "maximize": maximize,
-            "capturable": capturable,
-        }
-        super().__init__(params, defaults, adam_w_mode=adam_w_mode, master_weights=master_weights)
+        super().__init__(
+            params,
+            lr=lr,
+            betas=betas,
+            eps=eps,
+            weight_decay=weight_decay,
+            bias_correction=bias_correction,
+            amsgrad=amsgrad,
+            maximize=maximize,
+            adam_w_mode=adam_w_mode,
+            capturable=capturable,
+            master_weights=master_weights,
+        )
 
     def zero_grad(self, set_to_none: bool | None = None) -> None:
         """Sets the grads to None, or to zero, as `set_grad_none` says unless `set_to_none` is given."""

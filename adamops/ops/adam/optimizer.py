@@ -69,11 +69,11 @@ class AdamOptimizer(Optimizer):
     def __init__(
         self,
         params: Any,
-        defaults: dict[str, Any],
         *,
         adam_w_mode: bool,
         fp32_optimizer_states: bool = True,
         master_weights: bool = False,
+        **defaults: Any,
     ) -> None:
         self.adam_w_mode = adam_w_mode
         self.fp32_optimizer_states = fp32_optimizer_states
