@@ -66,6 +66,20 @@ class Nvcc:
             (folder for folder in self.library_folders if (Path(folder) / "libcudart_static.a").is_file()), None
         )
 
+    def missing(self) -> str:
+        """What the toolkit lacks to build an extension, as NVIDIA's wheels come one by one; empty if nothing."""
+        if self.static_runtime() is None:
+            return "libcudart_static.a (install cuda-cudart-dev, or the wheel nvidia-cuda-runtime)"
+        headers = [Path(folder).parent / "include" for folder in self.library_folders]
+        half = next((path for folder in headers if (path := folder / "cuda_fp16.h").is_file()), None)
+        if half is None:
+            return "cuda_fp16.h (install cuda-cudart-dev, or the wheel nvidia-cuda-runtime)"
+        includes_target = "<nv/target>" in half.read_text(errors="replace")
+        found = any((folder / name).is_file() for folder in headers for name in ("nv/target", "cccl/nv/target"))
+        if includes_target and not found:
+            return "nv/target (install cuda-cccl, or the wheel nvidia-cuda-cccl)"
+        return ""
+
 
 def _output(*command: str) -> str:
     try:
@@ -257,8 +271,8 @@ class CUDAOpBuilder(OpBuilder):
             home = os.environ.get("CUDA_HOME", "").strip()
             where = f"in CUDA_HOME={home}" if home else "on PATH or in NVIDIA's wheels (set CUDA_HOME)"
             return Compatibility(False, f"no nvcc that runs was found {where}")
-        if nvcc.static_runtime() is None:
-            return Compatibility(False, f"nvcc {nvcc.version} has no libcudart_static.a (install cuda-cudart-dev)")
+        if missing := nvcc.missing():
+            return Compatibility(False, f"nvcc {nvcc.version} has no {missing}")
         if not choose_architectures(nvcc).enabled:
             return Compatibility(False, f"nvcc {nvcc.version} knows none of this machine's GPUs")
         return Compatibility(True, f"nvcc {nvcc.version} on {platform.machine()}")

@@ -28,12 +28,14 @@ def no_settings(monkeypatch):
     monkeypatch.setattr(cuda, "visible_gpus", lambda: ())
 
 
-def fake_nvcc(folder, gpu_code="sm_80 sm_90", version="release 12.4, V12.4.1", static_runtime=True):
+def fake_nvcc(folder, gpu_code="sm_80 sm_90", version="release 12.4, V12.4.1", without=""):
     """A script that answers as nvcc does."""
     (folder / "bin").mkdir(parents=True)
     (folder / "lib64").mkdir()
-    if static_runtime:
-        (folder / "lib64" / "libcudart_static.a").touch()
+    (folder / "include" / "nv").mkdir(parents=True)
+    for name in ("lib64/libcudart_static.a", "include/cuda_fp16.h", "include/nv/target"):
+        if name != without:
+            (folder / name).write_text("#include <nv/target>\n")
     script = folder / "bin" / "nvcc"
     script.write_text(
         f"#!/bin/sh\ncase $1 in --version) echo '{version}';; --list-gpu-code) echo {gpu_code};; *) exit 1;; esac\n"
@@ -132,8 +134,10 @@ def test_nvcc_of_cuda_home_is_taken_and_described(monkeypatch, tmp_path):
 def test_reasons_why_the_op_cannot_be_built(monkeypatch, tmp_path):
     monkeypatch.setenv("CUDA_HOME", str(tmp_path))
     assert FusedAdamBuilder().compatibility().reason == f"no nvcc that runs was found in CUDA_HOME={tmp_path}"
-    monkeypatch.setenv("CUDA_HOME", str(fake_nvcc(tmp_path / "b", static_runtime=False)))
-    assert FusedAdamBuilder().compatibility().reason.startswith("nvcc 12.4 has no libcudart_static.a")
+    for i, name in enumerate(("lib64/libcudart_static.a", "include/cuda_fp16.h", "include/nv/target")):
+        monkeypatch.setenv("CUDA_HOME", str(fake_nvcc(tmp_path / f"b{i}", without=name)))
+        reason = FusedAdamBuilder().compatibility().reason
+        assert reason.startswith(f"nvcc 12.4 has no {name.partition('/')[2]} (install ")
     monkeypatch.setenv("CUDA_HOME", str(fake_nvcc(tmp_path / "c", version="not a compiler")))
     assert "no nvcc that runs" in FusedAdamBuilder().compatibility().reason
     monkeypatch.setenv("CUDA_HOME", str(fake_nvcc(tmp_path / "d", gpu_code="sm_52")))

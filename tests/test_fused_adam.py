@@ -21,9 +21,11 @@ def new_params(dtype=torch.float32, seed=None):
     return set_grads(params, generator)
 
 
-def set_grads(params, generator=None):
+def set_grads(params, generator=None, twins=()):
     for param in params:
         param.grad = torch.randn(param.shape, generator=generator).to(param.dtype)
+    for param, twin in zip(params, twins, strict=False):
+        twin.grad = param.grad.clone()
     return params
 
 
@@ -118,9 +120,7 @@ def test_torch_calls_keep_masters_too():
     compiled, fallback = FusedAdam(params, master_weights=True), FusedAdam(twins, master_weights=True)
     fallback._backends[torch.device("cpu")] = TorchBackend()
     for _ in range(5):
-        set_grads(params)
-        for a, b in zip(params, twins, strict=True):
-            b.grad = a.grad.clone()
+        set_grads(params, twins=twins)
         compiled.step()
         fallback.step()
     for a, b in zip(params, twins, strict=True):
@@ -144,9 +144,7 @@ def test_checkpoints_with_and_without_masters(saved_with, loaded_with):
         assert ("master_param" in resumed.state[b]) == (saved_with and loaded_with)
         if saved_with and loaded_with:
             assert torch.equal(resumed.state[b]["master_param"], optimizer.state[a]["master_param"])
-    set_grads(twin)
-    for a, b in zip(params, twin, strict=True):
-        a.grad = b.grad.clone()
+    set_grads(params, twins=twin)
     optimizer.step()
     resumed.step()
     assert all(("master_param" in resumed.state[param]) == loaded_with for param in twin)
@@ -295,9 +293,7 @@ def test_a_dlpack_table_of_another_version_is_not_used(cpu_adam):
     ours, theirs = FusedAdam(params), FusedAdam(expected)
     ours._backends[torch.device("cpu")] = NativeBackend(Module())
     for _ in range(2):
-        set_grads(params)
-        for a, b in zip(params, expected, strict=True):
-            b.grad = a.grad.clone()
+        set_grads(params, twins=expected)
         ours.step()
         theirs.step()
     assert_equal(params, expected)
