@@ -15,16 +15,20 @@ python=$PWD/$environment/bin/python
 "$python" -m pip install --quiet torch==2.13.0
 "$python" -m pip install --quiet ".[test,demo]"
 
-# The tests on other CPUs need QEMU's user emulation; without it they are skipped, and say so.
-if ! command -v qemu-x86_64 >/dev/null && command -v apt-get >/dev/null && [[ $(id -u) = 0 ]]; then
-    (apt-get update -qq && apt-get install -y -qq qemu-user) >/dev/null 2>&1 || echo "qemu-user could not be installed"
+# The tests on other CPUs need QEMU's user emulation and a cross compiler; without them they are skipped, and say so.
+packages=()
+command -v qemu-x86_64 >/dev/null || packages+=(qemu-user)
+command -v aarch64-linux-gnu-g++ >/dev/null || packages+=(g++-aarch64-linux-gnu)
+if ((${#packages[@]})) && command -v apt-get >/dev/null && [[ $(id -u) = 0 ]]; then
+    (apt-get update -qq && apt-get install -y -qq "${packages[@]}") >/dev/null 2>&1 ||
+        echo "${packages[*]} could not be installed"
 fi
 
 bin=$(dirname "$python")
 "$bin/ruff" check .
 "$bin/ruff" format --check .
 "$bin/mypy" adamops op_builder
-git ls-files 'csrc/*.cpp' 'csrc/*.h' 'csrc/*.cu' 'csrc/*.cuh' 'tests/cuda_emulation/*.h' 'tests/cuda_emulation/*.cpp' |
+git ls-files 'csrc/*.cpp' 'csrc/*.h' 'csrc/*.cu' 'csrc/*.cuh' 'tests/*.h' 'tests/*.cpp' |
   xargs "$bin/clang-format" --dry-run --Werror
 
 "$python" -P -m adamops.report

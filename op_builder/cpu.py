@@ -40,6 +40,7 @@ TARGETS = (
     _x86("avx512", "simd/avx512.h", "avx512f", "avx512bw", "avx512dq", "avx512vl", "avx2", "fma", "f16c"),
     _x86("avx2", "simd/avx2.h", "avx2", "fma", "f16c"),
     _x86("baseline", "simd/sse2.h"),
+    SimdTarget("neon", "aarch64", ("-march=armv8-a",), frozenset(), "simd/neon.h"),
     SimdTarget("baseline", None, (), frozenset(), "simd/scalar.h"),
 )
 

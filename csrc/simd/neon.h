@@ -1,0 +1,63 @@
+// Vector wrapper for NEON as every AArch64 CPU has it: 4 floats. Every operation rounds once, in the current (default)
+// rounding mode.
+#pragma once
+
+#include <arm_neon.h>
+
+#include "cpu_features.h"
+#include "half.h"
+
+namespace adamops {
+
+struct Neon {
+  using Number = float32x4_t;
+  static constexpr int kWidth = 4;
+  static constexpr uint32_t kRequires = kNoFeatures;
+
+  static Number set(float x) { return vdupq_n_f32(x); }
+  static Number mul(Number a, Number b) { return vmulq_f32(a, b); }
+  static Number fma(Number a, Number b, Number c) { return vfmaq_f32(c, a, b); }
+  static Number div(Number a, Number b) { return vdivq_f32(a, b); }
+  static Number sqrt(Number a) { return vsqrtq_f32(a); }
+  // a > b ? a : b, and NaN where either is NaN. FMAX would prefer +0 to -0, which the rule does not.
+  static Number max(Number a, Number b) { return vbslq_f32(vorrq_u32(vcgtq_f32(a, b), is_nan(a)), a, b); }
+
+  static Number load(const float* from) { return vld1q_f32(from); }
+  static Number load(const bf16* from) { return vreinterpretq_f32_u32(vshll_n_u16(vld1_u16(&from->bits), 16)); }
+  static Number load(const fp16* from) { return vcvt_f32_f16(vreinterpret_f16_u16(vld1_u16(&from->bits))); }
+
+  static void store(float* to, Number a) { vst1q_f32(to, a); }
+  // NaN stays as it is: the carry could turn it into an infinity. (Arithmetic returns only quiet NaNs, whose upper half
+  // is a NaN by itself.)
+  static void store(bf16* to, Number a) {
+    const uint32x4_t bits = vreinterpretq_u32_f32(a);
+    vst1_u16(&to->bits, vshrn_n_u32(vbslq_u32(is_nan(a), bits, add_half_ulp(bits)), 16));
+  }
+  static void store(fp16* to, Number a) { vst1_u16(&to->bits, vreinterpret_u16_f16(vcvt_f16_f32(a))); }
+
+  static Number load_even(const bf16* from) { return vreinterpretq_f32_u32(vshlq_n_u32(pairs(from), 16)); }
+  static Number load_odd(const bf16* from) {
+    return vreinterpretq_f32_u32(vandq_u32(pairs(from), vdupq_n_u32(0xFFFF0000u)));
+  }
+  // For results of arithmetic on bf16 values only: a NaN among them has an empty lower half, so no carry can change it.
+  static void store_even_odd(bf16* to, Number even, Number odd) {
+    const uint32x4_t low = add_half_ulp(vreinterpretq_u32_f32(even));
+    const uint32x4_t high = add_half_ulp(vreinterpretq_u32_f32(odd));
+    vst1q_u16(&to->bits, vreinterpretq_u16_u32(vsriq_n_u32(high, low, 16)));  // high's upper halves, low's below
+  }
+
+ private:
+  static uint32x4_t is_nan(Number a) { return vmvnq_u32(vceqq_f32(a, a)); }
+
+  // Carries into the upper half of each lane as rounding to nearest even demands; the upper half is then the bf16.
+  static uint32x4_t add_half_ulp(uint32x4_t bits) {
+    const uint32x4_t last = vandq_u32(vshrq_n_u32(bits, 16), vdupq_n_u32(1));
+    return vaddq_u32(bits, vaddq_u32(last, vdupq_n_u32(0x7FFF)));
+  }
+
+  static uint32x4_t pairs(const bf16* from) { return vreinterpretq_u32_u16(vld1q_u16(&from->bits)); }
+};
+
+using Ops = Neon;
+
+}  // namespace adamops

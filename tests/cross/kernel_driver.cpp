@@ -1,0 +1,66 @@
+// Test only: one SIMD target of the CPU kernel as a program, for CPUs that have no Python here. Reads cases from
+// standard input until it ends, and writes the arrays of each after one step to standard output.
+//
+// A case is a Header, ten floats of scalars, and the arrays: param, grad, exp_avg, exp_avg_sq, max_exp_avg_sq, master.
+#include <cstdio>
+#include <cstdlib>
+#include <cstring>
+#include <vector>
+
+#include "adam/cpu_adam_kernel.h"
+
+namespace adamops {
+namespace ADAMOPS_TARGET {
+extern const AdamTarget target;
+}
+}  // namespace adamops
+
+namespace {
+
+struct Header {
+  uint8_t param, grad, state, has_master, l2, amsgrad, unused[2];
+  uint32_t numel, offset;  // the arrays begin `offset` elements into their memory
+};
+
+bool read(void* to, size_t bytes) {
+  return std::fread(to, 1, bytes, stdin) == bytes;
+}
+
+}  // namespace
+
+int main() {
+  using namespace adamops;
+  Header header;
+  AdamScalars scalars;
+  static_assert(sizeof scalars == 40, "ten floats");
+  while (read(&header, sizeof header)) {
+    if (!read(&scalars, sizeof scalars)) return 2;
+    const auto dtype = [](uint8_t code) { return static_cast<Dtype>(code); };
+    const size_t codes[] = {header.param, header.grad, header.state, header.state, header.state, kFloat32};
+    std::vector<std::vector<char>> arrays;
+    std::vector<char*> starts;
+    for (const size_t code : codes) {
+      const size_t size = code == kFloat32 ? 4 : 2;
+      arrays.emplace_back((header.numel + header.offset) * size + 1);  // never empty
+      starts.push_back(arrays.back().data() + header.offset * size);
+      if (!read(starts.back(), header.numel * size)) return 2;
+    }
+    const AdamRange range = ADAMOPS_TARGET::target.adam_range(
+        {dtype(header.param), dtype(header.grad), dtype(header.state), header.has_master != 0}, header.l2 != 0,
+        header.amsgrad != 0);
+    if (!range) return 3;
+    const AdamTensor tensor = {starts[0],
+                               starts[1],
+                               starts[2],
+                               starts[3],
+                               starts[4],
+                               reinterpret_cast<float*>(starts[5]),
+                               static_cast<int64_t>(header.numel)};
+    range(tensor, 0, tensor.numel, scalars, 256);
+    for (size_t i = 0; i < arrays.size(); ++i) {
+      const size_t bytes = header.numel * (codes[i] == kFloat32 ? 4 : 2);
+      if (std::fwrite(starts[i], 1, bytes, stdout) != bytes) return 4;
+    }
+  }
+  return 0;
+}

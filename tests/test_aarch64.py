@@ -1,0 +1,103 @@
+"""The CPU kernel compiled for AArch64, under user emulation: the bits of this machine's extension."""
+
+import itertools
+import os
+import random
+import shlex
+import shutil
+import struct
+import subprocess
+from pathlib import Path
+
+import pytest
+from adamops.op_builder.compile import Compiler
+from adamops.op_builder.cpu import choose_targets
+from adamops.op_builder.cpu_adam import CPUAdamBuilder
+from kernel_check import COMBINATIONS, FLOAT32, canonical, random_values, stored
+
+HERE = Path(__file__).resolve().parent
+CSRC = HERE.parent / "csrc"
+CROSS, QEMU = "aarch64-linux-gnu-g++", "qemu-aarch64"
+SIZES = (0, 1, 7, 31, 32, 33, 64, 130, 1000)
+
+
+def cases(seed):
+    """Every dtype, mode and kind of tail: header, scalars and arrays."""
+    rng = random.Random(seed)
+    modes = itertools.product(COMBINATIONS, (0, 1), (0, 1), (0, 1), SIZES)
+    for (param, grad, state), with_master, l2, amsgrad, numel in modes:
+        if with_master and (param == FLOAT32 or state != FLOAT32):
+            continue
+        dtypes = (param, grad, state, state, state, FLOAT32)
+        arrays = [stored(random_values(rng, numel, positive=k in (3, 4)), dtype) for k, dtype in enumerate(dtypes)]
+        scalars = (rng.choice((1.0, -1.0, 0.3)), 0.9, 1 - 0.9, 0.999, 1 - 0.999, -1e-3 / 0.19, 0.001999**-0.5, 1e-8)
+        scalars += (1.0, 0.01) if l2 else (1 - 1e-5, 0.0)
+        yield (param, grad, state, with_master, l2, amsgrad), rng.randrange(4), dtypes, scalars, arrays
+
+
+def step_here(cpu_adam, kind, scalars, arrays):
+    """The same step by the extension of this machine."""
+    param, grad, state, with_master, l2, amsgrad = kind
+    addresses = [[array.buffer_info()[0]] for array in arrays]
+    table = cpu_adam.table_of_addresses(
+        *addresses[:4],
+        addresses[4] if amsgrad else None,
+        [len(arrays[0])],
+        [param + 3 * grad + 9 * state],
+        [1],
+        addresses[5] if with_master else None,
+    )
+    cpu_adam.adam_step(table, [scalars], bool(l2), 1)
+
+
+def build_driver(compiler, target, output):
+    command = [*compiler.command, *Compiler.COMMON_FLAGS, *target.flags, "-static", f"-I{CSRC}"]
+    command += [f"-DADAMOPS_TARGET={target.name}", f'-DADAMOPS_SIMD_HEADER="{target.header}"']
+    sources = [HERE / "cross" / "kernel_driver.cpp", CSRC / "adam" / "cpu_adam_kernel.cpp"]
+    subprocess.run([*command, *map(str, sources), "-o", str(output)], check=True)
+
+
+def test_targets_are_those_of_the_architecture_that_is_built_for(monkeypatch):
+    monkeypatch.delenv("ADAMOPS_CPU_TARGETS", raising=False)
+    monkeypatch.setattr(Compiler, "accepts", lambda self, flags: True)
+    arm = Compiler(["c++"])
+    arm.machine = "aarch64"
+    assert [target.name for target in choose_targets(arm, "all").enabled] == ["neon"]
+    monkeypatch.setattr(Compiler, "find", lambda: arm)
+    units = CPUAdamBuilder().compile_units()
+    assert "-DADAMOPS_TARGETS(X)=X(neon)" in units[0].flags
+    kernels = [unit.object_name for unit in units if "-DADAMOPS_TARGET=neon" in unit.flags]
+    assert kernels == ["adam_cpu_adam_kernel.neon.o"]
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(
+    not (shutil.which(CROSS) and shutil.which(QEMU)),
+    reason=f"needs {CROSS} and {QEMU} (Debian packages g++-aarch64-linux-gnu and qemu-user)",
+)
+def test_neon_has_the_bits_of_this_machine(monkeypatch, tmp_path, cpu_adam, seed):
+    monkeypatch.setenv("CXX", CROSS)
+    monkeypatch.delenv("ADAMOPS_CPU_TARGETS", raising=False)
+    compiler = Compiler.find()
+    assert compiler.machine == "aarch64"
+    (target,) = choose_targets(compiler, "all").enabled
+    assert target.name == "neon"
+    driver = tmp_path / "driver"
+    build_driver(compiler, target, driver)
+    given = list(cases(seed))
+    text = b"".join(
+        struct.pack("8B2I10f", *kind, 0, 0, len(arrays[0]), offset, *scalars) + b"".join(x.tobytes() for x in arrays)
+        for kind, offset, _, scalars, arrays in given
+    )
+    command = [*shlex.split(os.environ.get("ADAMOPS_TEST_QEMU", QEMU)), str(driver)]
+    done = subprocess.run(command, input=text, capture_output=True, check=True)
+    position = 0
+    for kind, offset, dtypes, scalars, arrays in given:
+        step_here(cpu_adam, kind, scalars, arrays)
+        for column, (array, dtype) in enumerate(zip(arrays, dtypes, strict=True)):
+            size = len(array) * array.itemsize
+            theirs = array[:0]
+            theirs.frombytes(done.stdout[position : position + size])
+            position += size
+            assert canonical(theirs, dtype) == canonical(array, dtype), (kind, offset, len(array), column)
+    assert position == len(done.stdout)
