@@ -78,6 +78,19 @@ def test_a_step_after_an_overflow_is_skipped(new_optimizer, value, first_step):
     assert all(state["step"] == (1 if first_step else 2) for state in optimizer.state.values())
 
 
+@pytest.mark.parametrize("scale", [0.0, -0.0, torch.inf])
+def test_a_scale_that_has_vanished_or_overflown_divides_as_ieee_has_it(Adam, scale):
+    """As on a GPU; torch.amp.GradScaler may halve its scale until nothing is left."""
+    param, twin = (torch.nn.Parameter(torch.tensor([1.0, 2.0, 3.0])) for _ in range(2))
+    optimizer, plain = Adam([param]), Adam([twin])
+    optimizer.grad_scale, optimizer.found_inf = torch.tensor(scale), torch.tensor([0.0])
+    param.grad = torch.tensor([1.0, -1.0, 0.0])
+    twin.grad = param.grad / torch.tensor(scale)
+    optimizer.step()
+    plain.step()
+    assert torch.equal(param.isnan(), twin.isnan()) and torch.equal(param.nan_to_num(), twin.nan_to_num())
+
+
 def test_any_scale_multiplies_the_grads_by_its_inverse_rounded_once(Adam):
     generator = torch.Generator().manual_seed(torch.initial_seed())
     values, grad, scale = (torch.randn(1000, generator=generator) for _ in range(3))

@@ -63,11 +63,12 @@ class AdamHyper:
 
         `step` counts from 1 (t in Algorithm 1 of arXiv 1412.6980).
         """
-        lr = float(self.lr)
+        lr, scale = float(self.lr), float(self.loss_scale)
+        inverse_scale = 1.0 / scale if scale else math.copysign(math.inf, scale)  # as IEEE has it, and so GPUs
         bias1 = 1.0 - integer_power(self.beta1, step) if self.bias_correction else 1.0
         bias2 = 1.0 - integer_power(self.beta2, step) if self.bias_correction else 1.0
         return (
-            (-1.0 if self.maximize else 1.0) / float(self.loss_scale),
+            -inverse_scale if self.maximize else inverse_scale,
             self.beta1,
             1.0 - self.beta1,
             self.beta2,
