@@ -20,7 +20,7 @@ struct DlTensor {
   uint64_t byte_offset;
 };
 
-constexpr int32_t kDlCpu = 1, kDlCuda = 2;
+constexpr int32_t kDlCpu = 1;  // the default; Python names other devices
 constexpr uint8_t kDlFloat = 2, kDlBfloat = 4;
 
 struct DlExchangeApi {

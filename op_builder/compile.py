@@ -130,11 +130,12 @@ def extension_suffix() -> str:
 
 def pybind11_headers() -> Path | None:
     """The folder of pybind11's headers: its own package's, else the copy that comes with torch; None without either."""
-    for package, folder in (("pybind11", "include"), ("torch", "include")):
+    for package in ("pybind11", "torch"):
         spec = importlib.util.find_spec(package)
         for location in (spec.submodule_search_locations or []) if spec else []:
-            if (Path(location) / folder / "pybind11" / "pybind11.h").is_file():
-                return Path(location) / folder
+            folder = Path(location) / "include"
+            if (folder / "pybind11" / "pybind11.h").is_file():
+                return folder
     return None
 
 

@@ -3,7 +3,6 @@
 import importlib.util
 import os
 import random
-import re
 import secrets
 import sys
 from pathlib import Path
@@ -18,23 +17,15 @@ from adamops import op_builder
 if not importlib.util.find_spec("hypothesis"):
     sys.path.append(str(Path(__file__).parent / "stand_ins"))
 
-# What some files of tests need besides what they import themselves.
+# What some files of tests need besides torch and pytest; without it (ci/gpu.sh) the others run all the same.
 NEEDS = {
     "test_bench.py": ["rich"],
     "test_packaging.py": ["setuptools", "build", "pybind11", "cpuinfo", "rich", "platformdirs"],
     "test_op_builder.py": ["setuptools", "cpuinfo", "rich", "platformdirs"],
     "test_bits.py": ["numpy"],
 }
-
-
-def _missing(path):
-    """What a file of tests needs of the packages that are not torch's, and this Python lacks."""
-    imported = re.findall(r"^(?:import|from) (numpy)\b", path.read_text(), re.MULTILINE)
-    return [name for name in dict.fromkeys(imported + NEEDS.get(path.name, [])) if not importlib.util.find_spec(name)]
-
-
-# On a machine with torch and pytest only (ci/gpu.sh) the others run all the same.
-LEFT_OUT = {path.name: missing for path in Path(__file__).parent.glob("test_*.py") if (missing := _missing(path))}
+MISSING = {file: [name for name in needed if not importlib.util.find_spec(name)] for file, needed in NEEDS.items()}
+LEFT_OUT = {file: names for file, names in MISSING.items() if names}
 collect_ignore = list(LEFT_OUT)
 
 

@@ -39,5 +39,5 @@ class Backend(Protocol):
     def zeros_like(self, params: Sequence[Tensor], dtypes: Sequence[torch.dtype]) -> list[Tensor]:
         """New zero tensors laid out like the params."""
 
-    def new_step_count(self, hyper: AdamHyper, param: Tensor, count: int = 0) -> int | Tensor:
+    def new_step_count(self, hyper: AdamHyper, count: int = 0) -> int | Tensor:
         """A step count as this backend keeps it in the state of a param, beside the param or as a number."""

@@ -26,7 +26,7 @@ class CudaBackend(TableBackend):
     def skips(self, hyper: AdamHyper) -> bool:
         return False  # the kernels look at found_inf themselves
 
-    def new_step_count(self, hyper: AdamHyper, param: Tensor, count: int = 0) -> int | Tensor:
+    def new_step_count(self, hyper: AdamHyper, count: int = 0) -> int | Tensor:
         return self._device_count(count) if self._needs_device_counts(hyper) else count
 
     def zeros_like(self, params: Sequence[Tensor], dtypes: Sequence[torch.dtype]) -> list[Tensor]:
@@ -35,23 +35,16 @@ class CudaBackend(TableBackend):
 
     def _prepare_checked(self, batch: AdamBatch) -> Callable[[], None]:
         if not self._needs_device_counts(batch.hyper) and all(isinstance(s["step"], int) for s in batch.states):
-            table = self._table_of_addresses(batch, batch.steps)
-
-            def update() -> None:
-                self._step(table, batch.hyper)
-                batch.count_step()
-
-            return update
-
+            return super()._prepare_checked(batch)
         counts = [self._device_count(state["step"]) for state in batch.states]
         table = self._table_of_addresses(batch, addresses(counts), counts_on_device=True)
 
-        def update_with_device_counts() -> None:
+        def update() -> None:
             for state, count in zip(batch.states, counts, strict=True):
                 state["step"] = count
             self._step(table, batch.hyper)
 
-        return update_with_device_counts
+        return update
 
     def _counts_fit(self, table: Any, hyper: AdamHyper) -> bool:
         return table.counts_on_device or len(table) == 0 or not self._needs_device_counts(hyper)

@@ -141,7 +141,7 @@ class FusedAdam(AdamOptimizer):
             state = self.state.get(param)
             if state and "step" in state:
                 backend = self._backend_of(param, f"{where}, param {i}")
-                state["step"] = backend.new_step_count(hyper, param, state["step"])
+                state["step"] = backend.new_step_count(hyper, state["step"])
 
     def __getstate__(self) -> dict[str, Any]:
         return {**super().__getstate__(), "set_grad_none": self.set_grad_none}

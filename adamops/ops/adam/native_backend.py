@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from .batch import AdamBatch
 from .hyper import AdamHyper
 from .table_backend import PLAIN_TYPES, TableBackend, addresses
 
@@ -42,7 +41,7 @@ class NativeBackend(TableBackend):
     def skips(self, hyper: AdamHyper) -> bool:
         return hyper.overflowed
 
-    def new_step_count(self, hyper: AdamHyper, param: Tensor, count: int = 0) -> int:
+    def new_step_count(self, hyper: AdamHyper, count: int = 0) -> int:
         return count
 
     def zeros_like(self, params: Sequence[Tensor], dtypes: Sequence[torch.dtype]) -> list[Tensor]:
@@ -53,15 +52,6 @@ class NativeBackend(TableBackend):
             numels = list(map(Tensor.numel, chosen))
             self.module.zero_fill(addresses(chosen), numels, dtype.itemsize, torch.get_num_threads())
         return tensors
-
-    def _prepare_checked(self, batch: AdamBatch) -> Callable[[], None]:
-        table = self._table_of_addresses(batch, batch.steps)
-
-        def update() -> None:
-            self._step(table, batch.hyper)
-            batch.count_step()
-
-        return update
 
     def _counts_fit(self, table: Any, hyper: AdamHyper) -> bool:
         return not table.counts_on_device

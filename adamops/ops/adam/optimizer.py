@@ -195,8 +195,8 @@ class AdamOptimizer(Optimizer):
     def _complete_states(self, backend: Backend, batch: AdamBatch) -> None:
         """Gives the batch's states what they lack: a step count of 0, and zeros; master weights begin as the params."""
         completed = [
-            {**state} if "step" in state else {"step": backend.new_step_count(batch.hyper, param), **state}
-            for param, state in zip(batch.params, batch.states, strict=True)
+            {**state} if "step" in state else {"step": backend.new_step_count(batch.hyper), **state}
+            for state in batch.states
         ]
         for key in STATE_TENSORS:
             lacking = [i for i, p in enumerate(batch.params) if key in batch.state_keys(p) and key not in completed[i]]

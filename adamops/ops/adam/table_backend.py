@@ -62,8 +62,14 @@ class TableBackend:
         return self._prepare_checked(batch)
 
     def _prepare_checked(self, batch: AdamBatch) -> Callable[[], None]:
-        """What updates a batch that has been checked."""
-        raise NotImplementedError
+        """What updates a batch that has been checked, its step counts kept as numbers."""
+        table = self._table_of_addresses(batch, batch.steps)
+
+        def update() -> None:
+            self._step(table, batch.hyper)
+            batch.count_step()
+
+        return update
 
     def _counts_fit(self, table: Any, hyper: AdamHyper) -> bool:
         """Whether step counts are kept as this step needs them: as numbers, or in tensors on the device."""

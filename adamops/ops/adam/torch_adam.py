@@ -23,7 +23,7 @@ class TorchBackend:
     def skips(self, hyper: AdamHyper) -> bool:
         return hyper.overflowed
 
-    def new_step_count(self, hyper: AdamHyper, param: Tensor, count: int = 0) -> int:
+    def new_step_count(self, hyper: AdamHyper, count: int = 0) -> int:
         return count
 
     def prepare_group(self, where: str, hyper: AdamHyper, params: list[Tensor], states: Any) -> None:
