@@ -27,7 +27,7 @@ from .op_builder.cpu import targets_of
 from .op_builder.cuda import covers, visible_gpus
 
 FALLBACK = "torch_adam"
-OTHER_VARIABLES = ("CUDA_HOME", "CXX", "CXXFLAGS", "MAX_JOBS", "TORCH_CUDA_ARCH_LIST")
+OTHER_VARIABLES = ("CUDA_HOME", "CXX", "CXXFLAGS", "LDFLAGS", "MAX_JOBS", "TORCH_CUDA_ARCH_LIST")
 
 
 def collect() -> dict[str, Any]:

@@ -13,7 +13,11 @@ from pathlib import Path
 from types import ModuleType
 from typing import Any
 
-from .compile import CompileUnit, extension_suffix, pybind11_headers, read_record
+from .compile import BuildError, CompileUnit, extension_suffix, pybind11_headers, read_record
+
+
+# adamops' own C++, which ops of other packages may include and compile into theirs.
+SHARED_SOURCES = Path(__file__).resolve().parent.parent / "csrc"
 
 
 class OpUnavailableError(RuntimeError):
@@ -58,17 +62,30 @@ class OpBuilder:
     # What to compile -----------------------------------------------------------------------------------------------
 
     def source_root(self) -> Path:
-        """The folder that sources() are relative to. adamops' own sources lie beside this package."""
-        return Path(__file__).resolve().parent.parent / "csrc"
+        """The folder of the op's own sources. adamops' own lie beside this package."""
+        return SHARED_SOURCES
+
+    def source_roots(self) -> list[Path]:
+        """The folders that names of sources and headers are relative to: the op's own, and that which all ops share."""
+        return list(dict.fromkeys([self.source_root(), SHARED_SOURCES]))
+
+    def locate(self, name: str) -> Path:
+        """Where a source or header lies: below the first of source_roots() that has it. Raises BuildError."""
+        for root in self.source_roots():
+            if (root / name).is_file():
+                return root / name
+        raise BuildError(f"{self.NAME} has no source {name} in {', '.join(map(str, self.source_roots()))}")
 
     def sources(self) -> list[str]:
-        """C++ files below source_root() that are compiled once, with '/' between folders."""
+        """C++ files that are compiled once, with '/' between folders; see locate()."""
         raise NotImplementedError
 
     def headers(self) -> list[str]:
-        """Files below source_root() that the sources include: a change of one makes builds at run time stale."""
-        root = self.source_root()
-        return sorted(str(path.relative_to(root)) for path in root.rglob("*.h"))
+        """Files that the sources include: a change of one makes builds at run time stale."""
+        return self._files_named("*.h")
+
+    def _files_named(self, pattern: str) -> list[str]:
+        return sorted({str(path.relative_to(root)) for root in self.source_roots() for path in root.rglob(pattern)})
 
     def compile_units(self) -> list[CompileUnit]:
         """The runs of the compiler that make the extension."""
@@ -76,7 +93,7 @@ class OpBuilder:
 
     def include_paths(self) -> list[str]:
         """Folders for -I, besides Python's own."""
-        return [str(self.source_root()), str(pybind11_headers())]
+        return [*map(str, self.source_roots()), str(pybind11_headers())]
 
     def cxx_args(self) -> list[str]:
         """Compiler flags of all units, besides Compiler.COMMON_FLAGS."""

@@ -34,7 +34,7 @@ class BuildError(RuntimeError):
 
 @dataclasses.dataclass(frozen=True)
 class CompileUnit:
-    """One run of the compiler: a source below the builder's source root, and the flags of its own that it needs.
+    """One run of the compiler: a source, which the builder locates, and the flags of its own that it needs.
 
     `label` keeps apart the objects of a source that is compiled more than once (say, once per SIMD target). `command`
     is another compiler than that of C++ (nvcc), which then gets no flags but the unit's own; "{jobs}" in it stands for
@@ -160,28 +160,34 @@ def compile_op(builder: OpBuilder, output: Path) -> dict[str, Any]:
     compiler = Compiler.find()
     if compiler is None:
         raise BuildError("no C++ compiler found (set CXX, or install g++ or clang++)")
-    root = builder.source_root()
     environment_flags = shlex.split(os.environ.get("CXXFLAGS", ""))
-    includes = [f"-I{path}" for path in (*builder.include_paths(), python_headers())]
+    include_paths = [*builder.include_paths(), str(python_headers())]
+    includes = [f"-I{path}" for path in include_paths]
+    # Headers have their own names in messages, and an isolated build has pybind11's in another place each time.
+    prefix_maps = [f"-ffile-prefix-map={path}=." for path in (*include_paths, *builder.source_roots())]
     flags = [*environment_flags, *Compiler.COMMON_FLAGS, *builder.cxx_args()]
+    link_flags = [*builder.extra_ldflags(), *shlex.split(os.environ.get("LDFLAGS", ""))]
     units = builder.compile_units()
 
     with tempfile.TemporaryDirectory(prefix=f"adamops-{builder.NAME}-") as scratch:
 
         def compile_unit(unit: CompileUnit) -> None:
-            prefix_map = f"-ffile-prefix-map={root}=."
             command = [word.format(jobs=environment.max_jobs()) for word in unit.command]
-            tool, common = (Compiler(command), []) if command else (compiler, [*flags, prefix_map])
+            tool, common = (Compiler(command), []) if command else (compiler, [*flags, *prefix_maps])
             tool.run(
-                [*common, *unit.flags, *includes, "-c", str(root / unit.source)]
+                [*common, *unit.flags, *includes, "-c", str(builder.locate(unit.source))]
                 + ["-o", str(Path(scratch) / unit.object_name)]
             )
 
         with ThreadPoolExecutor(environment.max_jobs()) as pool:
             list(pool.map(compile_unit, units))
-        linked = Path(scratch) / "linked.so"
+        linked, exports = Path(scratch) / "linked.so", Path(scratch) / "exports.map"
+        # Nothing but the module's entry: templates of the C++ library would be shared with whoever else has them.
+        exports.write_text(f"{{ global: PyInit_{builder.MODULE.rpartition('.')[2]}; local: *; }};\n")
         objects = [str(Path(scratch) / unit.object_name) for unit in units]
-        compiler.run([*objects, *Compiler.LINK_FLAGS, *builder.extra_ldflags(), "-o", str(linked)])
+        compiler.run(
+            [*objects, *Compiler.LINK_FLAGS, f"-Wl,--version-script={exports}", *link_flags, "-o", str(linked)]
+        )
         output.parent.mkdir(parents=True, exist_ok=True)
         shutil.move(linked, output)
 
@@ -190,7 +196,7 @@ def compile_op(builder: OpBuilder, output: Path) -> dict[str, Any]:
         "built": True,
         "compiler": compiler.version,
         "machine": compiler.machine,
-        "flags": [flag for flag in (*flags, *builder.extra_ldflags()) if not flag.startswith("-L")],  # no paths
+        "flags": [flag for flag in (*flags, *link_flags) if not flag.startswith("-L")],  # no paths
         "units": {unit.object_name: list(unit.flags) for unit in units},
         **builder.record(),
     }

@@ -97,8 +97,11 @@ class CPUOpBuilder(OpBuilder):
     # cache, and a cache shared by unlike machines would hold a build for each.
     default_targets = "all"
 
+    # What every CPU op is made of besides its own sources.
+    SHARED = ("parallel.cpp", "simd/cpu_features.cpp")
+
     def kernel_sources(self) -> list[str]:
-        """C++ files below source_root() that are compiled once per SIMD target."""
+        """C++ files that are compiled once per SIMD target; see locate()."""
         raise NotImplementedError
 
     def target_choice(self) -> TargetChoice:
@@ -112,7 +115,7 @@ class CPUOpBuilder(OpBuilder):
         choice = self.target_choice()
         names = " ".join(f"X({target.name})" for target in choice.enabled)
         common = (*choice.enabled[-1].flags, f"-DADAMOPS_TARGETS(X)={names}")
-        units = [CompileUnit(source, common) for source in self.sources()]
+        units = [CompileUnit(source, common) for source in (*self.sources(), *self.SHARED)]
         for target in choice.enabled:
             flags = (
                 *target.flags,

@@ -12,7 +12,7 @@ class CPUAdamBuilder(CPUOpBuilder):
     MODULE = "adamops._native.cpu_adam"
 
     def sources(self) -> list[str]:
-        return ["adam/cpu_adam.cpp", "adam/adam_table.cpp", "parallel.cpp", "simd/cpu_features.cpp"]
+        return ["adam/cpu_adam.cpp", "adam/adam_table.cpp"]
 
     def kernel_sources(self) -> list[str]:
         return ["adam/cpu_adam_kernel.cpp"]

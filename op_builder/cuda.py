@@ -181,12 +181,11 @@ class CUDAOpBuilder(OpBuilder):
         self._for_devices: dict[int, Any] = {}
 
     def cuda_sources(self) -> list[str]:
-        """CUDA files below source_root()."""
+        """CUDA files; see locate()."""
         raise NotImplementedError
 
     def headers(self) -> list[str]:
-        root = self.source_root()
-        return sorted([*super().headers(), *(str(path.relative_to(root)) for path in root.rglob("*.cuh"))])
+        return [*super().headers(), *self._files_named("*.cuh")]
 
     def _nvcc(self) -> Nvcc:
         nvcc = Nvcc.find()

@@ -78,14 +78,14 @@ def _fingerprint(builder: OpBuilder) -> str:
         extension_suffix(),
         _pybind11_version(),
         list(builder.toolchain()),
-        os.environ.get("CXXFLAGS", ""),
+        [os.environ.get(name, "") for name in ("CXXFLAGS", "LDFLAGS")],
         [*Compiler.COMMON_FLAGS, *Compiler.LINK_FLAGS, *builder.cxx_args(), *builder.extra_ldflags()],
         [(unit.object_name, unit.flags) for unit in units],
     ]
     digest = hashlib.sha256(json.dumps(ingredients).encode())
     for name in sorted({unit.source for unit in units} | set(builder.headers())):
         digest.update(name.encode())
-        digest.update((builder.source_root() / name).read_bytes())
+        digest.update(builder.locate(name).read_bytes())
     return digest.hexdigest()[:16]
 
 

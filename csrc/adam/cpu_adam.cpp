@@ -4,16 +4,13 @@
 #include <pybind11/pybind11.h>
 #include <pybind11/stl.h>
 
-#include <algorithm>
 #include <array>
-#include <atomic>
 #include <cstring>
 #include <string>
 #include <vector>
 
 #include "../column.h"
-#include "../parallel.h"
-#include "../simd/cpu_features.h"
+#include "../cpu_op.h"
 #include "adam_table.h"
 #include "cpu_adam_kernel.h"
 
@@ -21,61 +18,18 @@ namespace py = pybind11;
 
 namespace adamops {
 
-// ADAMOPS_TARGETS(X) comes from the build (op_builder/cpu.py): X(avx512) X(avx2) X(baseline), say, best first.
-#define ADAMOPS_DECLARE(name)     \
-  namespace name {                \
-  extern const AdamTarget target; \
-  }
-ADAMOPS_TARGETS(ADAMOPS_DECLARE)
-#undef ADAMOPS_DECLARE
+#define ADAMOPS_TARGET_TYPE AdamTarget
+ADAMOPS_TARGETS(ADAMOPS_DECLARE_TARGET)
 
 namespace {
 
-#define ADAMOPS_ADDRESS(name) &name::target,
-constexpr const AdamTarget* kTargets[] = {ADAMOPS_TARGETS(ADAMOPS_ADDRESS)};
-#undef ADAMOPS_ADDRESS
-
-// Below this, waking a thread costs more than it saves (measured: docs/dev/decisions.md).
-constexpr int64_t kLeastElementsPerPart = 8192;
-
-bool runs_here(const AdamTarget& target) {
-  return (target.required_features & ~cpu_features()) == 0;
-}
-
-const AdamTarget* best_target() {
-  for (const AdamTarget* target : kTargets)
-    if (runs_here(*target)) return target;
-  return nullptr;
-}
-
-std::atomic<const AdamTarget*> current_target{nullptr};
-
-void use_target(const std::string& name) {
-  std::string names;
-  for (const AdamTarget* target : kTargets) {
-    if (name == target->name) {
-      if (!runs_here(*target)) throw py::value_error("this CPU cannot run the SIMD target '" + name + "'");
-      current_target = target;
-      return;
-    }
-    names += std::string(names.empty() ? "" : ", ") + target->name;
-  }
-  throw py::value_error("no SIMD target '" + name + "' in this build; it has: " + names);
-}
+SimdTargets<AdamTarget> simd_targets{ADAMOPS_TARGETS(ADAMOPS_TARGET_ADDRESS)};
 
 std::vector<int64_t> sizes_of(const AdamTable& table) {
   std::vector<int64_t> sizes;
   sizes.reserve(table.tensors.size());
   for (const AdamTensor& tensor : table.tensors) sizes.push_back(tensor.numel);
   return sizes;
-}
-
-// Runs visit(tensor index, begin, end) over all elements of all tensors, on at most `threads` threads, without the GIL.
-template <class Visit>
-void for_each_piece(const std::vector<int64_t>& sizes, int threads, const Visit& visit) {
-  const py::gil_scoped_release release;
-  const Partition partition(sizes, threads, kLeastElementsPerPart);
-  parallel_for(partition.parts(), [&](int part) { partition.for_each(part, visit); });
 }
 
 using ScalarRow = std::array<float, sizeof(AdamScalars) / sizeof(float)>;
@@ -93,7 +47,7 @@ std::vector<Range> kernels(const AdamTable& table, const Choose& choose) {
 }
 
 void adam_step(AdamTable& table, const std::vector<ScalarRow>& scalar_rows, bool l2, int threads) {
-  const AdamTarget& target = *current_target.load();
+  const AdamTarget& target = simd_targets.in_use();
   const auto ranges =
       kernels<AdamRange>(table, [&](const AdamDtypes& dtypes) { return target.adam_range(dtypes, l2, table.amsgrad); });
   if (table.counts_on_device()) throw py::value_error("the CPU op takes step counts as numbers");
@@ -112,7 +66,7 @@ void adam_step(AdamTable& table, const std::vector<ScalarRow>& scalar_rows, bool
 }
 
 void touch(const AdamTable& table, int prefetch_bytes, int threads) {
-  const AdamTarget& target = *current_target.load();
+  const AdamTarget& target = simd_targets.in_use();
   const auto ranges = kernels<TouchRange>(table, target.touch_range);
   for_each_piece(sizes_of(table), threads, [&](size_t i, int64_t begin, int64_t end) {
     ranges[i](table.tensors[i], begin, end, prefetch_bytes);
@@ -139,9 +93,7 @@ void zero_fill(const py::list& addresses, const py::list& numels, int element_si
 PYBIND11_MODULE(cpu_adam, module) {
   using namespace adamops;
   module.doc() = "The CPU op of adamops: Adam on addresses. See csrc/adam/cpu_adam.cpp.";
-  current_target = best_target();
-  if (!current_target.load()) throw py::import_error("cpu_adam was built without a SIMD target that this CPU can run");
-
+  simd_targets.bind(module);
   bind_adam_table(module);
   module.def("adam_step", &adam_step, py::arg("table"), py::arg("scalars"), py::arg("l2"), py::arg("threads"),
              "One step for the table's tensors, with a row of scalars for each of the table's steps. Counts it in the "
@@ -151,25 +103,4 @@ PYBIND11_MODULE(cpu_adam, module) {
              "Zeroes tensors with the split of adam_step, so that each page lies near the thread that will use it.");
   module.def("touch", &touch, py::arg("table"), py::arg("prefetch_bytes"), py::arg("threads"),
              "Moves the bytes of adam_step and computes nothing; destroys the values. For the benchmark.");
-
-  module.def(
-      "targets",
-      [] {
-        std::vector<std::string> names;
-        for (const AdamTarget* target : kTargets) names.emplace_back(target->name);
-        return names;
-      },
-      "The SIMD targets in this build, best first.");
-  module.def(
-      "supported_targets",
-      [] {
-        std::vector<std::string> names;
-        for (const AdamTarget* target : kTargets)
-          if (runs_here(*target)) names.emplace_back(target->name);
-        return names;
-      },
-      "Those of targets() that this CPU can run, best first.");
-  module.def("target", [] { return current_target.load()->name; }, "The SIMD target in use.");
-  module.def("use_target", &use_target, py::arg("name"), "Chooses a SIMD target; ValueError if it cannot run here.");
-  module.def("openmp_runtime", &openmp_runtime, "The file of the OpenMP runtime in use; empty if there is none.");
 }

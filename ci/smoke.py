@@ -1,0 +1,114 @@
+"""What an installed wheel must do with any torch, in half a minute: python -P ci/smoke.py. Prints a row for docs/wheels.md.
+
+Both optimizers train params in host memory to the bits that they have everywhere, save and load; every SIMD target of
+this CPU has the right bits; the report finds both ops prebuilt; and the process holds one OpenMP runtime. Needs adamops
+and torch, and no tool on PATH.
+"""
+
+import hashlib
+import importlib.metadata
+import io
+import platform
+import random
+import re
+import sys
+from pathlib import Path
+
+import torch
+
+import adamops
+from adamops import DeepSpeedCPUAdam, FusedAdam, op_builder, report
+
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent / "tests"))
+import kernel_check  # noqa: E402
+
+SHAPES = ((1,), (31,), (64, 33), (20_001,))
+DTYPES = (torch.float32, torch.bfloat16, torch.float16)
+# Of the params after training; see kernel_check.DIGEST for when it may change.
+TRAINED = "83a35ab9e6988a00cec23cc3de50599ccab7d9cc844d755fc25e6dfd7414436f"
+
+
+def drawn(rng: random.Random, shape: tuple[int, ...]) -> torch.Tensor:
+    """Values that every release of Python and torch draws the same."""
+    count = torch.Size(shape).numel()
+    return torch.tensor([rng.randrange(-(2**23), 2**23) for _ in range(count)]).div(2.0**20).reshape(shape)
+
+
+class Training:
+    """Params of all dtypes with an optimizer, fed grads that only the step determines."""
+
+    def __init__(self, make):
+        rng = random.Random(1)
+        self.params = [torch.nn.Parameter(drawn(rng, shape).to(dtype)) for shape in SHAPES for dtype in DTYPES]
+        self.optimizer = make(self.params, lr=1e-2, weight_decay=0.1)
+
+    def run(self, steps: range) -> None:
+        for step in steps:
+            rng = random.Random(100 + step)
+            for param in self.params:
+                param.grad = drawn(rng, tuple(param.shape)).to(param.dtype)
+            self.optimizer.step()
+
+    def digest(self) -> str:
+        contents = b"".join(bytes(param.detach().untyped_storage()) for param in self.params)
+        return hashlib.sha256(contents).hexdigest()
+
+    def saved(self) -> io.BytesIO:
+        file = io.BytesIO()
+        torch.save({"params": self.params, "optimizer": self.optimizer.state_dict()}, file)
+        file.seek(0)
+        return file
+
+    def load(self, file: io.BytesIO) -> None:
+        saved = torch.load(file, weights_only=True)
+        with torch.no_grad():
+            for param, value in zip(self.params, saved["params"], strict=True):
+                param.copy_(value)
+        self.optimizer.load_state_dict(saved["optimizer"])
+
+
+def check(what: str, found: object, expected: object) -> None:
+    if found != expected:
+        sys.exit(f"{what}: {found}, expected {expected}")
+
+
+def main() -> None:
+    op = op_builder.get("cpu_adam").load()
+    targets = op.supported_targets()
+    for make in (DeepSpeedCPUAdam, FusedAdam):
+        for threads in (1, 3):
+            torch.set_num_threads(threads)
+            for target in targets:
+                op.use_target(target)
+                training, resumed = Training(make), Training(make)
+                training.run(range(2))
+                resumed.load(training.saved())
+                training.run(range(2, 4))
+                resumed.run(range(2, 4))
+                words = f"{make.__name__} on {threads} threads with {target}"
+                check(f"params trained by {words}", training.digest(), TRAINED)
+                check(f"params saved, loaded and trained by {words}", resumed.digest(), TRAINED)
+    for target in targets:
+        op.use_target(target)
+        check(f"bits of the target {target}", kernel_check.digest(op), kernel_check.DIGEST)
+    op.use_target(targets[0])
+
+    ops = {entry["name"]: entry for entry in report.collect()["ops"]}
+    for name in ("cpu_adam", "fused_adam"):
+        check(f"prebuilt {name} in the report", ops[name]["prebuilt"], True)
+    check("cpu_adam in use", ops["cpu_adam"]["in_use"], "prebuilt extension")
+    maps = Path("/proc/self/maps").read_text()
+    runtimes = sorted(set(re.findall(r"\S*lib(?:g|i)?omp\S*", maps)))
+    check("OpenMP runtimes in the process", runtimes, [op.openmp_runtime()])
+
+    tag = next(
+        line.split()[1]
+        for line in (importlib.metadata.distribution("adamops").read_text("WHEEL") or "").splitlines()
+        if line.startswith("Tag:")
+    )
+    name = f"adamops {adamops.__version__} {tag}"
+    print(f"| {name} | {platform.python_version()} | {torch.__version__} | {report.cpu_name()} | {targets[0]} | yes |")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,140 @@
+// How an element-wise kernel walks over memory: blocks of kBlock elements, the last of them padded, so that all
+// elements run through the same code. Included by kernels, which are compiled once per SIMD target, after
+// ADAMOPS_SIMD_HEADER. Knows nothing of what is computed.
+//
+// Nothing here may have external linkage outside the target's namespace, standard library templates included: the
+// linker would keep one copy for all targets, perhaps the one that only a newer CPU can run.
+#pragma once
+
+#include <cstdint>
+
+#include "half.h"
+
+// The name of the target that is compiled for, as a string.
+#define ADAMOPS_STRING(x) #x
+#define ADAMOPS_EXPANDED_STRING(x) ADAMOPS_STRING(x)
+#define ADAMOPS_TARGET_NAME ADAMOPS_EXPANDED_STRING(ADAMOPS_TARGET)
+
+namespace adamops {
+namespace ADAMOPS_TARGET {
+namespace {
+
+constexpr int64_t kCacheLine = 64;
+
+// Elements per round of the main loop: a whole cache line of 16-bit values, two of fp32.
+constexpr int64_t kBlock = 32;
+
+template <class T, class U>
+constexpr bool same_type = false;
+template <class T>
+constexpr bool same_type<T, T> = true;
+
+// Stands for a column of memory that a kernel does not have.
+struct NoColumn {
+  NoColumn operator+(int64_t) const { return {}; }
+};
+
+// Where elements from `index` on lie.
+template <class T>
+inline T* at(void* base, int64_t index) {
+  return static_cast<T*>(base) + index;
+}
+template <class T>
+inline const T* at(const void* base, int64_t index) {
+  return static_cast<const T*>(base) + index;
+}
+
+// The same, if there is such a column.
+template <bool Present, class T>
+inline auto at_if(void* base, int64_t index) {
+  if constexpr (Present)
+    return at<T>(base, index);
+  else
+    return NoColumn{};
+}
+
+// Asks for the cache lines of a block that lies `bytes_ahead` further on; past the end of a tensor that is harmless.
+template <class T>
+inline void prefetch_block(const T* from, int64_t bytes_ahead) {
+  const char* line = reinterpret_cast<const char*>(from) + bytes_ahead;
+  for (int64_t offset = 0; offset < kBlock * int64_t{sizeof(T)}; offset += kCacheLine)
+    __builtin_prefetch(line + offset);
+}
+inline void prefetch_block(NoColumn, int64_t) {}
+
+// Two Numbers at a time, in memory order, or the even elements and the odd ones. Which element is in which lane is all
+// the same to an element-wise rule, and even and odd bf16 values are a shift and a mask away from fp32, where widening
+// them in order takes shuffles.
+template <bool EvenOdd, class T>
+inline void load_two(const T* from, Ops::Number (&to)[2]) {
+  if constexpr (EvenOdd) {
+    to[0] = Ops::load_even(from);
+    to[1] = Ops::load_odd(from);
+  } else {
+    to[0] = Ops::load(from);
+    to[1] = Ops::load(from + Ops::kWidth);
+  }
+}
+template <bool EvenOdd, class T>
+inline void store_two(T* to, const Ops::Number (&from)[2]) {
+  if constexpr (EvenOdd) {
+    Ops::store_even_odd(to, from[0], from[1]);
+  } else {
+    Ops::store(to, from[0]);
+    Ops::store(to + Ops::kWidth, from[1]);
+  }
+}
+
+// A block's worth of room for the elements that do not fill one.
+template <class T>
+struct Padded {
+  T values[kBlock] = {};
+
+  Padded(const T* from, int64_t count) {
+    for (int64_t i = 0; i < count; ++i) values[i] = from[i];
+  }
+  T* block() { return values; }
+  void write_back(T* to, int64_t count) const {
+    for (int64_t i = 0; i < count; ++i) to[i] = values[i];
+  }
+};
+// Of a column that is only read.
+template <class T>
+struct Padded<const T> : Padded<T> {
+  using Padded<T>::Padded;
+  void write_back(const T*, int64_t) const {}
+};
+struct NoPadded {
+  NoPadded(NoColumn, int64_t) {}
+  NoColumn block() { return {}; }
+  void write_back(NoColumn, int64_t) const {}
+};
+
+template <class T>
+Padded<T> padding_of(T*);
+NoPadded padding_of(NoColumn);
+
+template <class Update, class... Columns>
+inline void update_tail(const Update& update, int64_t count, Columns... columns) {
+  const auto run = [&](auto... padded) {
+    update(padded.block()...);
+    (padded.write_back(columns, count), ...);
+  };
+  run(decltype(padding_of(columns))(columns, count)...);
+}
+
+// Calls update(columns + i...) for blocks of kBlock elements until `count` are done, asking for memory `prefetch_bytes`
+// ahead of its use. A column is a T*, a const T* if it is only read, or a NoColumn.
+template <class Update, class... Columns>
+inline void for_each_block(int64_t count, int prefetch_bytes, const Update& update, Columns... columns) {
+  const int64_t tail = count % kBlock, body = count - tail;
+  for (int64_t i = 0; i < body; i += kBlock) {
+    (prefetch_block(columns + i, prefetch_bytes), ...);
+    update((columns + i)...);
+  }
+  if (tail) update_tail(update, tail, (columns + body)...);
+}
+
+}  // namespace
+}  // namespace ADAMOPS_TARGET
+}  // namespace adamops
