@@ -118,7 +118,7 @@ def _usable(builder: OpBuilder, compatible: bool, prebuilt: bool) -> dict[str, A
     if not compatible:
         return {**described, "in_use": without}
     try:
-        if isinstance(builder, OpBuilder) and jit.cached_path(builder).is_file():
+        if isinstance(builder, OpBuilder) and jit.is_cached(builder):
             found = {**described, "ok": not why, "in_use": "extension built at first use, from the cache"}
             return {**found, **_of_module(builder.load())}
     except ValueError as error:

@@ -1,4 +1,6 @@
-"""What an installed wheel must do with any torch, in half a minute: python -P ci/smoke.py. Prints a row for docs/wheels.md.
+"""Tries an installed wheel with whatever torch there is, in half a minute; prints a row for docs/wheels.md.
+
+    python -P ci/smoke.py
 
 Both optimizers train params in host memory to the bits that they have everywhere, save and load; every SIMD target of
 this CPU has the right bits; the report finds both ops prebuilt; and the process holds one OpenMP runtime. Needs adamops

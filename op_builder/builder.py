@@ -15,7 +15,6 @@ from typing import Any
 
 from .compile import BuildError, CompileUnit, extension_suffix, pybind11_headers, read_record
 
-
 # adamops' own C++, which ops of other packages may include and compile into theirs.
 SHARED_SOURCES = Path(__file__).resolve().parent.parent / "csrc"
 

@@ -20,7 +20,7 @@ from types import ModuleType
 from typing import TYPE_CHECKING
 
 from . import environment
-from .compile import BuildError, Compiler, compile_op, extension_suffix, pybind11_headers, write_record
+from .compile import BuildError, Compiler, compile_op, extension_suffix, pybind11_headers, read_record, write_record
 
 if TYPE_CHECKING:
     from .builder import OpBuilder
@@ -31,9 +31,15 @@ def load(builder: OpBuilder) -> ModuleType:
     compatible = builder.compatibility()
     if not compatible:
         raise BuildError(compatible.reason)
-    extension = _built_extension(builder)
+    extension = cached_path(builder)
+    _build_unless_there(builder, extension)
     # A name of its own, as pybind11 gives back the module that it already made under a name.
     return _import_file(f"{extension.parent.name}.{builder.MODULE.rpartition('.')[2]}", extension)
+
+
+def is_cached(builder: OpBuilder) -> bool:
+    """Whether load() would find the op in the cache, whole."""
+    return _is_whole(cached_path(builder))
 
 
 def cached_path(builder: OpBuilder) -> Path:
@@ -42,30 +48,41 @@ def cached_path(builder: OpBuilder) -> Path:
     return environment.cache_dir() / f"{builder.NAME}-{_fingerprint(builder)}" / f"{name}{extension_suffix()}"
 
 
-def _built_extension(builder: OpBuilder) -> Path:
-    extension = cached_path(builder)
+def _build_unless_there(builder: OpBuilder, extension: Path) -> None:
     _make_private_folder(extension.parent.parent)
     _make_private_folder(extension.parent)
-    if extension.is_file():
-        return extension
+    if _is_whole(extension):
+        return
     import filelock
 
-    with filelock.FileLock(extension.parent / "lock"):
-        if not extension.is_file():
-            started = time.monotonic()
-            print(f"adamops: building {builder.NAME} for this machine, once ...", end=" ", file=sys.stderr, flush=True)
-            unfinished = extension.with_name(f"unfinished-{os.getpid()}.so")
-            try:
-                record = compile_op(builder, unfinished)
-                write_record(extension, record)
-                unfinished.replace(extension)
-            except BaseException:
-                print("failed", file=sys.stderr, flush=True)
-                raise
-            finally:
-                unfinished.unlink(missing_ok=True)
-            print(f"done in {time.monotonic() - started:.0f} s", file=sys.stderr, flush=True)
-    return extension
+    try:
+        with filelock.FileLock(extension.parent / "lock"):
+            if not _is_whole(extension):
+                _build(builder, extension)
+    except OSError as error:
+        raise BuildError(
+            f"the build cannot be written to {extension.parent}: {error}; set ADAMOPS_CACHE_DIR (or TMPDIR, where the "
+            "compiler works)"
+        ) from error
+
+
+def _build(builder: OpBuilder, extension: Path) -> None:
+    """Builds while no other process does, and says so. The extension appears as a whole, after its record."""
+    started = time.monotonic()
+    print(f"adamops: building {builder.NAME} for this machine, once ...", end=" ", file=sys.stderr, flush=True)
+    for left_by_a_killed_build in extension.parent.glob("unfinished-*"):
+        left_by_a_killed_build.unlink()
+    unfinished = extension.with_name(f"unfinished-{os.getpid()}.so")
+    try:
+        record = compile_op(builder, unfinished)
+        write_record(extension, {**record, "sha256": _digest(unfinished)})
+        unfinished.replace(extension)
+    except BaseException:
+        print("failed", file=sys.stderr, flush=True)
+        raise
+    finally:
+        unfinished.unlink(missing_ok=True)
+    print(f"done in {time.monotonic() - started:.0f} s", file=sys.stderr, flush=True)
 
 
 def _fingerprint(builder: OpBuilder) -> str:
@@ -107,6 +124,19 @@ def _make_private_folder(folder: Path) -> None:
             f"the cache folder {folder} belongs to, or may be written by, other users, who could put code there; "
             "make it yours alone (chmod 700) or set ADAMOPS_CACHE_DIR"
         )
+
+
+def _is_whole(extension: Path) -> bool:
+    """Whether it is what was built. Loading one that a full disk or a crash cut short may kill the process."""
+    record = read_record(extension)
+    try:
+        return record is not None and record.get("sha256") == _digest(extension)
+    except OSError:
+        return False
+
+
+def _digest(extension: Path) -> str:
+    return hashlib.sha256(extension.read_bytes()).hexdigest()
 
 
 def _import_file(name: str, path: Path) -> ModuleType:

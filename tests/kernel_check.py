@@ -3,8 +3,8 @@
     python kernel_check.py PATH_OF_EXTENSION [TARGET]
 
 Run under an emulator of another CPU it shows that the right target is chosen and the bits are the same. The last line
-is `TARGET DIGEST`, and the exit status is 1 if the digest is not DIGEST. Must not import anything that needs a newer CPU
-than the extension does.
+is `TARGET DIGEST`, and the exit status is 1 if the digest is not DIGEST. Must not import anything that needs a newer
+CPU than the extension does.
 """
 
 import array
@@ -21,7 +21,7 @@ COMBINATIONS = [(FLOAT32, FLOAT32, FLOAT32)] + [
     (p, g, s) for p in (BFLOAT16, FLOAT16) for g in (p, FLOAT32) for s in (p, FLOAT32)
 ]
 SIZES = (1, 7, 31, 32, 33, 64, 130, 1000)
-# What every wheel gives on every CPU. It changes with what is fed below, or with the update rule, and with nothing else.
+# What every wheel gives on every CPU. It changes with what is fed below, or with the update rule, and nothing else.
 DIGEST = "ecd989e8ff5be1d84ccc663195d404f08f5dfa372d7509e17ddd19ea2629ada3"
 
 

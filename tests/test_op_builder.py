@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 from adamops.op_builder import BuildError, CPUAdamBuilder, OpUnavailableError, environment, jit
 from adamops.op_builder.compile import Compiler, compile_op
-from adamops.op_builder.cpu import choose_targets, targets_of
+from adamops.op_builder.cpu import TARGETS, choose_targets, targets_of
 
 from adamops import op_builder
 
@@ -216,6 +216,117 @@ def test_killed_in_the_middle_of_a_build_and_two_at_once(tmp_path):
     errors = [outcome(process)[1] for process in both]
     assert sorted("building" in error for error in errors) == [False, True]
     assert len(list(cache.glob("*/cpu_adam*.so"))) == 1
+
+
+def test_what_went_into_a_build_is_in_its_name(monkeypatch, tmp_path):
+    for name in ("ADAMOPS_CPU_TARGETS", "CXXFLAGS", "LDFLAGS"):
+        monkeypatch.delenv(name, raising=False)
+    monkeypatch.setenv("ADAMOPS_CACHE_DIR", str(tmp_path))
+    names = [jit.cached_path(Unbuilt())]
+    assert jit.cached_path(Unbuilt()) == names[0]
+    for name in ("CXXFLAGS", "LDFLAGS"):
+        with monkeypatch.context() as changed:
+            changed.setenv(name, "-g")
+            names.append(jit.cached_path(Unbuilt()))
+    with monkeypatch.context() as changed:  # "native" on three CPUs
+        changed.setenv("ADAMOPS_CPU_TARGETS", "native")
+        for flags in (set(), {"avx2", "fma", "f16c"}, set().union(*(target.cpu_flags for target in TARGETS))):
+            changed.setattr("adamops.op_builder.cpu.native_cpu_flags", lambda flags=flags: frozenset(flags))
+            names.append(jit.cached_path(Unbuilt()))
+    every_target = names.pop()
+    assert every_target in names or Compiler.find().machine != "x86_64"  # a build for all is one, whoever asks for it
+
+    class OtherSource(Unbuilt):
+        def source_root(self):
+            return tmp_path
+
+    (tmp_path / "parallel.cpp").write_text("// shorter")
+    names.append(jit.cached_path(OtherSource()))
+    assert len(set(names)) == len(names)
+
+
+def in_namespace(script, *arguments):
+    """A command that runs a shell script where it may mount; skips the test where the system does not allow that."""
+    command = ["unshare", "-rm", "sh", "-euc", script, "sh"]
+    if subprocess.run([*command[:2], "mount", "-t", "tmpfs", "none", "/mnt"], capture_output=True).returncode:
+        pytest.skip("this system does not let users mount")
+    return [*command, *map(str, arguments)]
+
+
+def run_in_namespace(script, cache, code=BUILD):
+    command = in_namespace(script, cache, sys.executable, textwrap.dedent(code))
+    environment = {**os.environ, "ADAMOPS_CACHE_DIR": str(cache)}
+    return subprocess.run(command, cwd=cache.parent, env=environment, capture_output=True, text=True, timeout=300)
+
+
+FALLS_BACK = """
+    import torch, warnings
+    from adamops import DeepSpeedCPUAdam
+    from adamops.op_builder import CPUAdamBuilder
+    CPUAdamBuilder.MODULE = "adamops._native.missing.cpu_adam"
+    param = torch.nn.Parameter(torch.ones(2))
+    param.grad = torch.ones(2)
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        DeepSpeedCPUAdam([param], lr=0.5).step()
+    print(param.tolist(), len(caught))
+    print(caught[0].message)
+"""
+
+
+@pytest.mark.slow
+def test_a_full_disk_leaves_nothing_broken(tmp_path):
+    cache = tmp_path / "cache"
+    cache.mkdir(mode=0o700)
+    done = run_in_namespace(
+        'mount -t tmpfs -o size=200k,mode=700 none "$1"; "$2" -c "$3"; find "$1" -name "*.so"', cache, FALLS_BACK
+    )
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert done.stdout.startswith("[0.5, 0.5] 1\nadamops falls back to torch calls")
+    assert f"build at run time: the build cannot be written to {cache}/cpu_adam-" in done.stdout
+    assert "No space left on device" in done.stdout and "; set ADAMOPS_CACHE_DIR" in done.stdout
+    assert ".so" not in done.stdout.splitlines()[-1]
+    assert "building cpu_adam for this machine, once ... failed" in done.stderr
+
+
+@pytest.mark.slow
+def test_a_read_only_cache_serves_what_it_has(tmp_path, cpu_adam):
+    cache = tmp_path / "cache"
+    cache.mkdir(mode=0o700)
+    read_only = 'mount --bind "$1" "$1"; mount -o remount,bind,ro "$1"; "$2" -c "$3"'
+    done = run_in_namespace(read_only, cache, FALLS_BACK)
+    assert done.stdout.startswith("[0.5, 0.5] 1\nadamops falls back to torch calls"), done.stderr
+    assert f"the cache folder {cache}/cpu_adam-" in done.stdout
+    assert "Read-only file system" in done.stdout and "set ADAMOPS_CACHE_DIR" in done.stdout
+    outcome(start(cache))
+    done = run_in_namespace(read_only, cache)
+    assert (done.stdout, done.stderr) == (f"{cpu_adam.supported_targets()[0]}\n", "")
+
+
+@pytest.mark.slow
+def test_a_damaged_build_is_replaced(tmp_path):
+    cache = tmp_path / "cache"
+    outcome(start(cache))
+    (built,) = cache.glob("*/*.so")
+    whole = built.read_bytes()
+    built.write_bytes(whole[:10_000])
+    (built.parent / "unfinished-1.so").write_bytes(b"left by a killed build")
+    _, err = outcome(start(cache))
+    assert "building" in err
+    assert built.read_bytes() == whole
+    assert sorted(path.name for path in built.parent.iterdir()) == ["cpu_adam.build.json", built.name, "lock"]
+
+
+@pytest.mark.slow
+def test_a_compiler_error_is_in_the_warning(tmp_path):
+    compiler = tmp_path / "broken-c++"
+    compiler.write_text(
+        '#!/bin/sh\ncase "$*" in *parallel.cpp*) echo "out of luck" >&2; exit 1;; esac\nexec c++ "$@"\n'
+    )
+    compiler.chmod(0o755)
+    out, err = outcome(start(tmp_path / "cache", FALLS_BACK, CXX=str(compiler)))
+    assert out.startswith("[0.5, 0.5] 1\n") and "parallel.cpp" in out and "failed:\nout of luck" in out
+    assert err.endswith("once ... failed\n")
 
 
 def test_a_checkout_on_the_path_works_without_installation(tmp_path):

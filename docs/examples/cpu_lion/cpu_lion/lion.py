@@ -6,8 +6,9 @@ from collections.abc import Callable, Iterable
 from typing import Any
 
 import torch
-from adamops import op_builder
 from torch import Tensor
+
+from adamops import op_builder
 
 _DTYPE_CODES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}  # csrc/dtype.h of adamops
 
@@ -58,7 +59,7 @@ class Lion(torch.optim.Optimizer):
             with torch.enable_grad():
                 loss = closure()
         groups = [(group, [p for p in group["params"] if p.grad is not None]) for group in self.param_groups]
-        for group, params in groups:
+        for _, params in groups:
             for param in params:
                 self._check(param)
         for group, params in groups:
