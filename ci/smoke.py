@@ -1,6 +1,6 @@
 """Tries an installed wheel with whatever torch there is, in half a minute; prints a row for docs/wheels.md.
 
-    python -P ci/smoke.py
+    python ci/smoke.py
 
 Both optimizers train params in host memory to the bits that they have everywhere, save and load; every SIMD target of
 this CPU has the right bits; the report finds both ops prebuilt; and the process holds one OpenMP runtime. Needs adamops

@@ -23,5 +23,5 @@ for run in "${runs[@]}"; do
     "$work/environment/bin/pip" install -q --upgrade pip
     # setuptools: some releases of torch import it without saying so.
     "$work/environment/bin/pip" install -q setuptools "torch==$torch" "$(ls "$out"/adamops-*-"$tag"-*.whl)"
-    env -i HOME="$work" PATH="$work/environment/bin" "$work/environment/bin/python" -P ci/smoke.py | tee -a "$out/runs.md"
+    env -i HOME="$work" PATH="$work/environment/bin" "$work/environment/bin/python" ci/smoke.py | tee -a "$out/runs.md"
 done

@@ -1,22 +1,20 @@
 #!/usr/bin/env bash
 # Builds what is released, and tries it: the sdist, and for each CPython from 3.10 to 3.14 that it finds a wheel with all
-# SIMD targets and CUDA architectures for manylinux. Each wheel is built twice, to the same bytes, and then installed
-# into a fresh environment without network, compiler or nvcc.
+# SIMD targets and CUDA architectures for manylinux. Each wheel is built twice, to the same bytes, and then tried by
+# ci/try_wheels.sh.
 #
 #     bash ci/wheel.sh [FOLDER]
 #
 # FOLDER (dist) gets the files and runs.md, the rows of the table in docs/wheels.md. Needs GCC, binutils and nvcc on PATH.
 #   PYTHONS        the interpreters, separated by spaces, instead of those it finds
-#   WHEEL_TORCH    what the fresh environments get for torch; empty: none, and then only what needs no torch is tried.
-#                  torch==2.13.0 unless set, which for most Pythons brings some GB of CUDA libraries
+#   WHEEL_TORCH    for ci/try_wheels.sh
 #   ADAMOPS_CUDA_ARCHS   fewer architectures, for a quick look; check_wheel.py then refuses the wheel
 set -euo pipefail
 cd "$(dirname "$0")/.."
 mkdir -p "${1:-dist}"
 out=$(cd "${1:-dist}" && pwd)
-torch=${WHEEL_TORCH-torch==2.13.0}
 work=$(mktemp -d)
-trap '[[ ${KEEP:-} ]] || rm -rf "$work"' EXIT
+trap 'rm -rf "$work"' EXIT
 
 say() { printf '\n== %s\n' "$*"; }
 
@@ -41,15 +39,6 @@ find_pythons() {
     done
 }
 
-# Without network where the system allows that, and in any case without index, compiler, nvcc and other tools.
-offline=()
-unshare -rn true 2>/dev/null && offline=("$(command -v unshare)" -rn)
-alone() {
-    local environment=$1
-    shift
-    env -i HOME="$work/home" PATH="$environment/bin" PIP_NO_INDEX=1 PIP_CONFIG_FILE=/dev/null "${offline[@]}" "$@"
-}
-
 pythons=(${PYTHONS:-$(find_pythons)})
 ((${#pythons[@]})) || { echo "no CPython from 3.10 to 3.14 with its headers" >&2; exit 1; }
 export SOURCE_DATE_EPOCH=${SOURCE_DATE_EPOCH:-$(git log -1 --format=%ct 2>/dev/null || date +%s)}
@@ -65,9 +54,13 @@ export LDFLAGS
 
 say "sdist"
 rm -f "$out"/adamops-*.tar.gz "$out"/adamops-*.whl "$out/runs.md"
-"$work/tools/bin/python" -m build -q --sdist -o "$work/sdist" .
-rm -rf ./*.egg-info
-mkdir "$work/unpacked"
+mkdir "$work/sources" "$work/unpacked"
+if git rev-parse --git-dir >/dev/null 2>&1; then
+    git ls-files -z --cached --others --exclude-standard | tar -c --null --ignore-failed-read -T - | tar -x -C "$work/sources"
+else
+    cp -r . "$work/sources"
+fi
+"$work/tools/bin/python" -m build -q --sdist -o "$work/sdist" "$work/sources"
 tar -xzf "$work"/sdist/*.tar.gz -C "$work/unpacked"
 sdist=$out/$(basename "$work"/sdist/*.tar.gz)
 tar --sort=name --mtime="@$SOURCE_DATE_EPOCH" --owner=0 --group=0 --numeric-owner \
@@ -94,7 +87,7 @@ PY
 wheels=()
 for python in "${pythons[@]}"; do
     say "wheel of $("$python" -V)"
-    builder=$work/builder-$(basename "$(mktemp -u "$work/XXXX")")
+    builder=$(mktemp -d "$work/XXXX")
     "$python" -m venv "$builder"
     "$builder/bin/pip" install -q --upgrade pip
     first=$(mktemp -d "$work/XXXX") second=$(mktemp -d "$work/XXXX")
@@ -107,43 +100,6 @@ done
 "$work/tools/bin/twine" check --strict "$sdist" "${wheels[@]}"
 "$work/tools/bin/python" ci/check_wheel.py "${wheels[@]}"
 
-cpus=()
-if command -v qemu-x86_64 >/dev/null; then
-    cpus=(Nehalem SandyBridge Haswell Skylake-Server EPYC Haswell,-xsave)
-else
-    echo "no qemu-x86_64 (Debian package qemu-user): other CPUs are not tried"
-fi
-mkdir "$work/home"
-for i in "${!pythons[@]}"; do
-    wheel=${wheels[i]} fresh=$work/fresh
-    say "$(basename "$wheel") in a fresh environment"
-    "${pythons[i]}" -m venv --clear "$fresh"
-    "$fresh/bin/pip" install -q --upgrade pip
-    "$fresh/bin/pip" download -q -d "$work/house$i" ${torch:-rich filelock platformdirs pybind11 py-cpuinfo} \
-        "$(if [[ $torch ]]; then echo "$wheel"; else echo setuptools; fi)" 2>&1 | grep -v '^WARNING: Location' || true
-    ((${#offline[@]})) || echo "this system does not allow a process without network; pip has no index"
-    no_deps=()
-    [[ $torch ]] || { alone "$fresh" "$fresh/bin/pip" install -q --find-links "$work/house$i" \
-        rich filelock platformdirs pybind11 py-cpuinfo && no_deps=(--no-deps); }
-    alone "$fresh" "$fresh/bin/pip" install -q --find-links "$work/house$i" "${no_deps[@]}" "$wheel"
-    alone "$fresh" "$fresh/bin/pip" check || [[ ! $torch ]]
-    alone "$fresh" "$fresh/bin/python" -P -m adamops.report || [[ ! $torch ]]
-    extension=$(echo "$fresh"/lib/python*/site-packages/adamops/_native/cpu_adam.*.so)
-    check=("$fresh/bin/python" -S tests/kernel_check.py "$extension")
-    for target in $(alone "$fresh" "${check[@]}" | sed -n 's/^supported: //p'); do
-        alone "$fresh" "${check[@]}" "$target" | tail -n 1
-    done
-    [[ ! $torch ]] || alone "$fresh" "$fresh/bin/python" -P ci/smoke.py | tee -a "$out/runs.md"
-    tag=$(sed -n 's/^Tag: //p' "$fresh"/lib/python*/site-packages/adamops-*.dist-info/WHEEL | head -n 1)
-    name=$(basename "$wheel" | cut -d- -f1,2 --output-delimiter=' ')
-    version=$("$fresh/bin/python" -c 'import platform; print(platform.python_version())')
-    for cpu in "${cpus[@]}"; do
-        found=$(qemu-x86_64 -cpu "$cpu" "$(readlink -f "$fresh/bin/python")" "${check[@]:1}" 2>"$work/log") ||
-            { cat "$work/log" >&2; exit 1; }
-        target=$(tail -n 1 <<<"$found" | cut -d' ' -f1)
-        echo "| $name $tag | $version | none | $cpu (QEMU) | $target | yes |" | tee -a "$out/runs.md"
-    done
-    rm -rf "$work/house$i"
-done
+PYTHONS="${pythons[*]}" bash ci/try_wheels.sh "$out"
 say "$out"
 ls -l "$out"

@@ -169,15 +169,21 @@ def test_sdist_builds_and_holds_everything(sources, tmp_path):
     assert record(wheel)["built"]
 
 
-def test_editable_installation(sources, tmp_path):
-    environment = tmp_path / "env"
-    venv.create(environment, with_pip=False)
-    python = environment / "bin" / "python"
-    site = next((environment / "lib").glob("python*/site-packages"))
-    for folder in filter(lambda path: path.endswith("site-packages"), sys.path):
-        for entry in Path(folder).iterdir():
+@pytest.fixture
+def environment(tmp_path):
+    """A virtual environment with all that this one has except adamops: its Python and its folder of packages."""
+    folder = tmp_path / "env"
+    venv.create(folder, with_pip=False)
+    site = next((folder / "lib").glob("python*/site-packages"))
+    for path in filter(lambda path: path.endswith("site-packages"), sys.path):
+        for entry in Path(path).iterdir():
             if not entry.name.startswith("adamops") and not (site / entry.name).exists():
                 (site / entry.name).symlink_to(entry)
+    return folder / "bin" / "python", site
+
+
+def test_editable_installation(sources, tmp_path, environment):
+    python, _ = environment
     install = [python, "-m", "pip", "install", "--no-deps", "--no-build-isolation", "-e", "."]
     run(install, sources, ADAMOPS_CPU_TARGETS="baseline")
     code = """
@@ -193,3 +199,59 @@ print(adamops.op_builder.get("cpu_adam").load().__file__)
     assert places[2].startswith(str(sources / "adamops" / "_native" / "cpu_adam."))
     run(install, sources, ADAMOPS_BUILD_OPS="0")  # what an earlier build left must go
     assert not list((sources / "adamops" / "_native").glob("*.so"))
+
+
+STEP = """
+import torch, adamops
+param = torch.nn.Parameter(torch.ones(5)); param.grad = torch.ones(5)
+optimizer = adamops.DeepSpeedCPUAdam([param], lr=0.5)
+optimizer.step()
+print(adamops.__version__, param.tolist(), optimizer._backends[param.device].name)
+"""
+
+
+def test_upgrade_and_uninstallation_leave_nothing_behind(sources, tmp_path, environment):
+    python, site = environment
+    before = sorted(site.iterdir())
+    new, _ = build_wheel(sources, tmp_path / "new", ADAMOPS_CPU_TARGETS="baseline")
+    for name in ("pyproject.toml", "adamops/__init__.py"):
+        (sources / name).write_text((sources / name).read_text().replace('"0.1.0"', '"0.0.9"'))
+    (sources / "adamops" / "gone.py").write_text("# of the old version\n")
+    shutil.rmtree(sources / "build", ignore_errors=True)
+    old, _ = build_wheel(sources, tmp_path / "old", ADAMOPS_CPU_TARGETS="baseline")
+    pip = [python, "-m", "pip", "install", "--no-deps", "--no-index"]
+    run([*pip, old], tmp_path)
+    assert (site / "adamops" / "gone.py").is_file()
+    assert run([python, "-c", STEP], tmp_path).stdout.startswith("0.0.9 [0.5, ")
+    run([*pip, "--upgrade", new], tmp_path)
+    assert not (site / "adamops" / "gone.py").exists()
+    assert run([python, "-c", STEP], tmp_path).stdout == "0.1.0 [0.5, 0.5, 0.5, 0.5, 0.5] cpu_adam\n"
+    assert sorted(path.name for path in site.iterdir() if path not in before) == ["adamops", "adamops-0.1.0.dist-info"]
+    run([python, "-m", "pip", "uninstall", "-y", "adamops"], tmp_path)
+    assert sorted(site.iterdir()) == before
+
+
+def test_names_of_others_do_not_clash(sources, tmp_path, environment):
+    """DeepSpeed, apex and what they build have modules of these names; adamops must not take them for its own."""
+    python, site = environment
+    wheel, _ = build_wheel(sources, tmp_path, ADAMOPS_CPU_TARGETS="baseline")
+    with zipfile.ZipFile(wheel) as archive:
+        assert {name.split("/")[0] for name in archive.namelist()} == {"adamops", "adamops-0.1.0.dist-info"}
+    run([python, "-m", "pip", "install", "--no-deps", "--no-index", wheel], tmp_path)
+    for name in ("op_builder", "csrc", "ops", "cpu_adam", "fused_adam", "fused_adam_cuda", "amp_C", "adam"):
+        (site / f"{name}.py").write_text("raise ImportError('not for adamops')\n")
+    assert run([python, "-c", STEP], tmp_path).stdout == "0.1.0 [0.5, 0.5, 0.5, 0.5, 0.5] cpu_adam\n"
+
+
+def test_installed_without_ops_they_are_built_at_first_use(sources, tmp_path, environment):
+    python, _ = environment
+    install = [python, "-m", "pip", "install", "--no-deps", "--no-build-isolation", "."]
+    run(install, sources, ADAMOPS_BUILD_OPS="0")
+    cache = {"ADAMOPS_CACHE_DIR": str(tmp_path / "cache"), "ADAMOPS_BUILD_OPS": "0"}
+    done = run([python, "-c", STEP], tmp_path, **cache)
+    assert done.stdout == "0.1.0 [0.5, 0.5, 0.5, 0.5, 0.5] cpu_adam\n"
+    assert done.stderr.startswith("adamops: building cpu_adam for this machine, once ... done in ")
+    again = run([python, "-c", STEP], tmp_path, **cache)
+    assert (again.stdout, again.stderr) == (done.stdout, "")
+    shown = run([python, "-m", "adamops.report"], tmp_path, check=False, **cache).stdout
+    assert "extension built at first use, from the cache" in shown

@@ -1,0 +1,73 @@
+#!/usr/bin/env bash
+# Tries release wheels as a user has them: installs each into a fresh environment without network, compiler or nvcc, shows
+# the report, and runs the kernels of every SIMD target, on this CPU and on others that QEMU plays.
+#
+#     PYTHONS="python3.11 python3.12" bash ci/try_wheels.sh [FOLDER]
+#
+# FOLDER (dist) has the wheels, of ci/wheel.sh, and its runs.md gets a row for each run, for docs/wheels.md.
+#   PYTHONS        the interpreters, separated by spaces: python3 unless set
+#   WHEEL_TORCH    what the environments get for torch: torch==2.13.0 unless set, which for most Pythons brings some GB of
+#                  CUDA libraries. Empty for none: then only what needs no torch is tried
+set -euo pipefail
+cd "$(dirname "$0")/.."
+here=$PWD
+out=$(cd "${1:-dist}" && pwd)
+torch=${WHEEL_TORCH-torch==2.13.0}
+light=(rich filelock platformdirs pybind11 py-cpuinfo) # what adamops needs besides torch
+work=$(mktemp -d)
+trap 'rm -rf "$work"' EXIT
+fresh=$work/fresh house=$work/house
+mkdir "$work/home"
+
+offline=()
+if unshare -rn true 2>/dev/null; then
+    offline=("$(command -v unshare)" -rn)
+else
+    echo "this system does not allow a process without network; pip has no index all the same"
+fi
+# Runs a command of the fresh environment: nothing else on PATH, no index for pip, and no network.
+alone() {
+    (cd "$work/home" && env -i HOME="$PWD" PATH="$fresh/bin" PIP_NO_INDEX=1 PIP_CONFIG_FILE=/dev/null "${offline[@]}" "$@")
+}
+
+cpus=()
+if command -v qemu-x86_64 >/dev/null; then
+    cpus=(Nehalem SandyBridge Haswell Skylake-Server EPYC Haswell,-xsave)
+else
+    echo "no qemu-x86_64 (Debian package qemu-user): other CPUs are not tried"
+fi
+
+for python in ${PYTHONS:-python3}; do
+    tag=$("$python" -c 'import sys; print("cp%d%d" % sys.version_info[:2])')
+    wheel=$(ls "$out"/adamops-*-"$tag"-*.whl)
+    printf '\n== %s in a fresh environment\n' "$(basename "$wheel")"
+    rm -rf "$house"
+    "$python" -m venv --clear "$fresh"
+    "$fresh/bin/pip" install -q --upgrade pip
+    if [[ $torch ]]; then
+        "$fresh/bin/pip" download -q -d "$house" "$torch" "$wheel"
+        alone "$fresh/bin/pip" install -q --find-links "$house" "$wheel"
+        alone "$fresh/bin/pip" check
+        alone "$fresh/bin/python" -m adamops.report
+        alone "$fresh/bin/python" "$here/ci/smoke.py" | tee -a "$out/runs.md"
+    else
+        "$fresh/bin/pip" download -q -d "$house" "${light[@]}"
+        alone "$fresh/bin/pip" install -q --find-links "$house" "${light[@]}"
+        alone "$fresh/bin/pip" install -q --no-deps "$wheel"
+        alone "$fresh/bin/python" -m adamops.report || echo "(as there is no torch)"
+    fi
+
+    extension=$(echo "$fresh"/lib/python*/site-packages/adamops/_native/cpu_adam.*.so)
+    check=("$(readlink -f "$fresh/bin/python")" -S "$here/tests/kernel_check.py" "$extension")
+    for target in $(alone "${check[@]}" | sed -n 's/^supported: //p'); do
+        alone "${check[@]}" "$target" | tail -n 1
+    done
+    name=$(basename "$wheel" | cut -d- -f1,2 --output-delimiter=' ')
+    name="$name $(sed -n 's/^Tag: //p' "$fresh"/lib/python*/site-packages/adamops-*.dist-info/WHEEL | head -n 1)"
+    version=$("$fresh/bin/python" -c 'import platform; print(platform.python_version())')
+    for cpu in "${cpus[@]}"; do
+        found=$(qemu-x86_64 -cpu "$cpu" "${check[@]}" 2>"$work/log") || { cat "$work/log" >&2; exit 1; }
+        target=$(tail -n 1 <<<"$found" | cut -d' ' -f1)
+        echo "| $name | $version | none | $cpu (QEMU) | $target | yes |" | tee -a "$out/runs.md"
+    done
+done
