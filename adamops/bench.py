@@ -248,6 +248,14 @@ def time_work(title: str, work: Work, options: Options, rounds: int) -> Result:
     return Result(title, times, skipped=skipped, touch=by_distance)
 
 
+# How a training script gets each.
+IMPORTS = {
+    OURS: "from adamops import DeepSpeedCPUAdam",
+    "torch fused": "from torch.optim import AdamW",
+    "DeepSpeed": "from deepspeed.ops.adam import DeepSpeedCPUAdam",
+}
+
+
 # Cases -------------------------------------------------------------------------------------------------------------
 
 
@@ -301,27 +309,35 @@ def forced_avx2(options: Options) -> Result:
         module.use_target(best)
 
 
+def import_after_torch(options: Options) -> Result:
+    """Importing the optimizer where torch is imported already, each time in a new process."""
+    code = "import time, torch; start = time.perf_counter(); {}; print(1e3 * (time.perf_counter() - start))"
+    codes = {name: code.format(IMPORTS[name]) for name in entrants(options) if name in IMPORTS}
+    return time_processes("import after torch, in a new process", codes, options)
+
+
 def first_step(options: Options) -> Result:
     """Constructing the optimizer and its first step on a small model, each time in a new process."""
-    result = Result("first step of a small model, in a new process", {})
+    code = "from adamops import bench; print(bench.first_step_ms({!r}, {}))"
+    codes = {name: code.format(name, options.threads) for name in entrants(options)}
+    return time_processes("first step of a small model, in a new process", codes, options)
+
+
+def time_processes(title: str, codes: Mapping[str, str], options: Options) -> Result:
+    """Runs each contestant's code in new processes, in turns; what it prints last is its time in milliseconds."""
+    result = Result(title, {})
     for _ in range(options.repeat or 3):
-        for name in entrants(options):
+        for name, code in codes.items():
             if name in result.skipped:
                 continue
-            try:
-                result.times.setdefault(name, []).append(_first_step_in_new_process(name, options.threads))
-            except Unavailable as reason:
-                result.skipped[name] = str(reason)
+            done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+            if done.returncode == 0:
+                result.times.setdefault(name, []).append(float(done.stdout.split()[-1]))
+            else:
+                reason = done.stderr.strip().splitlines()[-1]
+                result.skipped[name] = reason.removeprefix("adamops.bench.Unavailable: ")
                 result.times.pop(name, None)
     return result
-
-
-def _first_step_in_new_process(name: str, threads: int) -> float:
-    code = f"from adamops import bench; print(bench.first_step_ms({name!r}, {threads}))"
-    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
-    if done.returncode != 0:
-        raise Unavailable(done.stderr.strip().splitlines()[-1].removeprefix("adamops.bench.Unavailable: "))
-    return float(done.stdout.split()[-1])
 
 
 def first_step_ms(name: str, threads: int) -> float:
@@ -342,6 +358,7 @@ CASES: dict[str, Callable[[Options], Result]] = {
     "bf16": one_bf16_tensor,
     "many-tensors": many_tensors,
     "avx2": forced_avx2,
+    "import": import_after_torch,
     "first-step": first_step,
 }
 

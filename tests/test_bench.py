@@ -10,7 +10,7 @@ from plugins import python_path
 
 from adamops import bench
 
-CASES = ["fp32", "bf16-params", "bf16", "many-tensors", "avx2", "first-step"]
+CASES = ["fp32", "bf16-params", "bf16", "many-tensors", "avx2", "import", "first-step"]
 TORCH = ["torch fused", "torch foreach"]
 
 
@@ -57,6 +57,7 @@ def test_every_contestant_has_its_turns(small_run):
     for name in ("fp32", "bf16", "many-tensors"):
         assert list(cases[name]["contestants"]) == ["adamops", *TORCH, "touch"]
     assert list(cases["bf16-params"]["contestants"]) == ["adamops", "touch"]
+    assert list(cases["import"]["contestants"]) == ["adamops", "torch fused"]
     assert list(cases["first-step"]["contestants"]) == ["adamops", *TORCH]
 
 
