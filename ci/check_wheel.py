@@ -15,7 +15,8 @@ from pathlib import Path
 MOST_BYTES = 5_000_000
 NEWEST_GLIBC = (2, 28)  # of the oldest system in wide use: RHEL 8
 # All that an extension may need: no OpenMP runtime, no CUDA library, no libstdc++.
-SYSTEM_LIBRARIES = re.compile(r"lib(c|m|dl|rt|pthread|gcc_s)\.so\.\d+|ld-linux-x86-64\.so\.2")
+SYSTEM_LIBRARIES = re.compile(r"lib(c|m|dl|rt|pthread|gcc_s)\.so\.\d+|ld-linux-[\w-]+\.so\.\d+")
+BEST_TARGETS = {"x86_64": "avx512", "aarch64": "neon"}
 OPS = ("cpu_adam", "fused_adam")
 
 
@@ -51,7 +52,8 @@ def check_contents(archive: zipfile.ZipFile) -> None:
         require(record["built"], f"{op} is not built: {record.get('reason')}")
         require(not re.search(r'[" =](/[a-z]+/)', text), f"the record of {op} holds a path:\n{text}")
         if op == "cpu_adam":
-            require(record["targets"][0] == "avx512" and not record["targets_dropped"], f"SIMD targets: {record}")
+            best = BEST_TARGETS.get(record["machine"])
+            require(record["targets"][0] == best and not record["targets_dropped"], f"SIMD targets: {record}")
         else:
             require(len(record["architectures"]) >= 7, f"CUDA architectures: {record['architectures']}")
 

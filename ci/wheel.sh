@@ -23,7 +23,8 @@ usable() {
     "$1" - 2>/dev/null <<'PY'
 import pathlib, sys, sysconfig, venv
 headers = pathlib.Path(sysconfig.get_paths()["include"], "Python.h")
-sys.exit(not (sys.implementation.name == "cpython" and (3, 10) <= sys.version_info[:2] <= (3, 14) and headers.is_file()))
+released_for = sys.implementation.name == "cpython" and (3, 10) <= sys.version_info[:2] <= (3, 14)
+sys.exit(not (released_for and headers.is_file() and not sysconfig.get_config_var("Py_GIL_DISABLED")))
 PY
 }
 
