@@ -26,8 +26,7 @@ def install(folder, **variables):
     environment = {**os.environ, "ADAMOPS_CACHE_DIR": str(folder / "cache"), **variables}
     done = subprocess.run(command, cwd=folder / "sources", env=environment, capture_output=True, text=True)
     assert done.returncode == 0, done.stdout + done.stderr
-    del environment["ADAMOPS_CACHE_DIR"]
-    return {**environment, "PYTHONPATH": python_path(site), "ADAMOPS_CACHE_DIR": str(folder / "cache")}
+    return {**environment, "PYTHONPATH": python_path(site)}
 
 
 @pytest.fixture(scope="module")
@@ -36,7 +35,7 @@ def installed(tmp_path_factory):
 
 
 def python(environment, code, *arguments):
-    command = [sys.executable, "-c", textwrap.dedent(code), *arguments] if code else [sys.executable, *arguments]
+    command = [sys.executable, "-c", textwrap.dedent(code), *arguments]
     done = subprocess.run(command, cwd="/", env=environment, capture_output=True, text=True, timeout=300)
     assert done.returncode == 0, done.stdout + done.stderr
     return done.stdout, done.stderr
