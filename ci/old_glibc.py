@@ -73,7 +73,7 @@ def main(folder: Path) -> None:
     output("ar", "rcsD", str(folder / "libthreads.a"), str(folder / "threads.o"))
     # The stand-ins come after libstdc++, which needs them too.
     static = ["-Wl,-Bstatic", "-lstdc++", "-lthreads", "-Wl,-Bdynamic"]
-    print("-Wl,--gc-sections", "-Wl,--exclude-libs,ALL", f"-L{folder.resolve()}", *static, *stand_ins)
+    print("-Wl,--gc-sections", f"-L{folder.resolve()}", *static, *stand_ins)
 
 
 if __name__ == "__main__":

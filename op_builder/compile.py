@@ -182,7 +182,8 @@ def compile_op(builder: OpBuilder, output: Path) -> dict[str, Any]:
         with ThreadPoolExecutor(environment.max_jobs()) as pool:
             list(pool.map(compile_unit, units))
         linked, exports = Path(scratch) / "linked.so", Path(scratch) / "exports.map"
-        # Nothing but the module's entry: templates of the C++ library would be shared with whoever else has them.
+        # Nothing but the module's entry: templates of the C++ library would be shared with whoever else has them, and
+        # torch's own CUDA runtime, of another version perhaps, is in the same process.
         exports.write_text(f"{{ global: PyInit_{builder.MODULE.rpartition('.')[2]}; local: *; }};\n")
         objects = [str(Path(scratch) / unit.object_name) for unit in units]
         compiler.run(

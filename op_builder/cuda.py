@@ -207,8 +207,7 @@ class CUDAOpBuilder(OpBuilder):
 
     def extra_ldflags(self) -> list[str]:
         folder = self._nvcc().static_runtime()
-        # Hidden: torch's own CUDA runtime, of another version perhaps, is in the same process.
-        return [f"-L{folder}", "-lcudart_static", "-ldl", "-lrt", "-lpthread", "-Wl,--exclude-libs,ALL"]
+        return [f"-L{folder}", "-lcudart_static", "-ldl", "-lrt", "-lpthread"]
 
     def record(self) -> dict[str, Any]:
         choice = choose_architectures(self._nvcc())
