@@ -21,7 +21,7 @@ struct DlTensor {
 };
 
 constexpr int32_t kDlCpu = 1;  // the default; Python names other devices
-constexpr uint8_t kDlFloat = 2, kDlBfloat = 4;
+constexpr uint8_t kDlInt = 0, kDlUInt = 1, kDlFloat = 2, kDlBfloat = 4;
 
 struct DlExchangeApi {
   uint32_t major_version;

@@ -5,6 +5,7 @@
 
 namespace adamops {
 
-enum Dtype : uint8_t { kFloat32, kBfloat16, kFloat16, kDtypeCount };
+// Block codes are those of adam/block_codes.h, which states may have.
+enum Dtype : uint8_t { kFloat32, kBfloat16, kFloat16, kDtypeCount, kBlockCodes = kDtypeCount };
 
 }  // namespace adamops

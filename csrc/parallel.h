@@ -27,7 +27,7 @@ const char* openmp_runtime();
 // but the sizes and the number of parts, so that each thread meets the same memory at every step.
 class Partition {
  public:
-  static constexpr int64_t kGrain = 64;
+  static constexpr int64_t kGrain = 256;
 
   Partition(const std::vector<int64_t>& sizes, int max_parts, int64_t least_elements_per_part);
 

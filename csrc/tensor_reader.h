@@ -43,14 +43,10 @@ class TensorReader {
     return type == types_[0].ptr() || type == types_[1].ptr();
   }
 
+  // Reads a plain tensor of a dtype that kernels compute in.
   bool read(PyObject* object, View& view) const {
-    if (!is_plain(object)) return false;
-    if (api_->tensor_from_py_object(object, &view.tensor) != 0) {
-      PyErr_Clear();
-      return false;
-    }
+    if (!read_any(object, view)) return false;
     const DlTensor& tensor = view.tensor;
-    if (tensor.device_type != device_type_ || tensor.device_id != device_id_ || tensor.dtype_lanes != 1) return false;
     if (tensor.dtype_code == kDlFloat && tensor.dtype_bits == 32) {
       view.dtype = kFloat32;
     } else if (tensor.dtype_code == kDlFloat && tensor.dtype_bits == 16) {
@@ -60,6 +56,25 @@ class TensorReader {
     } else {
       return false;
     }
+    return true;
+  }
+
+  // Reads a plain tensor of integers, signed or not, of so many bits.
+  bool read_integers(PyObject* object, bool is_signed, int bits, View& view) const {
+    return read_any(object, view) && view.tensor.dtype_code == (is_signed ? kDlInt : kDlUInt) &&
+           view.tensor.dtype_bits == bits;
+  }
+
+ private:
+  // Reads a plain tensor of any dtype, which is not looked at.
+  bool read_any(PyObject* object, View& view) const {
+    if (!is_plain(object)) return false;
+    if (api_->tensor_from_py_object(object, &view.tensor) != 0) {
+      PyErr_Clear();
+      return false;
+    }
+    const DlTensor& tensor = view.tensor;
+    if (tensor.device_type != device_type_ || tensor.device_id != device_id_ || tensor.dtype_lanes != 1) return false;
     view.numel = 1;
     bool contiguous = true;
     for (int32_t i = tensor.ndim - 1; i >= 0; --i) {
@@ -69,7 +84,6 @@ class TensorReader {
     return contiguous || view.numel == 0;
   }
 
- private:
   pybind11::object capsule_;
   std::array<pybind11::type, 2> types_;
   int32_t device_type_, device_id_;

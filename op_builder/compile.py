@@ -67,6 +67,7 @@ class Compiler:
         "-fno-fast-math",
         "-ffp-contract=off",
         "-fno-math-errno",
+        "-fno-trapping-math",  # changes no value, and lets loops with conditions become vectors
         "-Wall",
         "-Wextra",
     )

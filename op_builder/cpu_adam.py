@@ -15,4 +15,4 @@ class CPUAdamBuilder(CPUOpBuilder):
         return ["adam/cpu_adam.cpp", "adam/adam_table.cpp"]
 
     def kernel_sources(self) -> list[str]:
-        return ["adam/cpu_adam_kernel.cpp"]
+        return ["adam/cpu_adam_kernel.cpp", "adam/cpu_adam_staged.cpp", "adam/grad_norm_kernel.cpp"]

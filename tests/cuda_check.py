@@ -31,7 +31,7 @@ def table_of(module, rows, offset, code, amsgrad, with_master, steps=None):
 def step_by_device_counts(cuda, rows, offset, code, amsgrad, with_master, l2):
     """A step whose counts and scalars are on the device, without bias correction, so that they are SCALARS."""
     counts = [array.array("f", [2.0]) for _ in SIZES]  # each in memory of its own
-    scalars, found_inf = array.array("f", [0.0] * 10 * len(SIZES)), array.array("f", [0.0])
+    scalars, found_inf = array.array("f", [0.0] * 11 * len(SIZES)), array.array("f", [0.0])
     table = table_of(cuda, rows, offset, code, amsgrad, with_master, [count.buffer_info()[0] for count in counts])
     decay = 0.01 if l2 else 0.0
     there = scalars.buffer_info()[0], found_inf.buffer_info()[0]

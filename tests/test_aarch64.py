@@ -53,7 +53,8 @@ def step_here(cpu_adam, kind, scalars, arrays):
 def build_driver(compiler, target, output):
     command = [*compiler.command, *Compiler.COMMON_FLAGS, *target.flags, "-static", f"-I{CSRC}"]
     command += [f"-DADAMOPS_TARGET={target.name}", f'-DADAMOPS_SIMD_HEADER="{target.header}"']
-    sources = [HERE / "cross" / "kernel_driver.cpp", CSRC / "adam" / "cpu_adam_kernel.cpp"]
+    kernels = ("cpu_adam_kernel.cpp", "cpu_adam_staged.cpp", "grad_norm_kernel.cpp")
+    sources = [HERE / "cross" / "kernel_driver.cpp", *(CSRC / "adam" / name for name in kernels)]
     subprocess.run([*command, *map(str, sources), "-o", str(output)], check=True)
 
 
@@ -67,7 +68,7 @@ def test_targets_are_those_of_the_architecture_that_is_built_for(monkeypatch):
     units = CPUAdamBuilder().compile_units()
     assert "-DADAMOPS_TARGETS(X)=X(neon)" in units[0].flags
     kernels = [unit.object_name for unit in units if "-DADAMOPS_TARGET=neon" in unit.flags]
-    assert kernels == ["adam_cpu_adam_kernel.neon.o"]
+    assert kernels == [f"adam_{name}.neon.o" for name in ("cpu_adam_kernel", "cpu_adam_staged", "grad_norm_kernel")]
 
 
 @pytest.mark.slow

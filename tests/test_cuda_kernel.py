@@ -22,6 +22,8 @@ COMBINATIONS = [
     (p, g, s) for p in DTYPES for g in dict.fromkeys([p, torch.float32]) for s in dict.fromkeys([p, torch.float32])
 ]
 
+WORDS = 11  # of AdamScalars: ten floats and the step
+
 
 @pytest.fixture(scope="session")
 def launch_plan(tmp_path_factory):
@@ -183,7 +185,7 @@ def test_scalars_on_the_device_are_those_of_the_host(
     cuda_op, lr, betas, weight_decay, bias_correction, l2, maximize, steps, loss_scale
 ):
     counts = torch.tensor(steps, dtype=torch.float32)
-    out = torch.zeros(len(steps), 10)
+    out = torch.zeros(len(steps), WORDS)
     scale = None if loss_scale is None else torch.tensor(loss_scale)
     cuda_op.count_steps(
         table_of_counts(cuda_op, counts),
@@ -206,13 +208,14 @@ def test_scalars_on_the_device_are_those_of_the_host(
     group = AdamHyper(lr, *betas, 1e-8, weight_decay, bias_correction, not l2, False, maximize)
     expected = torch.tensor([group.scalars(step + 1) for step in steps], dtype=torch.float64)
     expected[:, 0] /= 1.0 if scale is None else scale.double()
-    assert torch.equal(out, expected.float())
+    assert torch.equal(out[:, :10], expected.float())
+    assert out[:, 10].contiguous().view(torch.int32).tolist() == [step + 1 for step in steps]
 
 
 def test_learning_rate_and_scalars_from_the_device(cuda_op, cpu_adam):
     ours = Tensors([5000, 3, 17], (torch.float32,) * 3)
     theirs = ours.clone()
-    counts, out = torch.tensor([0.0, 4.0, 9.0]), torch.zeros(3, 10)
+    counts, out = torch.tensor([0.0, 4.0, 9.0]), torch.zeros(3, WORDS)
     for lr, where in ((torch.tensor(0.01), (1, 0)), (torch.tensor(0.02, dtype=torch.float64), (0, 1))):
         pointers = [lr.data_ptr() * w for w in where]
         rest = (0.9, 0.999, 1e-8, 0.01, True, True, False, 0, 0, 0, 0)
@@ -227,7 +230,7 @@ def test_learning_rate_and_scalars_from_the_device(cuda_op, cpu_adam):
 def test_found_inf_skips_the_step_on_the_device(cuda_op):
     ours = Tensors([5000, 3], (torch.bfloat16, torch.float32, torch.float32), masters=True)
     before = ours.clone()
-    counts, out, found_inf = torch.tensor([1.0, 2.0]), torch.full((2, 10), 7.0), torch.tensor([1.0])
+    counts, out, found_inf = torch.tensor([1.0, 2.0]), torch.full((2, WORDS), 7.0), torch.tensor([1.0])
     rest = (0.9, 0.999, 1e-8, 0.01, True, True, False, 0, found_inf.data_ptr(), 0, 0)
     cuda_op.count_steps(table_of_counts(cuda_op, counts), out.data_ptr(), 0.5, 0, 0, *rest)
     cuda_step(cuda_op, ours, False, [], device_scalars=out.data_ptr(), found_inf=found_inf.data_ptr())
@@ -237,7 +240,7 @@ def test_found_inf_skips_the_step_on_the_device(cuda_op):
 
 
 def test_more_step_counts_than_one_launch_holds(cuda_op):
-    counts, out = torch.zeros(10_000), torch.zeros(10_000, 10)
+    counts, out = torch.zeros(10_000), torch.zeros(10_000, WORDS)
     rest = (0.9, 0.999, 1e-8, 0.0, True, True, False, 0, 0, 0, 0)
     cuda_op.count_steps(table_of_counts(cuda_op, counts), out.data_ptr(), 0.5, 0, 0, *rest)
     assert counts.eq(1).all()

@@ -42,6 +42,7 @@ ADAMOPS_HOST_DEVICE inline AdamScalars adam_scalars(const AdamHyper& h, int64_t 
   s.inverse_sqrt_bias2 = Ops::to_float(Ops::div(1.0, Ops::sqrt(bias2)));
   s.eps = Ops::to_float(h.eps);
   s.decay = h.adamw_mode ? Ops::to_float(Ops::sub(1.0, Ops::mul(h.lr, h.weight_decay))) : 1.0f;
+  s.step = static_cast<uint32_t>(step);
   s.l2 = l2 ? Ops::to_float(h.weight_decay) : 0.0f;
   return s;
 }

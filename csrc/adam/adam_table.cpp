@@ -5,6 +5,7 @@
 #include <string>
 
 #include "../column.h"
+#include "block_codes.h"
 
 namespace py = pybind11;
 
@@ -14,7 +15,7 @@ namespace {
 
 // The names in a param's state, made once.
 struct Names {
-  PyObject *grad, *step, *exp_avg, *exp_avg_sq, *max_exp_avg_sq, *master;
+  PyObject *grad, *step, *exp_avg, *exp_avg_sq, *max_exp_avg_sq, *scales, *master, *remainder;
 
   Names()
       : grad(PyUnicode_InternFromString("grad")),
@@ -22,7 +23,9 @@ struct Names {
         exp_avg(PyUnicode_InternFromString("exp_avg")),
         exp_avg_sq(PyUnicode_InternFromString("exp_avg_sq")),
         max_exp_avg_sq(PyUnicode_InternFromString("max_exp_avg_sq")),
-        master(PyUnicode_InternFromString("master_param")) {}
+        scales(PyUnicode_InternFromString("block_scales")),
+        master(PyUnicode_InternFromString("master_param")),
+        remainder(PyUnicode_InternFromString("param_remainder")) {}
 };
 
 const Names& names() {
@@ -40,6 +43,17 @@ PyObject* entry(PyObject* dict, PyObject* key) {
 // A new reference to an entry of a dict, empty if there is none.
 py::object owned_entry(PyObject* dict, PyObject* key) {
   return py::reinterpret_borrow<py::object>(entry(dict, key));
+}
+
+// How many scales the states of a tensor have in codes (block_codes.h).
+int64_t scales_of(int64_t numel, bool amsgrad) {
+  return (numel + kCodeBlock - 1) / kCodeBlock * (amsgrad ? 3 : 2);
+}
+
+Master master_of_number(int number) {
+  if (number < kNoMaster || number > kRemainder16)
+    throw py::value_error("unknown kind of master " + std::to_string(number));
+  return static_cast<Master>(number);
 }
 
 // Finds the states of params one after another. The dict of states usually has them in the order of the params, and
@@ -103,9 +117,9 @@ void AdamTable::count_steps() const {
   }
 }
 
-bool AdamTable::add(const TensorReader& reader, PyObject* param, py::object grad, PyObject* state) {
+bool AdamTable::add(const TensorReader& reader, PyObject* param, py::object grad, PyObject* state, uint32_t stream) {
   if (!state || !PyDict_Check(state)) return false;
-  TensorReader::View p, g, m, v, max_v;
+  TensorReader::View p, g, m, v, max_v{}, scales{}, master_view{};
   Objects row;
   row.grad = std::move(grad);
   row.state = py::reinterpret_borrow<py::object>(state);
@@ -117,23 +131,41 @@ bool AdamTable::add(const TensorReader& reader, PyObject* param, py::object grad
   const auto read = [&](const py::object& object, TensorReader::View& view) {
     return object && reader.read(object.ptr(), view) && view.same_shape(p);
   };
-  if (!reader.read(param, p) || !read(row.grad, g) || !read(row.exp_avg, m) || !read(row.exp_avg_sq, v)) return false;
-  if (amsgrad && (!read(row.max_exp_avg_sq, max_v) || max_v.dtype != m.dtype)) return false;
-  const bool grad_fits = g.dtype == p.dtype || g.dtype == kFloat32;
-  const bool states_fit = v.dtype == m.dtype && (m.dtype == p.dtype || m.dtype == kFloat32);
-  if (!grad_fits || !states_fit) return false;
+  const auto read_integers = [&](const py::object& object, bool is_signed, int bits, TensorReader::View& view) {
+    return object && reader.read_integers(object.ptr(), is_signed, bits, view) && view.same_shape(p);
+  };
+  const auto read_states = [&](const auto& read) {
+    return read(row.exp_avg, m) && read(row.exp_avg_sq, v) && (!amsgrad || read(row.max_exp_avg_sq, max_v));
+  };
 
-  const bool has_master = master_weights && p.dtype != kFloat32;
-  TensorReader::View master{};
-  if (has_master) {
+  if (!reader.read(param, p) || !read(row.grad, g) || (g.dtype != p.dtype && g.dtype != kFloat32)) return false;
+  if (read_states(read)) {
+    if (v.dtype != m.dtype || (amsgrad && max_v.dtype != m.dtype)) return false;
+  } else {
+    const auto read_codes = [&](const py::object& object, TensorReader::View& view) {
+      return read_integers(object, false, 8, view);
+    };
+    row.scales = owned_entry(state, names().scales);
+    if (!read_states(read_codes) || !row.scales || !reader.read(row.scales.ptr(), scales)) return false;
+    if (scales.dtype != kBfloat16 || scales.numel != scales_of(p.numel, amsgrad)) return false;
+    m.dtype = kBlockCodes;
+  }
+
+  const Master own_master = p.dtype == kFloat32 ? kNoMaster : master;
+  if (own_master == kMasterFp32) {
     row.master = owned_entry(state, names().master);
-    if (!read(row.master, master) || master.dtype != kFloat32 || m.dtype != kFloat32) return false;
+    if (!read(row.master, master_view) || master_view.dtype != kFloat32 || m.dtype != kFloat32) return false;
+  } else if (own_master != kNoMaster) {
+    row.master = owned_entry(state, names().remainder);
+    if (!read_integers(row.master, true, own_master == kRemainder8 ? 8 : 16, master_view)) return false;
   }
 
   if (!add_step(reader, row.step)) return false;
   tensors.push_back({p.address(), g.address(), m.address(), v.address(), amsgrad ? max_v.address() : nullptr,
-                     has_master ? static_cast<float*>(master.address()) : nullptr, p.numel});
-  dtypes.push_back({p.dtype, g.dtype, m.dtype, has_master});
+                     own_master == kNoMaster ? nullptr : master_view.address(),
+                     m.dtype == kBlockCodes ? static_cast<uint16_t*>(scales.address()) : nullptr, nullptr, p.numel,
+                     stream});
+  dtypes.push_back({p.dtype, g.dtype, m.dtype, own_master, kFloat32});
   row.param = py::reinterpret_borrow<py::object>(param);
   objects_.push_back(std::move(row));
   return true;
@@ -156,8 +188,8 @@ bool AdamTable::add_step(const TensorReader& reader, const py::object& step) {
 }
 
 std::unique_ptr<AdamTable> table_of_params(const TensorReader& reader, const py::list& params, const py::dict& states,
-                                           bool amsgrad, bool master_weights, Py_ssize_t first_state) {
-  auto table = std::make_unique<AdamTable>(amsgrad, master_weights);
+                                           bool amsgrad, int master, Py_ssize_t first_state, uint32_t stream) {
+  auto table = std::make_unique<AdamTable>(amsgrad, master_of_number(master));
   table->reserve(params.size());
   StateFinder finder(states.ptr(), first_state);
   // The list is asked for its size each time, as reading a grad may run code of others.
@@ -169,7 +201,7 @@ std::unique_ptr<AdamTable> table_of_params(const TensorReader& reader, const py:
     if (grad.is_none()) continue;
     const bool first = table->tensors.empty();
     PyObject* const state = finder.find(param, first ? PyDict_Size(states.ptr()) : StateFinder::kReach);
-    if (!table->add(reader, param, std::move(grad), state)) return nullptr;
+    if (!table->add(reader, param, std::move(grad), state, stream + static_cast<uint32_t>(i))) return nullptr;
     if (first) table->first_state = finder.found();
   }
   return table;
@@ -178,27 +210,35 @@ std::unique_ptr<AdamTable> table_of_params(const TensorReader& reader, const py:
 std::unique_ptr<AdamTable> table_of_addresses(const py::list& params, const py::list& grads, const py::list& exp_avgs,
                                               const py::list& exp_avg_sqs, const py::object& max_exp_avg_sqs,
                                               const py::list& numels, const py::list& dtypes, const py::list& steps,
-                                              const py::object& masters, bool counts_on_device) {
+                                              const py::object& masters, bool counts_on_device, int master,
+                                              const py::object& scales, const py::object& lowp_outs,
+                                              const py::object& streams) {
   const size_t count = params.size();
-  const bool amsgrad = !max_exp_avg_sqs.is_none(), master_weights = !masters.is_none();
-  const py::list max_list = amsgrad ? py::list(max_exp_avg_sqs) : params;
-  const py::list master_list = master_weights ? py::list(masters) : params;
+  const bool amsgrad = !max_exp_avg_sqs.is_none();
   const Column param(params, count, "params"), grad(grads, count, "grads"), exp_avg(exp_avgs, count, "exp_avgs"),
-      exp_avg_sq(exp_avg_sqs, count, "exp_avg_sqs"), max_exp_avg_sq(max_list, count, "max_exp_avg_sqs"),
-      numel(numels, count, "numels"), code(dtypes, count, "dtypes"), step(steps, count, "steps"),
-      master_address(master_list, count, "masters");
-  auto table = std::make_unique<AdamTable>(amsgrad, master_weights);
+      exp_avg_sq(exp_avg_sqs, count, "exp_avg_sqs"), numel(numels, count, "numels"), code(dtypes, count, "dtypes"),
+      step(steps, count, "steps");
+  const OptionalColumn max_exp_avg_sq(max_exp_avg_sqs, count, "max_exp_avg_sqs"),
+      master_address(masters, count, "masters"), scale(scales, count, "scales"),
+      lowp_out(lowp_outs, count, "lowp_outs"), stream(streams, count, "streams");
+  auto table = std::make_unique<AdamTable>(amsgrad, masters.is_none() ? kNoMaster : master_of_number(master));
+  table->has_lowp_out = !lowp_outs.is_none();
   table->reserve(count);
+  constexpr size_t kStates = kDtypeCount + 1;  // codes besides
   for (size_t i = 0; i < count; ++i) {
-    if (code[i] >= kDtypeCount * kDtypeCount * kDtypeCount)
-      throw py::value_error("unknown dtype code " + std::to_string(code[i]));
-    float* const master = master_weights ? master_address.pointer<float>(i) : nullptr;
-    table->dtypes.push_back({static_cast<Dtype>(code[i] % kDtypeCount),
-                             static_cast<Dtype>(code[i] / kDtypeCount % kDtypeCount),
-                             static_cast<Dtype>(code[i] / kDtypeCount / kDtypeCount), master != nullptr});
-    table->tensors.push_back({param.pointer<void>(i), grad.pointer<const void>(i), exp_avg.pointer<void>(i),
-                              exp_avg_sq.pointer<void>(i), amsgrad ? max_exp_avg_sq.pointer<void>(i) : nullptr, master,
-                              static_cast<int64_t>(numel[i])});
+    size_t digits = code[i];
+    const auto next = [&digits](size_t base) {
+      const size_t digit = digits % base;
+      digits /= base;
+      return static_cast<Dtype>(digit);
+    };
+    const Dtype p = next(kDtypeCount), g = next(kDtypeCount), s = next(kStates), lowp = next(kDtypeCount);
+    if (digits) throw py::value_error("unknown dtype code " + std::to_string(code[i]));
+    table->dtypes.push_back({p, g, s, master_address[i] ? table->master : kNoMaster, lowp});
+    table->tensors.push_back({param.pointer<void>(i), grad.pointer<void>(i), exp_avg.pointer<void>(i),
+                              exp_avg_sq.pointer<void>(i), max_exp_avg_sq.pointer<void>(i),
+                              master_address.pointer<void>(i), scale.pointer<uint16_t>(i), lowp_out.pointer<void>(i),
+                              static_cast<int64_t>(numel[i]), static_cast<uint32_t>(stream[i])});
     if (counts_on_device)
       table->device_steps.push_back(step.pointer<float>(i));
     else
@@ -221,15 +261,18 @@ void bind_adam_table(py::module_& module) {
       .def_property_readonly("counts_on_device", &AdamTable::counts_on_device, "Whether step counts are in tensors.");
   module.def(
       "table_of_params", &table_of_params, py::arg("reader"), py::arg("params"), py::arg("states"), py::arg("amsgrad"),
-      py::arg("master_weights") = false, py::arg("first_state") = 0,
+      py::arg("master") = static_cast<int>(kNoMaster), py::arg("first_state") = 0, py::arg("stream") = 0,
       "A table of the params that have a grad, kept alive with what belongs to them, or None if any of it is out "
-      "of the ordinary. `first_state` is that of the group's last table: where to look for states first.");
+      "of the ordinary. `first_state` is that of the group's last table: where to look for states first. `master` "
+      "is a Master of csrc/adam/adam_tensor.h.");
   module.def(
       "table_of_addresses", &table_of_addresses, py::arg("params"), py::arg("grads"), py::arg("exp_avgs"),
       py::arg("exp_avg_sqs"), py::arg("max_exp_avg_sqs"), py::arg("numels"), py::arg("dtypes"), py::arg("steps"),
       py::arg("masters") = py::none(), py::arg("counts_on_device") = false,
-      "A table of columns of addresses, sizes, dtype codes (param + 3 * grad + 9 * state) and step counts, or their "
-      "addresses, all trusted. A master of 0 is none.");
+      py::arg("master") = static_cast<int>(kMasterFp32), py::arg("scales") = py::none(),
+      py::arg("lowp_outs") = py::none(), py::arg("streams") = py::none(),
+      "A table of columns of addresses, sizes, dtype codes (param + 3 * grad + 9 * state + 36 * lowp_out) and step "
+      "counts, or their addresses, all trusted. A master of 0 is none.");
 }
 
 }  // namespace adamops

@@ -21,12 +21,13 @@ constexpr int64_t kMostSteps = int64_t{1} << 53;
 // Tensors with what belongs to each, ready for the kernels.
 class AdamTable {
  public:
-  AdamTable(bool amsgrad, bool master_weights) : amsgrad(amsgrad), master_weights(master_weights) {}
+  AdamTable(bool amsgrad, Master master) : amsgrad(amsgrad), master(master) {}
   AdamTable(const AdamTable&) = delete;
   AdamTable& operator=(const AdamTable&) = delete;
 
-  bool amsgrad;         // of its own, since an empty tensor has a null address in every column
-  bool master_weights;  // whether 16-bit params must have masters
+  bool amsgrad;               // of its own, since an empty tensor has a null address in every column
+  Master master;              // what 16-bit params must have
+  bool has_lowp_out = false;  // whether params are also written elsewhere
   std::vector<AdamTensor> tensors;
   std::vector<AdamDtypes> dtypes;
   std::vector<int64_t> steps;        // the distinct step counts, this step included
@@ -46,7 +47,7 @@ class AdamTable {
   void count_steps() const;
 
   // Takes one param with its grad and its state. False if something about them is out of the ordinary.
-  bool add(const TensorReader& reader, PyObject* param, pybind11::object grad, PyObject* state);
+  bool add(const TensorReader& reader, PyObject* param, pybind11::object grad, PyObject* state, uint32_t stream);
 
   // Lets go of the tensors.
   void release() { objects_.clear(); }
@@ -57,25 +58,29 @@ class AdamTable {
 
   // What Python owns and this table borrows the memory of, kept alive; a member a column.
   struct Objects {
-    pybind11::object param, grad, state, step, exp_avg, exp_avg_sq, max_exp_avg_sq, master;
+    pybind11::object param, grad, state, step, exp_avg, exp_avg_sq, max_exp_avg_sq, scales, master;
   };
   std::vector<Objects> objects_;
 };
 
 // The table of a list of params, those without grad left out, and their states, {param: {"step", "exp_avg", ...}}. None
 // if any of it is out of the ordinary (a state is missing, a tensor is not plain or does not fit its param): then it is
-// for the caller to find out what is the matter. `first_state` is that of the group's last table, 0 if unknown.
+// for the caller to find out what is the matter. `first_state` is that of the group's last table, 0 if unknown; the
+// random bits of the params come from `stream` and the numbers after it.
 std::unique_ptr<AdamTable> table_of_params(const TensorReader& reader, const pybind11::list& params,
-                                           const pybind11::dict& states, bool amsgrad, bool master_weights,
-                                           Py_ssize_t first_state);
+                                           const pybind11::dict& states, bool amsgrad, int master,
+                                           Py_ssize_t first_state, uint32_t stream);
 
-// The table of columns, which are trusted. A dtype code is param + 3 * grad + 9 * state; steps are counts, this one
-// included, or addresses of counts, it not included; a master of 0 is none.
+// The table of columns, which are trusted. A dtype code is param + 3 * grad + 9 * state + 36 * lowp_out, where the
+// dtype 3 is that of codes; steps are counts, this one included, or addresses of counts, it not included; a master of 0
+// is none. Columns that are None are those that no tensor has.
 std::unique_ptr<AdamTable> table_of_addresses(const pybind11::list& params, const pybind11::list& grads,
                                               const pybind11::list& exp_avgs, const pybind11::list& exp_avg_sqs,
                                               const pybind11::object& max_exp_avg_sqs, const pybind11::list& numels,
                                               const pybind11::list& dtypes, const pybind11::list& steps,
-                                              const pybind11::object& masters, bool counts_on_device);
+                                              const pybind11::object& masters, bool counts_on_device, int master,
+                                              const pybind11::object& scales, const pybind11::object& lowp_outs,
+                                              const pybind11::object& streams);
 
 // Makes Python know TensorReader, AdamTable and the two functions above, as the module's own.
 void bind_adam_table(pybind11::module_& module);

@@ -3,6 +3,8 @@
 // nearest-even).
 #pragma once
 
+#include <cstdint>
+
 // Lets CUDA compile the rule for the device as well.
 #if defined(__CUDACC__)
 #define ADAMOPS_HOST_DEVICE __host__ __device__
@@ -25,6 +27,7 @@ struct AdamScalars {
   float eps;                 // e
   float decay;               // w = 1 - lr * weight_decay (AdamW, arXiv 1711.05101); 1 in L2 mode, which changes no bit
   float l2;                  // l = weight_decay (L2 mode only)
+  uint32_t step;             // t, for noise; counted by the op, not by the host
 };
 
 // The same scalars as the backend holds them (one per vector lane, or plain floats), made once per range of elements.

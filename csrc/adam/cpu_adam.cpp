@@ -4,7 +4,8 @@
 #include <pybind11/pybind11.h>
 #include <pybind11/stl.h>
 
-#include <array>
+#include <algorithm>
+#include <cmath>
 #include <cstring>
 #include <string>
 #include <vector>
@@ -13,6 +14,7 @@
 #include "../cpu_op.h"
 #include "adam_table.h"
 #include "cpu_adam_kernel.h"
+#include "scalar_rows.h"
 
 namespace py = pybind11;
 
@@ -32,42 +34,82 @@ std::vector<int64_t> sizes_of(const AdamTable& table) {
   return sizes;
 }
 
-using ScalarRow = std::array<float, sizeof(AdamScalars) / sizeof(float)>;
-
 // The kernel of each tensor of the table; `choose` gives null for dtypes that do not go together.
 template <class Range, class Choose>
 std::vector<Range> kernels(const AdamTable& table, const Choose& choose) {
   std::vector<Range> ranges;
   ranges.reserve(table.tensors.size());
-  for (const AdamDtypes& dtypes : table.dtypes) {
-    ranges.push_back(choose(dtypes));
+  for (size_t i = 0; i < table.tensors.size(); ++i) {
+    ranges.push_back(choose(table.dtypes[i], table.tensors[i]));
     if (!ranges.back()) throw py::value_error("no kernel for these dtypes of param, grad, state and master");
   }
   return ranges;
 }
 
-void adam_step(AdamTable& table, const std::vector<ScalarRow>& scalar_rows, bool l2, int threads) {
+void adam_step(AdamTable& table, const std::vector<ScalarRow>& scalar_rows, bool l2, int threads, bool zero_grads,
+               bool stochastic_rounding) {
   const AdamTarget& target = simd_targets.in_use();
-  const auto ranges =
-      kernels<AdamRange>(table, [&](const AdamDtypes& dtypes) { return target.adam_range(dtypes, l2, table.amsgrad); });
+  const AdamMode mode = {l2, table.amsgrad, zero_grads, stochastic_rounding};
+  const auto ranges = kernels<AdamRange>(table, [&](const AdamDtypes& dtypes, const AdamTensor& tensor) {
+    return target.adam_range(dtypes, mode, tensor.lowp_out != nullptr);
+  });
   if (table.counts_on_device()) throw py::value_error("the CPU op takes step counts as numbers");
-  if (scalar_rows.size() != table.steps.size())
-    throw py::value_error("scalars has " + std::to_string(scalar_rows.size()) + " rows, expected " +
-                          std::to_string(table.steps.size()) + ", one for each of the table's steps");
-  std::vector<AdamScalars> scalars(scalar_rows.size());
-  for (size_t i = 0; i < scalars.size(); ++i) std::memcpy(&scalars[i], scalar_rows[i].data(), sizeof(AdamScalars));
+  const std::vector<AdamScalars> scalars = scalars_of(scalar_rows, table.steps);
 
   table.count_steps();  // before the update, as the states are still in the caches
   static const int prefetch_bytes = prefetch_distance_bytes();
   for_each_piece(sizes_of(table), threads, [&](size_t i, int64_t begin, int64_t end) {
-    ranges[i](table.tensors[i], begin, end, scalars[table.step_rows[i]], prefetch_bytes);
+    ranges[i](table.tensors[i], {table.dtypes[i], mode, scalars[table.step_rows[i]], prefetch_bytes}, begin, end);
   });
   table.release();
 }
 
+// Elements of a tensor that are added up by themselves, wherever they are and whichever thread does it.
+constexpr int64_t kNormChunk = 32768;
+
+double grad_norm(const py::list& addresses, const py::list& numels, const py::list& dtypes, Norm norm, int threads) {
+  const size_t count = addresses.size();
+  const Column address(addresses, count, "addresses"), numel(numels, count, "numels"), dtype(dtypes, count, "dtypes");
+  struct Chunk {
+    const char* begin;
+    int64_t count;
+    Dtype dtype;
+  };
+  std::vector<Chunk> chunks;
+  for (size_t i = 0; i < count; ++i) {
+    if (dtype[i] >= kDtypeCount) throw py::value_error("unknown dtype code " + std::to_string(dtype[i]));
+    const auto size = static_cast<int64_t>(numel[i]);
+    const int64_t element_size = dtype[i] == kFloat32 ? 4 : 2;
+    for (int64_t begin = 0; begin < size; begin += kNormChunk)
+      chunks.push_back({address.pointer<const char>(i) + begin * element_size, std::min(kNormChunk, size - begin),
+                        static_cast<Dtype>(dtype[i])});
+  }
+
+  std::vector<int64_t> sizes;
+  sizes.reserve(chunks.size());
+  for (const Chunk& chunk : chunks) sizes.push_back(chunk.count);
+  std::vector<double> partial(chunks.size());
+  const NormRange norm_range = simd_targets.in_use().norm_range;
+  {
+    const py::gil_scoped_release release;
+    const int most_parts = static_cast<int>(std::clamp<int64_t>(
+        Partition(sizes, threads, kLeastElementsPerPart).parts(), 1, std::max<int64_t>(chunks.size(), 1)));
+    parallel_for(most_parts, [&](int part) {
+      const size_t parts = static_cast<size_t>(most_parts), own = static_cast<size_t>(part);
+      for (size_t i = chunks.size() * own / parts; i < chunks.size() * (own + 1) / parts; ++i)
+        partial[i] = norm_range(chunks[i].begin, chunks[i].dtype, norm, chunks[i].count);
+    });
+  }
+  double result = 0.0;
+  for (const double one : partial)
+    result = norm == kNormInf ? (one > result || one != one ? one : result) : result + one;
+  return result;
+}
+
 void touch(const AdamTable& table, int prefetch_bytes, int threads) {
   const AdamTarget& target = simd_targets.in_use();
-  const auto ranges = kernels<TouchRange>(table, target.touch_range);
+  const auto ranges = kernels<TouchRange>(
+      table, [&](const AdamDtypes& dtypes, const AdamTensor&) { return target.touch_range(dtypes); });
   for_each_piece(sizes_of(table), threads, [&](size_t i, int64_t begin, int64_t end) {
     ranges[i](table.tensors[i], begin, end, prefetch_bytes);
   });
@@ -96,8 +138,20 @@ PYBIND11_MODULE(cpu_adam, module) {
   simd_targets.bind(module);
   bind_adam_table(module);
   module.def("adam_step", &adam_step, py::arg("table"), py::arg("scalars"), py::arg("l2"), py::arg("threads"),
+             py::arg("zero_grads") = false, py::arg("stochastic_rounding") = false,
              "One step for the table's tensors, with a row of scalars for each of the table's steps. Counts it in the "
              "states that the table was made from, and lets go of the tensors.");
+  module.def(
+      "grad_norm",
+      [](const py::list& addresses, const py::list& numels, const py::list& dtypes, double norm_type, int threads) {
+        if (norm_type != 1.0 && norm_type != 2.0 && !(std::isinf(norm_type) && norm_type > 0))
+          throw py::value_error("norm_type must be 1, 2 or infinity");
+        const Norm norm = norm_type == 1.0 ? kNorm1 : norm_type == 2.0 ? kNorm2 : kNormInf;
+        const double result = grad_norm(addresses, numels, dtypes, norm, threads);
+        return norm == kNorm2 ? std::sqrt(result) : result;
+      },
+      py::arg("addresses"), py::arg("numels"), py::arg("dtypes"), py::arg("norm_type"), py::arg("threads"),
+      "The norm of all elements of grads, in double, the same bits for any number of threads; NaN if one of them is.");
   module.def("zero_fill", &zero_fill, py::arg("addresses"), py::arg("numels"), py::arg("element_size"),
              py::arg("threads"),
              "Zeroes tensors with the split of adam_step, so that each page lies near the thread that will use it.");

@@ -9,6 +9,10 @@
 
 namespace adamops {
 namespace ADAMOPS_TARGET {
+
+AdamRange choose_staged_range(AdamDtypes dtypes, AdamMode mode);             // cpu_adam_staged.cpp
+double norm_range(const void* grad, Dtype dtype, Norm norm, int64_t count);  // grad_norm_kernel.cpp
+
 namespace {
 
 // One block of kBlock elements. Param, Grad and State are the storage types; the last two columns may be NoColumn.
@@ -37,10 +41,10 @@ inline void update_block(const AdamConstants<Ops>& k, Param* param, const Grad* 
 }
 
 template <class Param, class Grad, class State, bool Master, bool L2, bool Amsgrad>
-void adam_range(const AdamTensor& tensor, int64_t begin, int64_t end, const AdamScalars& scalars, int prefetch_bytes) {
-  const AdamConstants<Ops> k(scalars);
+void adam_range(const AdamTensor& tensor, const AdamWork& work, int64_t begin, int64_t end) {
+  const AdamConstants<Ops> k(work.scalars);
   for_each_block(
-      end - begin, prefetch_bytes,
+      end - begin, work.prefetch_bytes,
       [&k](auto... columns) { update_block<Param, Grad, State, Master, L2, Amsgrad>(k, columns...); },
       at<Param>(tensor.param, begin), at<Grad>(tensor.grad, begin), at<State>(tensor.exp_avg, begin),
       at<State>(tensor.exp_avg_sq, begin), at_if<Amsgrad, State>(tensor.max_exp_avg_sq, begin),
@@ -78,12 +82,12 @@ void touch_range(const AdamTensor& tensor, int64_t begin, int64_t end, int prefe
 }
 
 template <class Param, class Grad, class State, bool Master>
-AdamRange choose_mode(bool l2, bool amsgrad) {
-  if (l2)
-    return amsgrad ? adam_range<Param, Grad, State, Master, true, true>
-                   : adam_range<Param, Grad, State, Master, true, false>;
-  return amsgrad ? adam_range<Param, Grad, State, Master, false, true>
-                 : adam_range<Param, Grad, State, Master, false, false>;
+AdamRange choose_mode(AdamMode mode) {
+  if (mode.l2)
+    return mode.amsgrad ? adam_range<Param, Grad, State, Master, true, true>
+                        : adam_range<Param, Grad, State, Master, true, false>;
+  return mode.amsgrad ? adam_range<Param, Grad, State, Master, false, true>
+                      : adam_range<Param, Grad, State, Master, false, false>;
 }
 
 // Calls `visit` with a value of each storage type, and returns what it returns; null where the combination does not
@@ -102,16 +106,23 @@ Result choose_types(AdamDtypes dtypes, Visit visit) {
   return dtypes.param == kBfloat16 ? choose_16(bf16{}) : choose_16(fp16{});
 }
 
-AdamRange choose_adam_range(AdamDtypes dtypes, bool l2, bool amsgrad) {
+// The kernels of one pass over registers, for what is most common; null for everything else.
+AdamRange choose_direct_range(AdamDtypes dtypes, AdamMode mode) {
   return choose_types<AdamRange>(dtypes, [&](auto p, auto g, auto s) -> AdamRange {
     using Param = decltype(p);
     using Grad = decltype(g);
     using State = decltype(s);
-    if (!dtypes.master) return choose_mode<Param, Grad, State, false>(l2, amsgrad);
+    if (dtypes.master == kNoMaster) return choose_mode<Param, Grad, State, false>(mode);
     if constexpr (!same_type<Param, float> && same_type<State, float>)
-      return choose_mode<Param, Grad, State, true>(l2, amsgrad);
+      if (dtypes.master == kMasterFp32) return choose_mode<Param, Grad, State, true>(mode);
     return nullptr;
   });
+}
+
+AdamRange choose_adam_range(AdamDtypes dtypes, AdamMode mode, bool lowp_out) {
+  const bool plain = !lowp_out && !mode.zero_grads && !mode.stochastic_rounding;
+  const AdamRange direct = plain ? choose_direct_range(dtypes, mode) : nullptr;
+  return direct ? direct : choose_staged_range(dtypes, mode);
 }
 
 TouchRange choose_touch_range(AdamDtypes dtypes) {
@@ -122,7 +133,8 @@ TouchRange choose_touch_range(AdamDtypes dtypes) {
 }  // namespace
 
 // Constant data, so that looking at a target runs none of its code.
-extern const AdamTarget target = {ADAMOPS_TARGET_NAME, Ops::kRequires, choose_adam_range, choose_touch_range};
+extern const AdamTarget target = {ADAMOPS_TARGET_NAME, Ops::kRequires, choose_adam_range, choose_touch_range,
+                                  norm_range};
 
 }  // namespace ADAMOPS_TARGET
 }  // namespace adamops

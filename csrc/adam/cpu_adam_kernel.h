@@ -9,20 +9,34 @@
 
 namespace adamops {
 
-// Updates the elements [begin, end) of a tensor, asking for memory `prefetch_bytes` ahead of its use.
-using AdamRange = void (*)(const AdamTensor&, int64_t begin, int64_t end, const AdamScalars&, int prefetch_bytes);
+// What a kernel needs to know of a tensor's step besides the tensor. Memory is asked for `prefetch_bytes` ahead of use.
+struct AdamWork {
+  AdamDtypes dtypes;
+  AdamMode mode;
+  AdamScalars scalars;
+  int prefetch_bytes;
+};
+
+// Updates the elements [begin, end) of a tensor; `begin` is a multiple of Partition::kGrain.
+using AdamRange = void (*)(const AdamTensor&, const AdamWork&, int64_t begin, int64_t end);
 
 // Reads and writes the same bytes as AdamRange with nothing to compute: the limit that the benchmark compares with.
 // Prefetches `prefetch_bytes` ahead, 0 for not at all. The values are destroyed.
 using TouchRange = void (*)(const AdamTensor&, int64_t begin, int64_t end, int prefetch_bytes);
 
+// The norm of `count` elements of a grad: the 1-norm, the square of the 2-norm, or the largest magnitude, each as a
+// double. Sums are taken in kNormLanes lanes, so that vectors of every width add in the same order.
+enum Norm : uint8_t { kNorm1, kNorm2, kNormInf };
+using NormRange = double (*)(const void* grad, Dtype dtype, Norm norm, int64_t count);
+
 struct AdamTarget {
   const char* name;
   uint32_t required_features;  // of simd/cpu_features.h
-  // Null for combinations that do not exist: grads have the dtype of the params or fp32, and so have the states;
-  // masters go with 16-bit params and fp32 states.
-  AdamRange (*adam_range)(AdamDtypes dtypes, bool l2, bool amsgrad);
+  // Null for combinations that do not exist: grads have the dtype of the params or fp32; masters go with 16-bit params,
+  // and those in fp32 with fp32 states; only grads that have the dtype of fp32 params can be fp32.
+  AdamRange (*adam_range)(AdamDtypes dtypes, AdamMode mode, bool lowp_out);
   TouchRange (*touch_range)(AdamDtypes dtypes);  // masters are left alone
+  NormRange norm_range;
 };
 
 }  // namespace adamops

@@ -5,17 +5,13 @@
 #include <pybind11/pybind11.h>
 #include <pybind11/stl.h>
 
-#include <array>
-#include <cstring>
-
 #include "adam_table.h"
+#include "scalar_rows.h"
 
 namespace py = pybind11;
 
 namespace adamops {
 namespace {
-
-using ScalarRow = std::array<float, sizeof(AdamScalars) / sizeof(float)>;
 
 template <class T>
 T* pointer(uintptr_t address) {
@@ -32,10 +28,10 @@ void adam_step(AdamTable& table, const std::vector<ScalarRow>& scalar_rows, bool
                     table.step_rows,
                     pointer<const AdamScalars>(device_scalars),
                     pointer<const float>(found_inf)};
-  if (!device_scalars && (table.counts_on_device() || scalar_rows.size() != table.steps.size()))
-    throw py::value_error("scalars has " + std::to_string(scalar_rows.size()) + " rows, expected " +
-                          std::to_string(table.steps.size()) + ", one for each of the table's steps");
-  for (const ScalarRow& row : scalar_rows) std::memcpy(&step.scalars.emplace_back(), row.data(), sizeof(AdamScalars));
+  if (!device_scalars) {
+    if (table.counts_on_device()) throw py::value_error("step counts on the device need scalars there");
+    step.scalars = scalars_of(scalar_rows, table.steps);
+  }
   {
     const py::gil_scoped_release release;
     cuda_adam_step(step, {device, pointer<void>(stream)});

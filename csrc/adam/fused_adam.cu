@@ -80,9 +80,8 @@ Kernel kernel_of_param(bool grad32, bool state32, bool master, bool l2, bool ams
 
 // What a kernel is compiled for, as one number.
 uint32_t kind_of(AdamDtypes dtypes, bool l2, bool amsgrad) {
-  return dtypes.param +
-         kDtypeCount *
-             (dtypes.grad + kDtypeCount * (dtypes.state + kDtypeCount * (dtypes.master + 2u * (l2 + 2u * amsgrad))));
+  const uint32_t mode = l2 + 2u * amsgrad, columns = dtypes.state + (kDtypeCount + 1) * (dtypes.master + 4u * mode);
+  return dtypes.param + kDtypeCount * (dtypes.grad + kDtypeCount * columns);
 }
 
 // Null if there is none.
@@ -92,8 +91,10 @@ Kernel kernel_of_kind(uint32_t kind) {
     kind /= base;
     return digit;
   };
-  const uint32_t param = next(kDtypeCount), grad = next(kDtypeCount), state = next(kDtypeCount);
-  const bool master = next(2), l2 = next(2), amsgrad = next(2);
+  const uint32_t param = next(kDtypeCount), grad = next(kDtypeCount), state = next(kDtypeCount + 1);
+  const uint32_t kind_of_master = next(4);
+  const bool master = kind_of_master == kMasterFp32, l2 = next(2), amsgrad = next(2);
+  if (state == kBlockCodes || kind_of_master > kMasterFp32) return nullptr;
   if ((grad != param && grad != kFloat32) || (state != param && state != kFloat32)) return nullptr;
   const bool grad32 = grad == kFloat32, state32 = state == kFloat32;
   if (param == kBfloat16) return kernel_of_param<bf16>(grad32, state32, master, l2, amsgrad);
@@ -101,7 +102,7 @@ Kernel kernel_of_kind(uint32_t kind) {
   return master ? nullptr : kernel_of_mode<float, float, float, false>(l2, amsgrad);
 }
 
-constexpr uint32_t kKinds = kDtypeCount * kDtypeCount * kDtypeCount * 8;
+constexpr uint32_t kKinds = kDtypeCount * kDtypeCount * (kDtypeCount + 1) * 4 * 4;
 
 }  // namespace
 

@@ -154,7 +154,7 @@ __device__ inline void update_elements(const AdamTensor& tensor, int64_t i, cons
   auto* const max_exp_avg_sq = static_cast<State*>(tensor.max_exp_avg_sq) + i;
   float p[Width], g[Width], m[Width], v[Width], max_v[Width] = {};
   if constexpr (Kind::kMaster)
-    load<Width>(tensor.master + i, p);
+    load<Width>(static_cast<const float*>(tensor.master) + i, p);
   else
     load<Width>(param, p);
   load<Width>(grad, g);
@@ -164,7 +164,7 @@ __device__ inline void update_elements(const AdamTensor& tensor, int64_t i, cons
 #pragma unroll
   for (int j = 0; j < Width; ++j) adam_update<Kind::kL2, Kind::kAmsgrad, CudaOps>(k, p[j], g[j], m[j], v[j], max_v[j]);
   store<Width>(param, p);
-  if constexpr (Kind::kMaster) store<Width>(tensor.master + i, p);
+  if constexpr (Kind::kMaster) store<Width>(static_cast<float*>(tensor.master) + i, p);
   store<Width>(exp_avg, m);
   store<Width>(exp_avg_sq, v);
   if constexpr (Kind::kAmsgrad) store<Width>(max_exp_avg_sq, max_v);

@@ -51,6 +51,16 @@ struct Avx2 {
     _mm256_storeu_si256(reinterpret_cast<__m256i*>(to), _mm256_blend_epi16(low, high, 0xAA));
   }
 
+  // Bytes as integers, and the low bytes of integers.
+  using ByteSource = __m256i;
+  static __m256i load_bytes(const int8_t* from) { return _mm256_cvtepi8_epi32(bytes(from)); }
+  static __m256i load_bytes(const uint8_t* from) { return _mm256_cvtepu8_epi32(bytes(from)); }
+  static void store_bytes(void* to, __m256i a) {
+    const __m256i low = _mm256_and_si256(a, _mm256_set1_epi32(0xFF));
+    const __m128i words = _mm_packus_epi32(_mm256_castsi256_si128(low), _mm256_extracti128_si256(low, 1));
+    _mm_storel_epi64(static_cast<__m128i*>(to), _mm_packus_epi16(words, words));
+  }
+
  private:
   // Carries into the upper half of each lane as rounding to nearest even demands; the upper half is then the bf16.
   static __m256i add_half_ulp(__m256i bits) {
@@ -66,6 +76,7 @@ struct Avx2 {
   }
 
   static __m256i pairs(const bf16* from) { return _mm256_loadu_si256(reinterpret_cast<const __m256i*>(from)); }
+  static __m128i bytes(const void* from) { return _mm_loadl_epi64(static_cast<const __m128i*>(from)); }
   static __m128i halves(const void* from) { return _mm_loadu_si128(static_cast<const __m128i*>(from)); }
   static void store_halves(void* to, __m128i a) { _mm_storeu_si128(static_cast<__m128i*>(to), a); }
 };

@@ -49,6 +49,12 @@ struct Avx512 {
     _mm512_storeu_si512(to, _mm512_mask_blend_epi16(0xAAAAAAAA, low, add_half_ulp(_mm512_castps_si512(odd))));
   }
 
+  // Bytes as integers, and the low bytes of integers.
+  using ByteSource = __m512i;
+  static __m512i load_bytes(const int8_t* from) { return _mm512_cvtepi8_epi32(bytes(from)); }
+  static __m512i load_bytes(const uint8_t* from) { return _mm512_cvtepu8_epi32(bytes(from)); }
+  static void store_bytes(void* to, __m512i a) { _mm_storeu_si128(static_cast<__m128i*>(to), _mm512_cvtepi32_epi8(a)); }
+
  private:
   // Carries into the upper half of each lane as rounding to nearest even demands; the upper half is then the bf16. (Not
   // VCVTNEPS2BF16, which flushes subnormals.) To be added is 0x7FFF plus the last kept bit; its negative, ~(0x7FFE |
@@ -66,6 +72,7 @@ struct Avx512 {
     return _mm512_mask_mov_epi32(add_half_ulp(bits), _mm512_cmp_ps_mask(a, a, _CMP_UNORD_Q), bits);
   }
 
+  static __m128i bytes(const void* from) { return _mm_loadu_si128(static_cast<const __m128i*>(from)); }
   static __m256i halves(const void* from) { return _mm256_loadu_si256(static_cast<const __m256i*>(from)); }
   static void store_halves(void* to, __m256i a) { _mm256_storeu_si256(static_cast<__m256i*>(to), a); }
 };

@@ -112,7 +112,9 @@ struct NoPadded {
 
 template <class T>
 Padded<T> padding_of(T*);
-NoPadded padding_of(NoColumn);
+inline NoPadded padding_of(NoColumn column) {
+  return {column, 0};
+}
 
 template <class Update, class... Columns>
 inline void update_tail(const Update& update, int64_t count, Columns... columns) {

@@ -4,6 +4,8 @@
 
 #include <arm_neon.h>
 
+#include <cstring>
+
 #include "cpu_features.h"
 #include "half.h"
 
@@ -46,7 +48,26 @@ struct Neon {
     vst1q_u16(&to->bits, vreinterpretq_u16_u32(vsriq_n_u32(high, low, 16)));  // high's upper halves, low's below
   }
 
+  // Bytes as integers, and the low bytes of integers.
+  using ByteSource = int32x4_t;
+  static int32x4_t load_bytes(const int8_t* from) {
+    return vmovl_s16(vget_low_s16(vmovl_s8(vreinterpret_s8_u32(four_bytes(from)))));
+  }
+  static int32x4_t load_bytes(const uint8_t* from) {
+    return vreinterpretq_s32_u32(vmovl_u16(vget_low_u16(vmovl_u8(vreinterpret_u8_u32(four_bytes(from))))));
+  }
+  static void store_bytes(void* to, int32x4_t a) {
+    const int16x4_t words = vmovn_s32(a);
+    const uint32_t four = vget_lane_u32(vreinterpret_u32_s8(vmovn_s16(vcombine_s16(words, words))), 0);
+    std::memcpy(to, &four, sizeof four);
+  }
+
  private:
+  static uint32x2_t four_bytes(const void* from) {
+    uint32_t four;
+    std::memcpy(&four, from, sizeof four);
+    return vdup_n_u32(four);
+  }
   static uint32x4_t is_nan(Number a) { return vmvnq_u32(vceqq_f32(a, a)); }
 
   // Carries into the upper half of each lane as rounding to nearest even demands; the upper half is then the bf16.

@@ -57,6 +57,12 @@ struct Scalar {
     store(to + 1, odd);
   }
 
+  // Bytes as integers, and the low bytes of integers.
+  using ByteSource = int32_t;
+  static int32_t load_bytes(const int8_t* from) { return *from; }
+  static int32_t load_bytes(const uint8_t* from) { return *from; }
+  static void store_bytes(void* to, int32_t a) { *static_cast<uint8_t*>(to) = static_cast<uint8_t>(a); }
+
  private:
   static uint32_t to_bits(float a) {
     uint32_t bits;

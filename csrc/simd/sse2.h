@@ -4,6 +4,8 @@
 
 #include <emmintrin.h>
 
+#include <cstring>
+
 #include "cpu_features.h"
 #include "half.h"
 
@@ -83,6 +85,16 @@ struct Sse2 {
     _mm_storeu_si128(reinterpret_cast<__m128i*>(to), _mm_or_si128(low, high));
   }
 
+  // Bytes as integers, and the low bytes of integers.
+  using ByteSource = __m128i;
+  static __m128i load_bytes(const int8_t* from) { return _mm_srai_epi32(upper_bytes(from), 24); }
+  static __m128i load_bytes(const uint8_t* from) { return _mm_srli_epi32(upper_bytes(from), 24); }
+  static void store_bytes(void* to, __m128i a) {
+    const __m128i low = _mm_and_si128(a, _mm_set1_epi32(0xFF)), words = _mm_packs_epi32(low, low);
+    const int four = _mm_cvtsi128_si32(_mm_packus_epi16(words, words));
+    std::memcpy(to, &four, sizeof four);
+  }
+
  private:
   // The bf16 nearest to a, ties to even, in the upper halves; anything in the lower ones. Adding 0x7FFF plus the last
   // kept bit carries into the upper half as rounding demands. Nothing is added to NaN: the carry could turn it into an
@@ -116,6 +128,13 @@ struct Sse2 {
   static __m128 upper(__m128 a) { return _mm_movehl_ps(a, a); }
   static __m128i select(__m128i mask, __m128i yes, __m128i no) {
     return _mm_or_si128(_mm_and_si128(mask, yes), _mm_andnot_si128(mask, no));
+  }
+  // Four bytes in the upper ends of the lanes.
+  static __m128i upper_bytes(const void* from) {
+    int four;
+    std::memcpy(&four, from, sizeof four);
+    const __m128i zero = _mm_setzero_si128();
+    return _mm_unpacklo_epi16(zero, _mm_unpacklo_epi8(zero, _mm_cvtsi32_si128(four)));
   }
   static __m128i halves(const void* from) { return _mm_loadl_epi64(static_cast<const __m128i*>(from)); }
   // Keeps the low 16 bits of each lane. PACKSSDW saturates, so the upper halves are made copies of the sign first.

@@ -13,11 +13,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from .block_codes import BLOCK, CODES
 from .hyper import AdamHyper
+from .precision import AVERAGES, DTYPES, MASTER, REMAINDER, SCALES, STATE_TENSORS, scales_shape
 
-DTYPES = (torch.float32, torch.bfloat16, torch.float16)
-MASTER = "master_param"
-STATE_TENSORS = ("exp_avg", "exp_avg_sq", "max_exp_avg_sq", MASTER)
 MOST_STEPS = 2**53  # kMostSteps in csrc/adam/adam_table.h
 
 
@@ -34,11 +33,11 @@ class AdamBatch:
     params: list[Tensor]
     grads: list[Tensor]
     states: list[dict[str, Any]]
+    indices: list[int] = dataclasses.field(default_factory=list)  # of the params in their group
 
-    def state_keys(self, param: Tensor) -> tuple[str, ...]:
-        """The names of the tensors that the state of a param must have."""
-        keys = ("exp_avg", "exp_avg_sq", "max_exp_avg_sq") if self.hyper.amsgrad else ("exp_avg", "exp_avg_sq")
-        return (*keys, MASTER) if self.hyper.master_weights and param.dtype != torch.float32 else keys
+    def state_dtypes(self, param: Tensor) -> dict[str, torch.dtype]:
+        """The names of the tensors that the state of a param must have, with the dtypes of new ones."""
+        return self.hyper.precision.state_dtypes(param, self.hyper.amsgrad)
 
     @property
     def steps(self) -> list[int]:
@@ -51,12 +50,18 @@ class AdamBatch:
 
     @property
     def masters(self) -> list[Tensor | None]:
-        """The fp32 copies that 16-bit params have with master weights; None for those without."""
-        pairs = zip(self.params, self.states, strict=True)
-        return [state[MASTER] if MASTER in self.state_keys(param) else None for param, state in pairs]
+        """What 16-bit params have beside them; None for those that have nothing."""
+        kinds = [self.hyper.precision.master_of(param) for param in self.params]
+        return [state[kind.key] if kind else None for kind, state in zip(kinds, self.states, strict=True)]
 
-    def append(self, name: str, param: Tensor, grad: Tensor, state: dict[str, Any]) -> None:
+    @property
+    def scales(self) -> list[Tensor | None]:
+        """The scales of states in codes; None for other states."""
+        return [state.get(SCALES) if is_coded(state) else None for state in self.states]
+
+    def append(self, index: int, name: str, param: Tensor, grad: Tensor, state: dict[str, Any]) -> None:
         """Adds a param with what belongs to it."""
+        self.indices.append(index)
         self.names.append(name)
         self.params.append(param)
         self.grads.append(grad)
@@ -179,8 +184,14 @@ def check_states(batch: AdamBatch) -> None:
     for name, param, state in zip(batch.names, batch.params, batch.states, strict=True):
         check_state(state, param, name)
         _check_step(state["step"], name)
-        for key in batch.state_keys(param):
+        for key in batch.state_dtypes(param):
             value = state[key]
+            if key == SCALES:
+                if value.shape != scales_shape(param, batch.hyper.amsgrad) or not value.is_contiguous():
+                    raise ValueError(
+                        f"{name} has {SCALES!r} of shape {tuple(value.shape)} and strides {value.stride()}"
+                    )
+                continue
             if not is_dense(value) or not same_layout(value, param):
                 raise ValueError(
                     f"{name} has strides {param.stride()}, its state {key!r} has {value.stride()}; "
@@ -201,9 +212,10 @@ def _check_step(step: Any, name: str) -> None:
         raise ValueError(f"{name} has the step count {int(step)}; expected 0 or more, and less than {MOST_STEPS}")
 
 
-def check_state(state: Mapping[str, Any], param: Tensor, name: str) -> None:
-    """Raises if a tensor of the state (exp_avg, exp_avg_sq, max_exp_avg_sq, master_param) does not fit its param."""
+def check_state(state: Mapping[str, Any], param: Tensor, name: str, elsewhere: bool = False) -> None:
+    """Raises if a tensor of the state (exp_avg, ..., master_param) does not fit its param; it may be `elsewhere`."""
     described = _described(param, name)
+    coded = is_coded(state)
     dtypes = set()
     for key in STATE_TENSORS:
         if key not in state:
@@ -211,16 +223,34 @@ def check_state(state: Mapping[str, Any], param: Tensor, name: str) -> None:
         value = state[key]
         if not isinstance(value, Tensor) or value.layout != torch.strided:
             raise TypeError(f"{described} has a {type(value).__name__} as state {key!r}; expected a dense tensor")
-        if value.shape != param.shape:
+        if key != SCALES and value.shape != param.shape:
             raise ValueError(
                 f"{described} has state {key!r} of shape {tuple(value.shape)}; it belongs to another model or shard"
             )
-        if key == MASTER and value.dtype != torch.float32:
-            raise TypeError(f"{described} has state {key!r} of {value.dtype}; use torch.float32")
-        if value.dtype not in (param.dtype, torch.float32):
-            raise TypeError(f"{described} has state {key!r} of {value.dtype}; use {_param_dtype_or_fp32(param)}")
-        if value.device != param.device:
+        allowed = _allowed_dtypes(key, coded)
+        if value.dtype not in allowed:
+            raise TypeError(f"{described} has state {key!r} of {value.dtype}; use {' or '.join(map(str, allowed))}")
+        if value.device != param.device and not elsewhere:
             raise ValueError(f"{described} has state {key!r} on {value.device}")
-        dtypes.add(value.dtype)
+        if key in AVERAGES and not coded:
+            dtypes.add(value.dtype)
+    if coded and (SCALES not in state or len(state[SCALES]) != -(-param.numel() // BLOCK)):
+        raise ValueError(f"{described} has 8-bit states without the {SCALES!r} that belong to them")
     if len(dtypes) > 1:
         raise TypeError(f"{described} has states of different dtypes: {', '.join(sorted(map(str, dtypes)))}")
+
+
+def is_coded(state: Mapping[str, Any]) -> bool:
+    """Whether the states of a param are 8-bit codes."""
+    exp_avg = state.get("exp_avg")
+    return isinstance(exp_avg, Tensor) and exp_avg.dtype == torch.int8
+
+
+def _allowed_dtypes(key: str, coded: bool) -> tuple[torch.dtype, ...]:
+    if key == MASTER:
+        return (torch.float32,)
+    if key == REMAINDER:
+        return (torch.int8, torch.int16)
+    if key == SCALES:
+        return (torch.bfloat16,)
+    return (CODES[key].dtype,) if coded else DTYPES

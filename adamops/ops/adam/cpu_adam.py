@@ -45,6 +45,17 @@ class DeepSpeedCPUAdam(AdamOptimizer):
         Whether states are float32 for params of every dtype; otherwise they have the param's dtype.
     maximize
         Whether to ascend.
+    state_dtype
+        torch.float32, torch.bfloat16, torch.float16, or ``"8bit"``: codes of 8 bits with a scale for each 256 elements
+        (adamops.ops.adam.block_codes), where a param has 4096 elements or more. By default as `fp32_optimizer_states`
+        says.
+    master_weight_bits
+        24 or 32: params of 16 bits have 8 or 16 bits more in their state, ``"param_remainder"``, and are updated as
+        numbers of so many bits. With 32, bfloat16 params are the float32 params of the same training, rounded.
+    stochastic_rounding
+        Whether 16-bit params, or their masters of 24 bits, are rounded at random to one of the two nearest numbers, so
+        that updates too small for them count on average. The random bits depend on the seed (drawn from torch's
+        generator, and kept in the param groups), the step and the place in the param, not on threads.
 
     Raises
     ------
@@ -67,6 +78,9 @@ class DeepSpeedCPUAdam(AdamOptimizer):
         fp32_optimizer_states: bool = True,
         *,
         maximize: bool = False,
+        state_dtype: torch.dtype | str | None = None,
+        master_weight_bits: int | None = None,
+        stochastic_rounding: bool = False,
     ) -> None:
         super().__init__(
             model_params,
@@ -79,6 +93,9 @@ class DeepSpeedCPUAdam(AdamOptimizer):
             maximize=maximize,
             adam_w_mode=adamw_mode,
             fp32_optimizer_states=fp32_optimizer_states,
+            state_dtype=state_dtype,
+            master_weight_bits=master_weight_bits,
+            stochastic_rounding=stochastic_rounding,
         )
 
     @torch.no_grad()

@@ -15,6 +15,7 @@ from torch import Tensor
 
 from .batch import AdamBatch
 from .hyper import AdamHyper
+from .precision import Master
 from .table_backend import TableBackend, addresses
 
 
@@ -25,6 +26,31 @@ class CudaBackend(TableBackend):
 
     def skips(self, hyper: AdamHyper) -> bool:
         return False  # the kernels look at found_inf themselves
+
+    def grad_norm(self, grads: Sequence[Tensor], norm_type: float) -> None:
+        """None: torch computes it on the device, and nothing waits for it."""
+
+    def prepare_group(self, where: str, hyper: AdamHyper, params: list[Tensor], states: dict[Any, Any]) -> Any:
+        self._check_supported(hyper)
+        return super().prepare_group(where, hyper, params, states)
+
+    def prepare(self, batch: AdamBatch) -> Callable[[], None]:
+        self._check_supported(batch.hyper)
+        return super().prepare(batch)
+
+    def _check_supported(self, hyper: AdamHyper) -> None:
+        """Raises NotImplementedError for what the kernels do not have yet."""
+        precision = hyper.precision
+        missing = {
+            "state_dtype": precision.state_dtype not in (None, torch.float32),
+            "master_weight_bits": precision.master not in (Master.NONE, Master.FP32),
+            "stochastic_rounding": precision.stochastic_rounding,
+            "zero_grads": hyper.zero_grads,
+            "clip_grad_norm_()": hyper.grad_factor != 1.0,
+        }
+        for name, is_used in missing.items():
+            if is_used:
+                raise NotImplementedError(f"{name} works for params in host memory only, not on {self.device} yet")
 
     def new_step_count(self, hyper: AdamHyper, count: int = 0) -> int | Tensor:
         return self._device_count(count) if self._needs_device_counts(hyper) else count

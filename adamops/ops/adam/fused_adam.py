@@ -51,6 +51,8 @@ class FusedAdam(AdamOptimizer):
     master_weights
         Whether bfloat16 and float16 params have a float32 master (``state["master_param"]``) that is updated, and of
         which they are rounded copies; a param that is changed otherwise than by step() is overwritten by the next.
+    state_dtype, master_weight_bits, stochastic_rounding
+        As in DeepSpeedCPUAdam, for params in host memory; on CUDA devices the step raises NotImplementedError.
 
     Under torch.amp.GradScaler, step counts of params on CUDA devices are kept there too, as the device alone knows
     whether a step is skipped.
@@ -76,6 +78,9 @@ class FusedAdam(AdamOptimizer):
         maximize: bool = False,
         capturable: bool = False,
         master_weights: bool = False,
+        state_dtype: torch.dtype | str | None = None,
+        master_weight_bits: int | None = None,
+        stochastic_rounding: bool = False,
     ) -> None:
         self.set_grad_none = set_grad_none
         super().__init__(
@@ -90,6 +95,9 @@ class FusedAdam(AdamOptimizer):
             adam_w_mode=adam_w_mode,
             capturable=capturable,
             master_weights=master_weights,
+            state_dtype=state_dtype,
+            master_weight_bits=master_weight_bits,
+            stochastic_rounding=stochastic_rounding,
         )
 
     def zero_grad(self, set_to_none: bool | None = None) -> None:
@@ -103,6 +111,8 @@ class FusedAdam(AdamOptimizer):
         output_params: None = None,
         scale: None = None,
         grad_norms: None = None,
+        *,
+        zero_grads: bool = False,
     ) -> Any:
         """Updates all params that have a grad, as DeepSpeedCPUAdam.step().
 
@@ -112,14 +122,14 @@ class FusedAdam(AdamOptimizer):
         Raises
         ------
         RuntimeError
-            For an argument besides `closure`.
+            For one of those arguments.
         """
         if any(argument is not None for argument in (grads, output_params, scale, grad_norms)):
             raise RuntimeError(
                 "FusedAdam.step() takes a closure only; put the grads into param.grad, scale the loss with "
                 "torch.amp.GradScaler, and copy the params after the step"
             )
-        return super().step(closure)
+        return super().step(closure, zero_grads=zero_grads)
 
     def _backend_of(self, param: Tensor, name: str) -> Backend:
         device = param.device

@@ -9,6 +9,8 @@ import dataclasses
 import math
 from typing import Any, SupportsFloat
 
+from .precision import Precision
+
 
 @dataclasses.dataclass(frozen=True)
 class AdamHyper:
@@ -26,10 +28,13 @@ class AdamHyper:
     adamw_mode: bool
     amsgrad: bool
     maximize: bool
-    master_weights: bool = False  # whether 16-bit params have fp32 masters in their states
+    precision: Precision = Precision()  # noqa: RUF009 - it is frozen
     capturable: bool = False  # whether a step on a GPU must be fit for CUDA graphs
     loss_scale: SupportsFloat = 1.0  # what the loss, and so the grads, have been multiplied by
     found_inf: SupportsFloat | None = None  # not 0: the grads hold infs or NaNs, and there is to be no step
+    grad_factor: float = 1.0  # what grads are to be multiplied by besides, as their norm was too large
+    zero_grads: bool = False  # whether the step also sets grads to zero
+    stream: int = 0  # where the random bits of the group's params begin
 
     @classmethod
     def of_group(cls, group: dict[str, Any], **others: Any) -> AdamHyper:
@@ -65,6 +70,7 @@ class AdamHyper:
         """
         lr, scale = float(self.lr), float(self.loss_scale)
         inverse_scale = 1.0 / scale if scale else math.copysign(math.inf, scale)  # as IEEE has it, and so GPUs
+        inverse_scale *= self.grad_factor
         bias1 = 1.0 - integer_power(self.beta1, step) if self.bias_correction else 1.0
         bias2 = 1.0 - integer_power(self.beta2, step) if self.bias_correction else 1.0
         return (

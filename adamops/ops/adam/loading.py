@@ -12,7 +12,10 @@ import torch
 from torch import Tensor
 from torch.optim import Optimizer
 
-from .batch import MASTER, STATE_TENSORS, check_state, like_param
+from . import remainders
+from .batch import check_state, is_coded, is_dense, like_param, same_layout
+from .coded_states import coded_states, float_states
+from .precision import AVERAGES, MASTER, REMAINDER, SCALES, STATE_TENSORS, Precision
 
 
 class _Shielded:
@@ -33,9 +36,7 @@ def shield_states(optimizer: Optimizer, state_dict: dict[str, Any]) -> dict[str,
     return {**state_dict, "state": shielded}
 
 
-def adopted_states(
-    states: dict[Any, Any], groups: list[dict[str, Any]], fp32: bool, masters: bool
-) -> defaultdict[Any, Any]:
+def adopted_states(states: dict[Any, Any], groups: list[dict[str, Any]], precision: Precision) -> defaultdict[Any, Any]:
     """Loaded states, checked, as this optimizer keeps them: steps as ints, tensors in dtype and layout as new ones.
 
     Master weights that the optimizer does not have are left out: they would not follow their params.
@@ -57,25 +58,43 @@ def adopted_states(
         if "step" in state:
             state["step"] = int(state["step"])
         if isinstance(key, Tensor):
-            if not masters or key.dtype == torch.float32:
-                state.pop(MASTER, None)
-            state.update(_converted_tensors(state, key, names.get(key, "a param"), fp32))
+            master = precision.master_of(key)
+            for name in (MASTER, REMAINDER):
+                if not master or name != master.key:
+                    state.pop(name, None)
+            converted = _converted_tensors(state, key, names.get(key, "a param"), precision)
+            state.pop(SCALES, None)
+            state.update(converted)
         adopted[key] = state
     return adopted
 
 
-def _converted_tensors(state: dict[str, Any], param: Tensor, name: str, fp32: bool) -> dict[str, Tensor]:
+def _converted_tensors(state: dict[str, Any], param: Tensor, name: str, precision: Precision) -> dict[str, Tensor]:
     missing = [key for key in ("step", "exp_avg", "exp_avg_sq") if key not in state]
     if state and missing:
         raise ValueError(
             f"{name} has no {', '.join(map(repr, missing))} in its state but {', '.join(map(repr, state))}; "
             "this is not the state of an Adam optimizer"
         )
-    dtype = torch.float32 if fp32 else param.dtype
-    converted = {
-        key: state[key].to(device=param.device, dtype=torch.float32 if key == MASTER else dtype)
-        for key in STATE_TENSORS
-        if isinstance(state.get(key), Tensor)
-    }
-    check_state({**state, **converted}, param, name)
-    return {key: like_param(value, param) for key, value in converted.items()}
+    check_state(state, param, name, elsewhere=True)
+    tensors = {key: value.to(param.device) for key, value in state.items() if key in STATE_TENSORS}
+    converted = _averages(tensors, param, precision)
+    if MASTER in tensors:
+        converted[MASTER] = like_param(tensors[MASTER], param)
+    if REMAINDER in tensors:
+        converted[REMAINDER] = like_param(remainders.converted(tensors[REMAINDER], precision.master.dtype), param)
+    return converted
+
+
+def _averages(tensors: dict[str, Tensor], param: Tensor, precision: Precision) -> dict[str, Tensor]:
+    """The averages of the grads as the optimizer keeps them, from codes or floats."""
+    averages = {key: tensors[key] for key in AVERAGES if key in tensors}
+    wants_codes, has_codes = precision.codes_states(param), is_coded(tensors)
+    if has_codes:
+        fits = all(is_dense(value) and same_layout(value, param) for value in averages.values())
+        if wants_codes and fits:
+            return {**averages, SCALES: tensors[SCALES].contiguous()}
+        averages = float_states(tensors)
+    dtype = torch.float32 if wants_codes else precision.float_state_dtype(param)
+    averages = {key: like_param(value.to(dtype), param) for key, value in averages.items()}
+    return coded_states(averages) if wants_codes and averages else averages

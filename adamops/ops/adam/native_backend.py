@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from typing import Any
 
 import torch
 from torch import Tensor
 
+from .batch import is_dense
 from .hyper import AdamHyper
+from .precision import DTYPES
 from .table_backend import PLAIN_TYPES, TableBackend, addresses
 
 
@@ -58,4 +61,18 @@ class NativeBackend(TableBackend):
 
     def _step(self, table: Any, hyper: AdamHyper) -> None:
         scalars = [hyper.scalars(step) for step in table.steps]
-        self.module.adam_step(table, scalars, hyper.l2, torch.get_num_threads())
+        self.module.adam_step(
+            table,
+            scalars,
+            hyper.l2,
+            torch.get_num_threads(),
+            zero_grads=hyper.zero_grads,
+            stochastic_rounding=hyper.precision.stochastic_rounding,
+        )
+
+    def grad_norm(self, grads: Sequence[Tensor], norm_type: float) -> float | None:
+        if norm_type not in (1.0, 2.0, math.inf) or any(grad.dtype not in DTYPES for grad in grads):
+            return None
+        dense = [grad if is_dense(grad) else grad.contiguous() for grad in grads]
+        numels, dtypes = [grad.numel() for grad in dense], [DTYPES.index(grad.dtype) for grad in dense]
+        return self.module.grad_norm(addresses(dense), numels, dtypes, norm_type, torch.get_num_threads())

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import hashlib
 import inspect
+import math
 import sys
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -13,19 +15,22 @@ from torch import Tensor
 from torch.optim import Optimizer
 
 from ... import op_builder
+from . import remainders
 from .backend import Backend
 from .batch import (
-    MASTER,
-    STATE_TENSORS,
     AdamBatch,
     check_in_host_memory,
     check_no_overlap,
     check_param,
     check_params_and_grads,
+    is_coded,
+    like_param,
 )
+from .coded_states import float_states
 from .hyper import AdamHyper
 from .loading import adopted_states, shield_states
 from .native_backend import NativeBackend
+from .precision import AVERAGES, MASTER, REMAINDER, SCALES, STATE_TENSORS, Master, Precision, scales_shape
 from .torch_adam import TorchBackend
 
 _HOST = torch.device("cpu")
@@ -64,6 +69,7 @@ class AdamOptimizer(Optimizer):
     Under torch.amp.GradScaler the grads are unscaled inside the step, which reads them and does not write them.
     """
 
+    _grad_factor = 1.0  # what clip_grad_norm_() has the next step multiply the grads by
     _step_supports_amp_scaling = True  # what GradScaler asks: it then leaves unscaling and skipping to step()
 
     def __init__(
@@ -73,11 +79,19 @@ class AdamOptimizer(Optimizer):
         adam_w_mode: bool,
         fp32_optimizer_states: bool = True,
         master_weights: bool = False,
+        state_dtype: torch.dtype | str | None = None,
+        master_weight_bits: int | None = None,
+        stochastic_rounding: bool = False,
         **defaults: Any,
     ) -> None:
         self.adam_w_mode = adam_w_mode
         self.fp32_optimizer_states = fp32_optimizer_states
         self.master_weights = master_weights
+        self._precision = _precision_of(
+            fp32_optimizer_states, master_weights, state_dtype, master_weight_bits, stochastic_rounding
+        )
+        if stochastic_rounding:
+            defaults["stochastic_rounding_seed"] = int(torch.randint(2**62, ()))  # in the state dict, as a setting
         _check_hyper(defaults, "")
         super().__init__(params, defaults)
         self._backends: dict[torch.device, Backend] = {_HOST: _load_host_backend()}
@@ -101,10 +115,60 @@ class AdamOptimizer(Optimizer):
 
     def zero_grad(self, set_to_none: bool = True) -> None:
         """Sets the grads to None, or to zero, as torch.optim.Optimizer does."""
+        self._grad_factor = 1.0
         _unguarded(Optimizer.zero_grad)(self, set_to_none)
 
     @torch.no_grad()
-    def step(self, closure: Callable[[], Any] | None = None) -> Any:
+    def clip_grad_norm_(self, max_norm: float, norm_type: float = 2.0, error_if_nonfinite: bool = False) -> Tensor:
+        """Clips the grads of all params to a norm, as torch.nn.utils.clip_grad_norm_ does, without writing them.
+
+        They are read once for their norm, which is the same bits for any number of threads; the next step() multiplies
+        them by ``min(1, max_norm / (norm + 1e-6))`` where it reads them anyway. zero_grad() forgets the factor. If
+        ``self.grad_scale`` is set (what the loss was multiplied by), the norm is that of the unscaled grads. With grads
+        on a GPU torch's function does it, which writes them.
+
+        Parameters
+        ----------
+        max_norm
+            The most that the norm is to be.
+        norm_type
+            Which norm; may be infinity.
+        error_if_nonfinite
+            Whether to raise if the norm is infinite or NaN. Otherwise the params become NaN in the next step, as with
+            torch.
+
+        Returns
+        -------
+        The norm before clipping, a 0-dim float32 tensor.
+
+        Raises
+        ------
+        RuntimeError
+            If the norm is not finite and `error_if_nonfinite`; nothing is clipped then.
+        """
+        max_norm, norm_type = float(max_norm), float(norm_type)
+        params = [param for group in self.param_groups for param in group["params"] if param.grad is not None]
+        grads = [param.grad for param in params]
+        if any(grad.device.type != "cpu" or self._backends[_HOST].name == "fused_adam" for grad in grads):
+            return torch.nn.utils.clip_grad_norm_(params, max_norm, norm_type, error_if_nonfinite)
+        norm = None
+        if all(grad.layout == torch.strided for grad in grads):
+            norm = self._backends[_HOST].grad_norm(grads, norm_type)
+        if norm is None:
+            norm = float(torch.linalg.vector_norm(torch.stack([g.float().norm(norm_type) for g in grads]), norm_type))
+        scale = getattr(self, "grad_scale", None)
+        norm *= self._grad_factor / (1.0 if scale is None else abs(float(scale)))
+        if error_if_nonfinite and not math.isfinite(norm):
+            raise RuntimeError(
+                f"The total norm of order {norm_type} of the grads is {norm}, so they cannot be clipped; "
+                "to go on regardless, set error_if_nonfinite=False"
+            )
+        factor = max_norm / (norm + 1e-6)
+        self._grad_factor *= 1.0 if factor > 1.0 else factor  # NaN stays
+        return torch.tensor(norm, dtype=torch.float32)
+
+    @torch.no_grad()
+    def step(self, closure: Callable[[], Any] | None = None, *, zero_grads: bool = False) -> Any:
         """Updates all params that have a grad.
 
         Everything is checked before anything is written: if this raises, no param and no state has changed.
@@ -113,6 +177,8 @@ class AdamOptimizer(Optimizer):
         ----------
         closure
             Re-evaluates the model and returns the loss.
+        zero_grads
+            Whether to set the grads to zero as well, where they are read anyway.
 
         Returns
         -------
@@ -126,42 +192,49 @@ class AdamOptimizer(Optimizer):
         """
         loss = evaluate(closure)
         groups = [(f"param group {i}", group) for i, group in enumerate(self.param_groups)]
-        prepared = [self._prepare(group, where) for where, group in groups]
+        prepared = [self._prepare(group, where, zero_grads) for where, group in groups]
         if any(states_are_new for _, states_are_new in prepared):
-            check_no_overlap({name: param for where, group in groups for name, param, _ in with_grads(group, where)})
+            check_no_overlap({name: param for where, group in groups for _, name, param, _ in with_grads(group, where)})
         for update, _ in prepared:
             update()
+        self._grad_factor = 1.0
         return loss
 
-    def _prepare(self, group: dict[str, Any], where: str) -> tuple[Callable[[], None], bool]:
+    def _prepare(self, group: dict[str, Any], where: str, zero_grads: bool) -> tuple[Callable[[], None], bool]:
         """What updates the group when called, and whether any of its states is new and not yet in self.state."""
-        hyper = self._hyper(group, where)
+        hyper = self._hyper(group, where, zero_grads)
         params = group["params"]
         backend = self._backends.get(params[0].device) if params else None
         update = backend.prepare_group(where, hyper, params, self.state) if backend else None
-        if backend and update:
-            return (_nothing if backend.skips(hyper) else update), False
+        if backend and update and not backend.skips(hyper):
+            return update, False
 
-        prepared = [self._prepare_batch(*batch) for batch in self._batches(group, where, hyper)]
+        batches = self._batches(group, where, hyper)
+        prepared = [self._prepare_batch(*batch) for batch in batches]
+        read = {id(grad) for _, batch in batches for grad in batch.grads}  # others were copied first, or are skipped
+        unread = [grad for _, _, _, grad in with_grads(group, where) if id(grad) not in read]
 
         def update_all() -> None:
             for update, _ in prepared:
                 update()
+            if zero_grads:
+                for grad in unread:
+                    grad.zero_()
 
         return update_all, any(states_are_new for _, states_are_new in prepared)
 
     def _batches(self, group: dict[str, Any], where: str, hyper: AdamHyper) -> list[tuple[Backend, AdamBatch]]:
         """The group's params that have a grad, by the backends that update them; without those to be skipped."""
         batches: dict[torch.device, tuple[Backend, AdamBatch]] = {}
-        for name, param, grad in with_grads(group, where):
+        for index, name, param, grad in with_grads(group, where):
             if param.device not in batches:
                 batches[param.device] = self._backend_of(param, name), AdamBatch([], hyper, [], [], [])
-            batches[param.device][1].append(name, param, grad, self.state.get(param) or {})
+            batches[param.device][1].append(index, name, param, grad, self.state.get(param) or {})
         return [(backend, batch) for backend, batch in batches.values() if not backend.skips(hyper)]
 
     def _prepare_batch(self, backend: Backend, batch: AdamBatch) -> tuple[Callable[[], None], bool]:
         """As _prepare(), for a batch."""
-        needed = [{"step", *batch.state_keys(param)} for param in batch.params]
+        needed = [{"step", *batch.state_dtypes(param)} for param in batch.params]
         if all(state.keys() >= keys for state, keys in zip(batch.states, needed, strict=True)):
             return backend.prepare(batch), False
         check_params_and_grads(batch)
@@ -179,13 +252,16 @@ class AdamOptimizer(Optimizer):
         check_in_host_memory(param, name)
         return self._backends[_HOST]
 
-    def _hyper(self, group: dict[str, Any], where: str) -> AdamHyper:
+    def _hyper(self, group: dict[str, Any], where: str, zero_grads: bool = False) -> AdamHyper:
         """The group's hyper-parameters, checked, with what torch.amp.GradScaler sets for a step."""
         loss_scale = getattr(self, "grad_scale", None)
         hyper = AdamHyper.of_group(
             group,
             adamw_mode=self.adam_w_mode,
-            master_weights=self.master_weights,
+            precision=self._precision,
+            grad_factor=self._grad_factor,
+            zero_grads=zero_grads,
+            stream=_stream(group.get("stochastic_rounding_seed"), where),
             loss_scale=1.0 if loss_scale is None else loss_scale,
             found_inf=getattr(self, "found_inf", None),
         )
@@ -199,15 +275,71 @@ class AdamOptimizer(Optimizer):
             for state in batch.states
         ]
         for key in STATE_TENSORS:
-            lacking = [i for i, p in enumerate(batch.params) if key in batch.state_keys(p) and key not in completed[i]]
+            lacking = [
+                i
+                for i, param in enumerate(batch.params)
+                if key != SCALES and key in batch.state_dtypes(param) and key not in completed[i]
+            ]
             like = [batch.params[i] for i in lacking]
-            dtypes = [torch.float32] * len(like) if key == MASTER else self._state_dtypes(like)
+            dtypes = [batch.state_dtypes(param)[key] for param in like]
             for i, zeros in zip(lacking, backend.zeros_like(like, dtypes), strict=True):
                 completed[i][key] = zeros.copy_(batch.params[i]) if key == MASTER else zeros
+        for param, state in zip(batch.params, completed, strict=True):
+            if SCALES in batch.state_dtypes(param):
+                _complete_scales(state, param, batch.hyper.amsgrad)
         batch.states = completed
 
-    def _state_dtypes(self, params: list[Tensor]) -> list[torch.dtype]:
-        return [torch.float32 if self.fp32_optimizer_states else param.dtype for param in params]
+    def state_dict(self, dequantize: bool = False) -> dict[str, Any]:
+        """The state and settings, as torch.optim.Optimizer gives them.
+
+        With `dequantize`, states are float32 whatever they are here, without what belongs to the params' precision:
+        torch.optim.AdamW loads that.
+        """
+        state_dict = super().state_dict()
+        if dequantize:
+            state_dict["state"] = {
+                key: _in_fp32(entry) if isinstance(entry, dict) else entry for key, entry in state_dict["state"].items()
+            }
+        return state_dict
+
+    @torch.no_grad()
+    def fp32_params(self) -> list[Tensor]:
+        """The params of all groups in order, in float32: new tensors, of the masters where there are any."""
+        return [self._fp32_param(param) for group in self.param_groups for param in group["params"]]
+
+    def _fp32_param(self, param: Tensor) -> Tensor:
+        master, state = self._precision.master_of(param), self.state.get(param) or {}
+        if master is Master.NONE or master.key not in state:
+            return param.detach().float().clone()
+        return state[MASTER].clone() if master is Master.FP32 else remainders.join(param, state[REMAINDER])
+
+    @torch.no_grad()
+    def load_fp32_params(self, params: Sequence[Tensor]) -> None:
+        """Sets the params of all groups, in order, and their masters from float32 tensors, as of a checkpoint.
+
+        Raises
+        ------
+        ValueError
+            If there are too few or too many, or a shape differs; the params are then as they were.
+        """
+        own = [param for group in self.param_groups for param in group["params"]]
+        if len(own) != len(params):
+            raise ValueError(f"There are {len(own)} params in this optimizer, and {len(params)} were given")
+        for i, (param, value) in enumerate(zip(own, params, strict=True)):
+            if param.shape != value.shape:
+                raise ValueError(f"param {i} has shape {tuple(param.shape)}, and {tuple(value.shape)} was given")
+        for param, value in zip(own, params, strict=True):
+            master = self._precision.master_of(param)
+            if master in (Master.REMAINDER_8, Master.REMAINDER_16):
+                upper, rest = remainders.split(
+                    like_param(value.to(param.device, torch.float32), param), param.dtype, master.dtype
+                )
+                param.copy_(upper)
+                self.state[param] = {**(self.state.get(param) or {}), REMAINDER: rest}
+            else:
+                param.copy_(value)
+                if master is Master.FP32 and MASTER in (self.state.get(param) or {}):
+                    self.state[param][MASTER].copy_(value)
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Loads the state of the classes here, of torch.optim.Adam or AdamW, or of DeepSpeed's or apex' Adam.
@@ -231,14 +363,19 @@ class AdamOptimizer(Optimizer):
         state = {**state}
         state.setdefault("fp32_optimizer_states", getattr(self, "fp32_optimizer_states", True))
         state.setdefault("master_weights", getattr(self, "master_weights", False))
+        own = getattr(self, "_precision", None) or _precision_of(
+            state["fp32_optimizer_states"], state["master_weights"]
+        )
+        state.setdefault("_precision", own)
         if "state" in state and "param_groups" in state:
-            kinds = state["fp32_optimizer_states"], state["master_weights"]
-            state["state"] = adopted_states(state["state"], state["param_groups"], *kinds)
+            state["state"] = adopted_states(state["state"], state["param_groups"], state["_precision"])
         super().__setstate__(state)
         for group in self.param_groups:
             group.setdefault("bias_correction", True)
             group.setdefault("amsgrad", False)
             group.setdefault("maximize", False)
+            if "stochastic_rounding_seed" in self.defaults:
+                group.setdefault("stochastic_rounding_seed", self.defaults["stochastic_rounding_seed"])
         if not hasattr(self, "_backends"):
             self._backends = {_HOST: _load_host_backend()}
 
@@ -248,11 +385,59 @@ class AdamOptimizer(Optimizer):
             "adam_w_mode": self.adam_w_mode,
             "fp32_optimizer_states": self.fp32_optimizer_states,
             "master_weights": self.master_weights,
+            "_precision": self._precision,
         }
 
 
-def _nothing() -> None:
-    """The update of a step that is skipped."""
+def _precision_of(
+    fp32_states: bool,
+    fp32_masters: bool,
+    state_dtype: torch.dtype | str | None = None,
+    master_weight_bits: int | None = None,
+    stochastic_rounding: bool = False,
+) -> Precision:
+    """The precision that the arguments of an optimizer ask for. Raises ValueError if they contradict each other."""
+    if state_dtype is not None and not fp32_states:
+        raise ValueError(f"fp32_optimizer_states=False and state_dtype={state_dtype!r}: give one of them")
+    master = Master.of_bits(master_weight_bits)
+    if fp32_masters and master:
+        raise ValueError(f"master_weights=True and master_weight_bits={master_weight_bits}: give one of them")
+    if fp32_masters and state_dtype not in (None, torch.float32):
+        raise ValueError(f"master_weights=True goes with float32 states, not {state_dtype}; use master_weight_bits=32")
+    if stochastic_rounding and (fp32_masters or master is Master.REMAINDER_16):
+        raise ValueError(
+            "stochastic_rounding=True goes with params without masters, or of 24 bits: others lose nothing"
+        )
+    default = torch.float32 if fp32_states else None
+    return Precision(
+        default if state_dtype is None else state_dtype, Master.FP32 if fp32_masters else master, stochastic_rounding
+    )
+
+
+def _stream(seed: int | None, where: str) -> int:
+    """Where the random bits of a group's params begin, 32 bits."""
+    if seed is None:
+        return 0
+    return int.from_bytes(hashlib.blake2s(f"{seed} {where}".encode(), digest_size=4).digest(), "little")
+
+
+def _complete_scales(state: dict[str, Any], param: Tensor, amsgrad: bool) -> None:
+    """Gives a state in codes the scales that it lacks: of zeros, which all scales fit."""
+    shape = scales_shape(param, amsgrad)
+    scales = state.get(SCALES)
+    if scales is None or scales.shape != shape:
+        state[SCALES] = torch.zeros(shape, dtype=torch.bfloat16, device=param.device)
+        if scales is not None:
+            columns = min(scales.shape[1], shape[1])
+            state[SCALES][:, :columns] = scales[:, :columns]
+
+
+def _in_fp32(entry: dict[str, Any]) -> dict[str, Any]:
+    """The state of a param with its averages in float32, and nothing of the param itself."""
+    plain = {key: value for key, value in entry.items() if key not in (SCALES, MASTER, REMAINDER)}
+    if is_coded(entry):
+        return {**plain, **float_states(entry)}
+    return {key: value.float() if key in AVERAGES else value for key, value in plain.items()}
 
 
 def evaluate(closure: Callable[[], Any] | None) -> Any:
@@ -263,10 +448,12 @@ def evaluate(closure: Callable[[], Any] | None) -> Any:
         return closure()
 
 
-def with_grads(group: dict[str, Any], where: str) -> list[tuple[str, Tensor, Tensor]]:
-    """The name, the param and the grad of each param that has a grad."""
+def with_grads(group: dict[str, Any], where: str) -> list[tuple[int, str, Tensor, Tensor]]:
+    """The index in the group, the name, the param and the grad of each param that has a grad."""
     return [
-        (f"{where}, param {i}", param, param.grad) for i, param in enumerate(group["params"]) if param.grad is not None
+        (i, f"{where}, param {i}", param, param.grad)
+        for i, param in enumerate(group["params"])
+        if param.grad is not None
     ]
 
 

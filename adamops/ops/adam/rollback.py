@@ -29,6 +29,8 @@ def undo_step(param: Tensor, grad: Tensor, state: dict[str, Any], hyper: AdamHyp
 
     Raises RuntimeError, before anything is written, if the step left too little behind to be undone.
     """
+    if hyper.precision.stochastic_rounding or hyper.precision.master or state["exp_avg"].dtype == torch.int8:
+        raise RuntimeError("Cannot roll back a step with 8-bit states, master weights or stochastic rounding")
     step, first = state["step"], state["step"] == 1
     if not first and hyper.amsgrad:
         raise RuntimeError("Cannot roll back a step with amsgrad: it does not say what max_exp_avg_sq was before")

@@ -15,11 +15,12 @@ import torch
 from torch import Tensor
 from torch.nn import Parameter
 
-from .batch import DTYPES, AdamBatch, check_params_and_grads, check_states
+from .batch import AdamBatch, check_params_and_grads, check_states
 from .hyper import AdamHyper
+from .precision import DTYPES, Master
 
 PLAIN_TYPES = (Parameter, Tensor)  # subclasses may keep their data elsewhere
-_CODE = {dtype: code for code, dtype in enumerate(DTYPES)}  # enum Dtype in csrc/dtype.h
+_CODE = {dtype: code for code, dtype in enumerate((*DTYPES, torch.int8))}  # enum Dtype in csrc/dtype.h; codes last
 _DLPACK_DEVICE_TYPE = {"cpu": 1, "cuda": 2}
 _dtype = attrgetter("dtype")
 
@@ -84,7 +85,7 @@ class TableBackend:
         if self._reader is None or not isinstance(params, list):
             return None
         table = self.module.table_of_params(
-            self._reader, params, states, hyper.amsgrad, hyper.master_weights, first_state
+            self._reader, params, states, hyper.amsgrad, hyper.precision.master, first_state, hyper.stream
         )
         return table if table is not None and self._counts_fit(table, hyper) else None
 
@@ -102,6 +103,9 @@ class TableBackend:
             numels=list(map(Tensor.numel, batch.params)),
             dtypes=[codes[combination] for combination in combinations],
             steps=steps,
-            masters=addresses(batch.masters) if batch.hyper.master_weights else None,
+            masters=addresses(batch.masters) if batch.hyper.precision.master else None,
             counts_on_device=counts_on_device,
+            master=batch.hyper.precision.master or Master.FP32,
+            scales=addresses(batch.scales),
+            streams=[(batch.hyper.stream + index) & 0xFFFFFFFF for index in batch.indices] or None,
         )

@@ -11,8 +11,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .batch import AdamBatch, check_params_and_grads, check_states
+from . import remainders
+from .batch import AdamBatch, check_params_and_grads, check_states, is_coded
+from .coded_states import float_states, store_codes
 from .hyper import AdamHyper
+from .precision import AVERAGES, Master
 
 
 class TorchBackend:
@@ -31,30 +34,53 @@ class TorchBackend:
 
     def prepare(self, batch: AdamBatch) -> Callable[[], None]:
         """Checks the batch, and returns what updates its params and states in place when called."""
+        if batch.hyper.precision.stochastic_rounding:
+            raise NotImplementedError(
+                "stochastic_rounding needs the compiled CPU op; python -m adamops.report says why it is not there"
+            )
         check_params_and_grads(batch)
         check_states(batch)
         return lambda: self._step(batch)
 
     def _step(self, batch: AdamBatch) -> None:
-        masters = batch.masters
+        hyper = batch.hyper
+        names = AVERAGES if hyper.amsgrad else AVERAGES[:2]
         for i, step in enumerate(batch.steps):
-            state, master = batch.states[i], masters[i]
+            param, grad, state = batch.params[i], batch.grads[i], batch.states[i]
+            kind, coded = hyper.precision.master_of(param), is_coded(state)
+            master = param if kind is Master.NONE else _master(param, state, kind)
+            averages = float_states(state, names) if coded else {name: state[name] for name in names}
             _adam_update(
-                batch.params[i] if master is None else master,
-                batch.grads[i],
-                state["exp_avg"],
-                state["exp_avg_sq"],
-                state["max_exp_avg_sq"] if batch.hyper.amsgrad else None,
-                batch.hyper.scalars(step),
-                batch.hyper.l2,
+                master,
+                grad,
+                averages["exp_avg"],
+                averages["exp_avg_sq"],
+                averages.get("max_exp_avg_sq"),
+                hyper.scalars(step),
+                hyper.l2,
             )
-            if master is not None:
-                batch.params[i].copy_(master)
+            if coded:
+                store_codes(state, averages, step)
+            if kind is Master.FP32:
+                param.copy_(master)
+            elif kind is not Master.NONE:
+                upper, rest = remainders.split(master, param.dtype, kind.dtype)
+                param.copy_(upper)
+                state[kind.key].copy_(rest)
+            if hyper.zero_grads:
+                grad.zero_()
         batch.count_step()
+
+    def grad_norm(self, grads: Sequence[Tensor], norm_type: float) -> None:
+        """None: torch computes it."""
 
     def zeros_like(self, params: Sequence[Tensor], dtypes: Sequence[torch.dtype]) -> list[Tensor]:
         """New zero tensors laid out like the params."""
         return [torch.zeros_like(param, dtype=dtype) for param, dtype in zip(params, dtypes, strict=True)]
+
+
+def _master(param: Tensor, state: dict[str, Any], kind: Master) -> Tensor:
+    return state[kind.key] if kind is Master.FP32 else remainders.join(param, state[kind.key])
 
 
 def _adam_update(

@@ -1,0 +1,112 @@
+"""The 8-bit codes of states in torch calls, for loading, saving and where no op is compiled.
+
+The definition, with its reasons, is csrc/adam/block_codes.h; the same bits come out here.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+
+import torch
+from torch import Tensor
+
+BLOCK = 256  # elements that share a scale
+NOT_FINITE = -128  # the code, in exp_avg, of an element of which a state is not finite
+_INFINITY = 0x7F800000
+_MAGNITUDE = 0x7FFFFFFF
+_LEAST_SCALE, _MOST_SCALE = (127 - 90) << 7, 0x7F7F
+
+
+@dataclasses.dataclass(frozen=True)
+class Code:
+    """What the codes of a state mean: its SignedCode or UnsignedCode in csrc/adam/block_codes.h."""
+
+    dtype: torch.dtype
+    power: int  # the bits are shifted by so much
+    shrink: float
+    top_expanded: float
+
+
+SIGNED = Code(torch.int8, 1, 2.0**-64, 8064.0)
+UNSIGNED = Code(torch.uint8, 2, 2.0**-96, 528482304.0)
+CODES = {"exp_avg": SIGNED, "exp_avg_sq": UNSIGNED, "max_exp_avg_sq": UNSIGNED}  # in the order of their scales
+
+
+def blocks_of(numel: int) -> int:
+    """How many blocks a tensor has."""
+    return -(-numel // BLOCK)
+
+
+def noise_of(index: Tensor, step: int) -> Tensor:
+    """The noise of elements in a step as int64: the upper 16 bits are exp_avg's, the lower those of its square."""
+    return (index * 0x85EBCA6B + step * 0x9E37C13F) & 0xFFFFFFFF
+
+
+def encode(values: Tensor, code: Code, noise: Tensor | int = 0x8000) -> tuple[Tensor, Tensor]:
+    """Codes and scales of a line of finite float32 values; the last block may be shorter.
+
+    `noise` in [0, 65536) rounds up so often; by default to the nearest. Returns codes of the values' length and a
+    bfloat16 scale for each block.
+    """
+    blocks = _in_blocks(values)
+    bits = blocks.view(torch.int32)
+    magnitude = bits & _MAGNITUDE
+    largest = magnitude.amax(1) if len(blocks) else magnitude.sum(1, dtype=torch.int32)
+    scale_bits = ((largest + (0x2000 + 0xFFFF)) >> 16).clamp(_LEAST_SCALE, _MOST_SCALE)
+    scales = scale_bits.to(torch.int16).view(torch.bfloat16)
+    inverse = (code.top_expanded / scales.float())[:, None]
+    relative = (magnitude.view(torch.float32) * inverse).view(torch.int32)
+    fixed_point = (relative >> code.power).view(torch.float32) * (2.0**16 / code.shrink)
+    if isinstance(noise, Tensor):
+        noise = _in_blocks(noise.to(torch.int32))
+    if code is SIGNED:
+        codes = (torch.copysign(fixed_point, blocks).to(torch.int32) + noise) >> 16
+    else:
+        codes = torch.maximum((fixed_point.to(torch.int32) + noise) >> 16, magnitude.clamp(max=1))
+    return codes.to(code.dtype).flatten()[: values.numel()], scales
+
+
+def decode(codes: Tensor, scales: Tensor, code: Code) -> Tensor:
+    """The float32 values of a line of codes. Those marked as not finite are not dealt with here."""
+    unit = (scales.float().abs() / code.top_expanded)[:, None]
+    number = _in_blocks(codes.to(torch.float32))
+    shrunk = (number.abs() * code.shrink).view(torch.int32)
+    magnitude = (shrunk << code.power).view(torch.float32) * unit
+    return torch.copysign(magnitude, number).flatten()[: codes.numel()]
+
+
+def encode_states(states: dict[str, Tensor], step: int | None = None) -> tuple[dict[str, Tensor], Tensor]:
+    """Codes of the float32 states of a param, all lines of one length, and their scales, of shape (blocks, states).
+
+    With a step the rounding is that of a step, otherwise to the nearest. An element of which a state is infinite or NaN
+    is marked in exp_avg.
+    """
+    finite = torch.stack([state.isfinite() for state in states.values()]).all(0)
+    all_finite = bool(finite.all())
+    index = torch.arange(finite.numel(), device=finite.device)
+    codes, scales = {}, []
+    for name, state in states.items():
+        code, rounding = CODES[name], torch.tensor(0x8000, device=finite.device)
+        if step is not None:
+            noise = noise_of(index, step)
+            rounding = noise >> 16 if code is SIGNED else noise & 0xFFFF
+        line = state if all_finite else torch.where(finite, state, 0.0)
+        codes[name], scale = encode(line, code, rounding if step is not None else 0x8000)
+        scales.append(scale)
+    if not all_finite:
+        codes["exp_avg"][~finite] = NOT_FINITE
+        marked = ~_in_blocks(finite.to(torch.float32) - 1.0).eq(0).all(1)
+        scales[0] = torch.where(marked, -scales[0], scales[0])
+    return codes, torch.stack(scales, 1)
+
+
+def decode_states(codes: dict[str, Tensor], scales: Tensor) -> dict[str, Tensor]:
+    """The float32 states of a param from its codes, all lines of one length; marked elements have NaN in exp_avg."""
+    states = {name: decode(line, scales[:, i], CODES[name]) for i, (name, line) in enumerate(codes.items())}
+    states["exp_avg"][codes["exp_avg"] == NOT_FINITE] = torch.nan
+    return states
+
+
+def _in_blocks(line: Tensor) -> Tensor:
+    """A line of numbers as rows of BLOCK, zeros at the end."""
+    return torch.nn.functional.pad(line, (0, -line.numel() % BLOCK)).view(-1, BLOCK)

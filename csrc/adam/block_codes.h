@@ -1,0 +1,98 @@
+// The 8-bit codes of the optimizer's states: the only place that holds them, used on the CPU and on the device. The
+// same in torch calls is adamops/ops/adam/block_codes.py; what else was measured is in docs/low-precision.md.
+//
+// A tensor is cut, in the order of its memory, into blocks of 256 elements. A block has a scale, a bfloat16 not below
+// the largest magnitude in it, and each element is x = scale * expand(code) / expand(top code). `expand` is nearly a
+// square for the average of the grads, and nearly a fourth power for that of their squares, so that the steps between
+// codes shrink with the value as Adam needs it; but it is made of shifts: the bits of a float, taken as an integer, are
+// a piecewise linear logarithm, and halving a logarithm takes a root. So there is neither a table nor a division or a
+// root for each element, and the bits are the same everywhere.
+//
+// A step rounds with noise that makes up for itself over the steps. To the nearest, an average that changes by less
+// than half a step of its code would never change: beta2 = 0.999 moves exp_avg_sq by a thousandth, and its codes
+// are 1.6 % apart at best.
+//
+// Included by code that is compiled for several CPUs, so nothing here has external linkage (simd/blocks.h says why).
+#pragma once
+
+#include <cstdint>
+
+#include "adam_update.h"
+
+namespace adamops {
+namespace {
+
+constexpr int64_t kCodeBlock = 256;
+
+// What the codes of a state mean: expand(code) has the bits of code * 2^-kShrink shifted left by kPower. The factor
+// brings the exponent to where the shift leaves it in range, and zero stays zero.
+struct SignedCode {  // of exp_avg: -127 to 127, as int8
+  static constexpr bool kSigned = true;
+  static constexpr int kPower = 1;
+  static constexpr float kShrink = 0x1p-64f, kTopExpanded = 8064.0f;
+};
+struct UnsignedCode {  // of exp_avg_sq: 0 to 255, and 0 is for zero alone
+  static constexpr bool kSigned = false;
+  static constexpr int kPower = 2;
+  static constexpr float kShrink = 0x1p-96f, kTopExpanded = 528482304.0f;
+};
+
+// Stands in exp_avg for an element of which a state is not finite. A block that has one has a negative scale there.
+constexpr int8_t kNotFinite = -128;
+constexpr uint16_t kHasNotFinite = 0x8000;
+
+constexpr int32_t kMagnitudeBits = 0x7FFFFFFF, kInfinity = 0x7F800000;
+
+// The scale of a block, as the bits of a bfloat16, given the bits of its largest magnitude, which is finite. There is
+// room for a thousandth more, so that rounding never gets beyond the top code; and no scale is less than 2^-90 or so
+// large that it would be infinite, so that its inverse fits a float.
+ADAMOPS_HOST_DEVICE inline uint16_t block_scale(int32_t largest) {
+  constexpr uint32_t kLeast = (127 - 90) << 7, kMost = 0x7F7F;
+  const uint32_t scale = (static_cast<uint32_t>(largest) + 0x2000 + 0xFFFF) >> 16;
+  return static_cast<uint16_t>(scale < kLeast ? kLeast : scale > kMost ? kMost : scale);
+}
+
+// Sixteen random-looking bits a state for each element of a step, in two halves of an integer. Over the elements as
+// over the steps they fill their range evenly (sequences of Weyl, whose strides are near the golden ratio and the
+// plastic number in their halves), so that what is rounded off is made up for within a few steps.
+constexpr uint32_t kElementStride = 0x85EBCA6B, kStepStride = 0x9E37C13F;
+ADAMOPS_HOST_DEVICE inline uint32_t noise_of(int64_t index, uint32_t step) {
+  return static_cast<uint32_t>(index) * kElementStride + step * kStepStride;
+}
+constexpr int32_t kNearest = 0x8000;  // the noise that rounds to the nearest code
+
+// The functions for elements are for floats one by one or for vectors of them, as `Ops` has it: Number and Integers of
+// 32 bits, each operation rounded once.
+
+// `unit` is scale / Code::kTopExpanded.
+template <class Code, class Ops>
+ADAMOPS_HOST_DEVICE inline typename Ops::Number decode(typename Ops::Integers code, typename Ops::Number unit) {
+  const auto number = Ops::to_number(code);
+  const auto shrunk = Ops::bits(Ops::mul(number, Ops::set(Code::kShrink)));
+  if constexpr (Code::kSigned) {
+    const auto magnitude = Ops::mul(Ops::from_bits((shrunk & kMagnitudeBits) << Code::kPower), unit);
+    return Ops::from_bits(Ops::bits(magnitude) | (shrunk & ~kMagnitudeBits));
+  } else {
+    return Ops::mul(Ops::from_bits(shrunk << Code::kPower), unit);
+  }
+}
+
+// `inverse` is Code::kTopExpanded / scale; `noise` is in [0, 65536).
+template <class Code, class Ops>
+ADAMOPS_HOST_DEVICE inline typename Ops::Integers encode(typename Ops::Number x, typename Ops::Number inverse,
+                                                         typename Ops::Integers noise) {
+  const auto bits = Ops::bits(x), magnitude = bits & kMagnitudeBits;
+  const auto relative = Ops::bits(Ops::mul(Ops::from_bits(magnitude), inverse));
+  const auto fixed_point = Ops::mul(Ops::from_bits(relative >> Code::kPower), Ops::set(0x1p16f / Code::kShrink));
+  if constexpr (Code::kSigned) {
+    const auto with_sign = Ops::from_bits(Ops::bits(fixed_point) | (bits & ~kMagnitudeBits));
+    return (Ops::truncated(with_sign) + noise) >> 16;
+  } else {
+    const auto code = (Ops::truncated(fixed_point) + noise) >> 16;
+    // Not zero, or the next step would divide by nothing but eps.
+    return Ops::larger(code, Ops::smaller(magnitude, Ops::set_integers(1)));
+  }
+}
+
+}  // namespace
+}  // namespace adamops

@@ -1,0 +1,476 @@
+// The CPU kernel for all that cpu_adam_kernel.cpp has no loop of its own for: states in codes or of other dtypes than
+// the param, masters in parts, rounding at random, zeroing grads, copies of the param. A block of elements at a time is
+// brought into fp32, updated and put back, each step a loop over memory that stays in the first cache, so that what can
+// be combined need not be compiled together. Compiled once per SIMD target; ../simd/blocks.h says what that means for
+// linkage.
+#include "cpu_adam_kernel.h"
+
+#include ADAMOPS_SIMD_HEADER
+
+#include <cstring>
+
+#include "../simd/blocks.h"
+#include "block_codes.h"
+#include "rounding.h"
+
+namespace adamops {
+namespace ADAMOPS_TARGET {
+namespace {
+
+static_assert(kCodeBlock % kBlock == 0 && kBlock % Ops::kWidth == 0, "vectors fill blocks");
+
+// Single floats, for loops that the compiler makes vectors of.
+struct FloatOps {
+  static float mul(float a, float b) { return a * b; }
+  static float add(float a, float b) { return a + b; }
+  static uint32_t bits(float a) {
+    uint32_t bits;
+    std::memcpy(&bits, &a, sizeof bits);
+    return bits;
+  }
+  static float from_bits(uint32_t bits) {
+    float a;
+    std::memcpy(&a, &bits, sizeof a);
+    return a;
+  }
+};
+
+// Vectors, with integers as wide: those of GCC and Clang, whose operators are what the target has.
+struct VectorOps : Ops {
+  typedef int32_t Integers __attribute__((vector_size(4 * kWidth)));
+  typedef float Floats __attribute__((vector_size(4 * kWidth)));
+
+  template <class To, class From>
+  static To cast(From from) {
+    static_assert(sizeof(To) == sizeof(From), "only the type changes");
+    To to;
+    std::memcpy(&to, &from, sizeof to);
+    return to;
+  }
+  static Integers bits(Number a) { return cast<Integers>(a); }
+  static Number from_bits(Integers a) { return cast<Number>(a); }
+  static Number to_number(Integers a) { return cast<Number>(__builtin_convertvector(a, Floats)); }
+  static Integers truncated(Number a) { return __builtin_convertvector(cast<Floats>(a), Integers); }
+  static Integers set_integers(int32_t a) { return Integers{} + a; }
+  static Integers larger(Integers a, Integers b) { return a > b ? a : b; }
+  static Integers smaller(Integers a, Integers b) { return a < b ? a : b; }
+
+  template <class Byte>
+  static Integers load_bytes(const Byte* from) {
+    return cast<Integers>(Ops::load_bytes(from));
+  }
+  static void store_bytes(void* to, Integers a) { Ops::store_bytes(to, cast<ByteSource>(a)); }
+};
+using Integers = VectorOps::Integers;
+using Number = Ops::Number;
+
+// A block of a column in memory. Where the tensor ends within it, a copy with zeros behind.
+template <class T>
+class Block {
+ public:
+  Block(void* column, int64_t begin, int64_t count) : memory_(at<T>(column, begin)), count_(count) {
+    if (count == kCodeBlock) return;
+    std::memset(static_cast<void*>(copy_), 0, sizeof copy_);
+    std::memcpy(static_cast<void*>(copy_), memory_, static_cast<size_t>(count) * sizeof(T));
+  }
+  T* begin() { return count_ == kCodeBlock ? memory_ : copy_; }
+  void write_back() const {
+    if (count_ != kCodeBlock) std::memcpy(static_cast<void*>(memory_), copy_, static_cast<size_t>(count_) * sizeof(T));
+  }
+
+ private:
+  T* memory_;
+  int64_t count_;
+  T copy_[kCodeBlock];
+};
+
+template <class T>
+inline void widen(const T* from, float* to) {
+  for (int64_t i = 0; i < kCodeBlock; i += Ops::kWidth) Ops::store(to + i, Ops::load(from + i));
+}
+template <class T>
+inline void narrow(const float* from, T* to) {
+  for (int64_t i = 0; i < kCodeBlock; i += Ops::kWidth) Ops::store(to + i, Ops::load(from + i));
+}
+
+// States in codes -----------------------------------------------------------------------------------------------------
+
+template <class Code>
+struct CodeTypes {
+  using Byte = int8_t;
+};
+template <>
+struct CodeTypes<UnsignedCode> {
+  using Byte = uint8_t;
+};
+template <class Code>
+using Byte = typename CodeTypes<Code>::Byte;
+
+inline float scale_in_fp32(uint16_t scale) {
+  return FloatOps::from_bits(static_cast<uint32_t>(scale & ~kHasNotFinite) << 16);
+}
+
+// Decodes a vector at a time.
+template <class Code>
+class Decoder {
+ public:
+  Decoder(const Byte<Code>* codes, uint16_t scale)
+      : codes_(codes), unit_(Ops::set(scale_in_fp32(scale) / Code::kTopExpanded)) {}
+  Number load(int64_t i) const { return decode<Code, VectorOps>(VectorOps::load_bytes(codes_ + i), unit_); }
+
+ private:
+  const Byte<Code>* codes_;
+  Number unit_;
+};
+
+inline int32_t largest_of(Integers magnitudes) {
+  int32_t largest = 0;
+  for (int i = 0; i < Ops::kWidth; ++i) largest = magnitudes[i] > largest ? magnitudes[i] : largest;
+  return largest;
+}
+
+// What the states of a block are encoded with: the bits of the largest magnitudes, found on the way.
+struct Largest {
+  Integers exp_avg = {}, exp_avg_sq = {}, max_exp_avg_sq = {};
+
+  static void note(Integers& largest, Number x) {
+    largest = VectorOps::larger(largest, VectorOps::bits(x) & kMagnitudeBits);
+  }
+};
+
+template <class Code>
+inline void encode_block(const float* __restrict from, int32_t largest, uint32_t first_noise,
+                         Byte<Code>* __restrict codes, uint16_t* scale) {
+  *scale = block_scale(largest);
+  const Number inverse = Ops::set(Code::kTopExpanded / scale_in_fp32(*scale));
+  Integers noise;
+  for (int i = 0; i < Ops::kWidth; ++i)
+    noise[i] = static_cast<int32_t>(first_noise + static_cast<uint32_t>(i) * kElementStride);
+  constexpr auto kStride = static_cast<int32_t>(Ops::kWidth * kElementStride);
+  for (int64_t i = 0; i < kCodeBlock; i += Ops::kWidth, noise += kStride) {
+    const Integers half = Code::kSigned ? (noise >> 16) & 0xFFFF : noise & 0xFFFF;
+    VectorOps::store_bytes(codes + i, encode<Code, VectorOps>(Ops::load(from + i), inverse, half));
+  }
+}
+
+// Params and their masters --------------------------------------------------------------------------------------------
+
+struct Random {
+  bool used;
+  uint32_t key, index;  // of the block's first element
+  uint32_t bits(int64_t i) const { return random_bits(key, index + static_cast<uint32_t>(i)); }
+};
+
+template <class Rest>
+inline void join(const bf16* param, const Rest* rest, float* to) {
+  for (int64_t i = 0; i < kCodeBlock; ++i)
+    to[i] = FloatOps::from_bits(Bf16Remainder<8 * sizeof(Rest)>::join(param[i].bits, rest[i]));
+}
+template <class Rest>
+inline void join(const fp16* param, const Rest* rest, float* to) {
+  widen(param, to);
+  for (int64_t i = 0; i < kCodeBlock; ++i) to[i] = Fp16Remainder<8 * sizeof(Rest), FloatOps>::join(to[i], rest[i]);
+}
+
+template <class Rest>
+inline void split(const float* from, const Random& random, bf16* param, Rest* rest) {
+  using Remainder = Bf16Remainder<8 * sizeof(Rest)>;
+  const auto run = [&](const auto& noise) {
+    for (int64_t i = 0; i < kCodeBlock; ++i) {
+      uint32_t upper;
+      int32_t lower;
+      Remainder::split(FloatOps::bits(from[i]), noise(i), upper, lower);
+      param[i].bits = static_cast<uint16_t>(upper);
+      rest[i] = static_cast<Rest>(lower);
+    }
+  };
+  if (random.used)
+    run([&](int64_t i) { return random.bits(i); });
+  else
+    run([](int64_t) { return Remainder::kHalf; });
+}
+template <class Rest>
+inline void split(const float* from, const Random& random, fp16* param, Rest* rest) {
+  using Remainder = Fp16Remainder<8 * sizeof(Rest), FloatOps>;
+  float rounded[kCodeBlock];
+  narrow(from, param);
+  widen(param, rounded);
+  const auto run = [&](const auto& noise) {
+    for (int64_t i = 0; i < kCodeBlock; ++i) {
+      const int next = Remainder::overflows(from[i], rounded[i], noise(i)) ? 1 : 0;
+      param[i].bits = static_cast<uint16_t>(param[i].bits + (param[i].bits & 0x8000 ? -next : next));
+    }
+    widen(param, rounded);
+    for (int64_t i = 0; i < kCodeBlock; ++i)
+      rest[i] = static_cast<Rest>(Remainder::rest(from[i], rounded[i], noise(i)));
+  };
+  if (random.used && sizeof(Rest) == 1)
+    run([&](int64_t i) { return static_cast<float>(static_cast<int32_t>(random.bits(i) & 0xFFFF)) * 0x1p-16f; });
+  else
+    run([](int64_t) { return 0.5f; });
+}
+
+inline void narrow_at_random(const float* from, const Random& random, bf16* to) {
+  for (int64_t i = 0; i < kCodeBlock; ++i)
+    to[i].bits = static_cast<uint16_t>(stochastic_bf16(FloatOps::bits(from[i]), random.bits(i)) >> 16);
+}
+inline void narrow_at_random(const float* from, const Random& random, fp16* to) {
+  float rounded[kCodeBlock];
+  for (int64_t i = 0; i < kCodeBlock; ++i)
+    rounded[i] = FloatOps::from_bits(stochastic_fp16<FloatOps>(FloatOps::bits(from[i]), random.bits(i)));
+  narrow(rounded, to);
+}
+inline void narrow_at_random(const float* from, const Random&, float* to) {
+  narrow(from, to);
+}
+
+// A block ------------------------------------------------------------------------------------------------------------
+
+// Room for what is updated, in fp32.
+struct Room {
+  alignas(kCacheLine) float param[kCodeBlock], grad[kCodeBlock], exp_avg[kCodeBlock], exp_avg_sq[kCodeBlock],
+      max_exp_avg_sq[kCodeBlock];
+};
+
+// A block of a tensor: `count` elements from `begin` on. Brings columns into fp32 and puts them back.
+struct BlockOfTensor {
+  const AdamTensor& tensor;
+  const AdamWork& work;
+  int64_t begin, count;
+
+  // Runs visit(T*) on the block of a column of T, which is only to be read, or is also written.
+  template <bool Written, class T, class Visit>
+  void visit_as(void* column, const Visit& visit) const {
+    Block<T> block(column, begin, count);
+    visit(block.begin());
+    if (Written) block.write_back();
+  }
+  template <bool Written, class Visit>
+  void visit_floats(Dtype dtype, void* column, const Visit& visit) const {
+    if (dtype == kFloat32) return visit_as<Written, float>(column, visit);
+    if (dtype == kBfloat16) return visit_as<Written, bf16>(column, visit);
+    visit_as<Written, fp16>(column, visit);
+  }
+  // Runs visit(param, rest) on a param and what is kept beside it.
+  template <bool Written, class Visit>
+  void visit_param_and_rest(const Visit& visit) const {
+    const auto with_rest = [&](auto* param) {
+      if (work.dtypes.master == kRemainder8)
+        visit_as<Written, int8_t>(tensor.master, [&](int8_t* rest) { visit(param, rest); });
+      else
+        visit_as<Written, int16_t>(tensor.master, [&](int16_t* rest) { visit(param, rest); });
+    };
+    if (work.dtypes.param == kBfloat16) return visit_as<Written, bf16>(tensor.param, with_rest);
+    visit_as<Written, fp16>(tensor.param, with_rest);
+  }
+
+  bool in_place(Dtype dtype) const { return dtype == kFloat32 && count == kCodeBlock; }
+
+  template <class T>
+  void prefetch(const void* column) const {
+    const char* const from = reinterpret_cast<const char*>(at<T>(column, begin)) + work.prefetch_bytes;
+    for (int64_t offset = 0; offset < kCodeBlock * int64_t{sizeof(T)}; offset += kCacheLine)
+      __builtin_prefetch(from + offset);
+  }
+
+  // A column in fp32: where it is, or widened into the room.
+  float* take(Dtype dtype, void* column, float* room) const {
+    dtype == kFloat32 ? prefetch<float>(column) : prefetch<bf16>(column);
+    if (in_place(dtype)) return at<float>(column, begin);
+    visit_floats<false>(dtype, column, [&](auto* from) { widen(from, room); });
+    return room;
+  }
+  void put(Dtype dtype, void* column, const float* from) const {
+    if (!in_place(dtype)) visit_floats<true>(dtype, column, [&](auto* to) { narrow(from, to); });
+  }
+
+  float* take_param(float* room) const {
+    if (work.dtypes.master == kNoMaster) return take(work.dtypes.param, tensor.param, room);
+    if (work.dtypes.master == kMasterFp32) return take(kFloat32, tensor.master, room);
+    prefetch<bf16>(tensor.param);
+    work.dtypes.master == kRemainder8 ? prefetch<uint8_t>(tensor.master) : prefetch<bf16>(tensor.master);
+    visit_param_and_rest<false>([&](const auto* param, const auto* rest) { join(param, rest, room); });
+    return room;
+  }
+  void put_param(const float* from) const {
+    const auto index = static_cast<uint64_t>(begin);
+    const Random random = {work.mode.stochastic_rounding,
+                           random_key(tensor.stream, work.scalars.step, static_cast<uint32_t>(index >> 32)),
+                           static_cast<uint32_t>(index)};
+    if (work.dtypes.master == kRemainder8 || work.dtypes.master == kRemainder16) {
+      visit_param_and_rest<true>([&](auto* param, auto* rest) { split(from, random, param, rest); });
+    } else {
+      if (work.dtypes.master == kMasterFp32) put(kFloat32, tensor.master, from);
+      if (random.used && work.dtypes.master == kNoMaster && work.dtypes.param != kFloat32)
+        visit_floats<true>(work.dtypes.param, tensor.param, [&](auto* to) { narrow_at_random(from, random, to); });
+      else
+        put(work.dtypes.param, tensor.param, from);
+    }
+    if (tensor.lowp_out) visit_floats<true>(work.dtypes.lowp_out, tensor.lowp_out, [&](auto* to) { narrow(from, to); });
+  }
+
+  void zero_grad() const {
+    const int64_t size = work.dtypes.grad == kFloat32 ? sizeof(float) : sizeof(bf16);
+    std::memset(at<char>(tensor.grad, begin * size), 0, static_cast<size_t>(count * size));
+  }
+};
+
+// States as floats.
+struct FloatStates {
+  float *exp_avg, *exp_avg_sq, *max_exp_avg_sq;
+
+  Number load_exp_avg(int64_t i) const { return Ops::load(exp_avg + i); }
+  Number load_exp_avg_sq(int64_t i) const { return Ops::load(exp_avg_sq + i); }
+  Number load_max_exp_avg_sq(int64_t i) const { return Ops::load(max_exp_avg_sq + i); }
+};
+
+// Updates a block: states come from `from`, and go as floats to `to`. Returns their largest magnitudes.
+template <bool L2, bool Amsgrad, class States>
+inline Largest update(const AdamConstants<Ops>& k, float* param, const float* grad, const States& from,
+                      const FloatStates& to) {
+  Largest largest;
+  for (int64_t i = 0; i < kCodeBlock; i += Ops::kWidth) {
+    Number p = Ops::load(param + i), m = from.load_exp_avg(i), v = from.load_exp_avg_sq(i), max_v = {};
+    if constexpr (Amsgrad) max_v = from.load_max_exp_avg_sq(i);
+    adam_update<L2, Amsgrad, Ops>(k, p, Ops::load(grad + i), m, v, max_v);
+    Ops::store(param + i, p);
+    Ops::store(to.exp_avg + i, m);
+    Ops::store(to.exp_avg_sq + i, v);
+    if constexpr (Amsgrad) Ops::store(to.max_exp_avg_sq + i, max_v);
+    if constexpr (!same_type<States, FloatStates>) {
+      Largest::note(largest.exp_avg, m);
+      Largest::note(largest.exp_avg_sq, v);
+      if constexpr (Amsgrad) Largest::note(largest.max_exp_avg_sq, max_v);
+    }
+  }
+  return largest;
+}
+
+template <bool L2, bool Amsgrad>
+inline void update_float_states(const AdamConstants<Ops>& k, const BlockOfTensor& block, float* param,
+                                const float* grad, Room& room) {
+  const AdamTensor& tensor = block.tensor;
+  const Dtype dtype = block.work.dtypes.state;
+  const FloatStates states = {block.take(dtype, tensor.exp_avg, room.exp_avg),
+                              block.take(dtype, tensor.exp_avg_sq, room.exp_avg_sq),
+                              Amsgrad ? block.take(dtype, tensor.max_exp_avg_sq, room.max_exp_avg_sq) : nullptr};
+  update<L2, Amsgrad>(k, param, grad, states, states);
+  block.put(dtype, tensor.exp_avg, states.exp_avg);
+  block.put(dtype, tensor.exp_avg_sq, states.exp_avg_sq);
+  if constexpr (Amsgrad) block.put(dtype, tensor.max_exp_avg_sq, states.max_exp_avg_sq);
+}
+
+// The codes of a block, and what to do where a state is not finite.
+template <bool Amsgrad>
+struct CodedStates {
+  int8_t* exp_avg;
+  uint8_t *exp_avg_sq, *max_exp_avg_sq;
+  uint16_t* scales;
+
+  Decoder<SignedCode> m{exp_avg, scales[0]};
+  Decoder<UnsignedCode> v{exp_avg_sq, scales[1]};
+  Decoder<UnsignedCode> max_v{max_exp_avg_sq, scales[Amsgrad ? 2 : 1]};
+
+  Number load_exp_avg(int64_t i) const { return m.load(i); }
+  Number load_exp_avg_sq(int64_t i) const { return v.load(i); }
+  Number load_max_exp_avg_sq(int64_t i) const { return max_v.load(i); }
+
+  // exp_avg decoded, NaN among it; for the few blocks that need it.
+  void decode_with_nan(float* to) const {
+    for (int64_t i = 0; i < kCodeBlock; i += Ops::kWidth) Ops::store(to + i, m.load(i));
+    for (int64_t i = 0; i < kCodeBlock; ++i)
+      if (exp_avg[i] == kNotFinite) to[i] = FloatOps::from_bits(0x7FC00000);
+  }
+
+  void encode(const FloatStates& from, const Largest& largest, uint32_t noise) const {
+    int32_t most_m = largest_of(largest.exp_avg), most_v = largest_of(largest.exp_avg_sq);
+    int32_t most_max_v = largest_of(largest.max_exp_avg_sq);
+    bool not_finite[kCodeBlock];
+    const bool all_finite = most_m < kInfinity && most_v < kInfinity && most_max_v < kInfinity;
+    if (!all_finite) {
+      most_m = most_v = most_max_v = 0;
+      const auto magnitude = [](float x) { return static_cast<int32_t>(FloatOps::bits(x)) & kMagnitudeBits; };
+      const auto larger = [](int32_t a, int32_t b) { return a > b ? a : b; };
+      for (int64_t i = 0; i < kCodeBlock; ++i) {
+        not_finite[i] = magnitude(from.exp_avg[i]) >= kInfinity || magnitude(from.exp_avg_sq[i]) >= kInfinity ||
+                        (Amsgrad && magnitude(from.max_exp_avg_sq[i]) >= kInfinity);
+        if (not_finite[i]) {
+          from.exp_avg[i] = from.exp_avg_sq[i] = 0.0f;
+          if (Amsgrad) from.max_exp_avg_sq[i] = 0.0f;
+        }
+        most_m = larger(most_m, magnitude(from.exp_avg[i]));
+        most_v = larger(most_v, magnitude(from.exp_avg_sq[i]));
+        if (Amsgrad) most_max_v = larger(most_max_v, magnitude(from.max_exp_avg_sq[i]));
+      }
+    }
+    encode_block<SignedCode>(from.exp_avg, most_m, noise, exp_avg, scales);
+    encode_block<UnsignedCode>(from.exp_avg_sq, most_v, noise, exp_avg_sq, scales + 1);
+    if (Amsgrad) encode_block<UnsignedCode>(from.max_exp_avg_sq, most_max_v, noise, max_exp_avg_sq, scales + 2);
+    if (!all_finite) {
+      scales[0] |= kHasNotFinite;
+      for (int64_t i = 0; i < kCodeBlock; ++i)
+        if (not_finite[i]) exp_avg[i] = kNotFinite;
+    }
+  }
+};
+
+template <bool L2, bool Amsgrad>
+inline void update_coded_states(const AdamConstants<Ops>& k, const BlockOfTensor& block, float* param,
+                                const float* grad, Room& room) {
+  const AdamTensor& tensor = block.tensor;
+  block.prefetch<uint8_t>(tensor.exp_avg);
+  block.prefetch<uint8_t>(tensor.exp_avg_sq);
+  if constexpr (Amsgrad) block.prefetch<uint8_t>(tensor.max_exp_avg_sq);
+  Block<int8_t> m(tensor.exp_avg, block.begin, block.count);
+  Block<uint8_t> v(tensor.exp_avg_sq, block.begin, block.count);
+  Block<uint8_t> max_v(Amsgrad ? tensor.max_exp_avg_sq : tensor.exp_avg_sq, block.begin, block.count);
+  const CodedStates<Amsgrad> codes = {m.begin(), v.begin(), max_v.begin(),
+                                      tensor.scales + block.begin / kCodeBlock * (Amsgrad ? 3 : 2)};
+  const FloatStates states = {room.exp_avg, room.exp_avg_sq, room.max_exp_avg_sq};
+  Largest largest;
+  if (codes.scales[0] & kHasNotFinite) {
+    codes.decode_with_nan(room.exp_avg);
+    struct : CodedStates<Amsgrad> {
+      const float* decoded;
+      Number load_exp_avg(int64_t i) const { return Ops::load(decoded + i); }
+    } with_nan{{codes}, room.exp_avg};
+    largest = update<L2, Amsgrad>(k, param, grad, with_nan, states);
+  } else {
+    largest = update<L2, Amsgrad>(k, param, grad, codes, states);
+  }
+  codes.encode(states, largest, noise_of(block.begin, block.work.scalars.step));
+  m.write_back();
+  v.write_back();
+  if (Amsgrad) max_v.write_back();
+}
+
+template <bool L2, bool Amsgrad>
+void staged_range(const AdamTensor& tensor, const AdamWork& work, int64_t begin, int64_t end) {
+  const AdamConstants<Ops> k(work.scalars);
+  Room room = {};
+  for (int64_t i = begin; i < end; i += kCodeBlock) {
+    const BlockOfTensor block = {tensor, work, i, end - i < kCodeBlock ? end - i : kCodeBlock};
+    float* const param = block.take_param(room.param);
+    const float* const grad = block.take(work.dtypes.grad, tensor.grad, room.grad);
+    if (work.dtypes.state == kBlockCodes)
+      update_coded_states<L2, Amsgrad>(k, block, param, grad, room);
+    else
+      update_float_states<L2, Amsgrad>(k, block, param, grad, room);
+    block.put_param(param);
+    if (work.mode.zero_grads) block.zero_grad();
+  }
+}
+
+}  // namespace
+
+AdamRange choose_staged_range(AdamDtypes dtypes, AdamMode mode) {
+  const bool grad_fits = dtypes.grad == dtypes.param || dtypes.grad == kFloat32;
+  const bool master_fits = dtypes.master == kNoMaster ||
+                           (dtypes.param != kFloat32 && (dtypes.master != kMasterFp32 || dtypes.state == kFloat32));
+  if (!grad_fits || !master_fits) return nullptr;
+  if (mode.l2) return mode.amsgrad ? staged_range<true, true> : staged_range<true, false>;
+  return mode.amsgrad ? staged_range<false, true> : staged_range<false, false>;
+}
+
+}  // namespace ADAMOPS_TARGET
+}  // namespace adamops

@@ -1,0 +1,178 @@
+"""clip_grad_norm_() on the optimizer, whose factor the next step applies; and grads zeroed in the step."""
+
+import math
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from adamops import DeepSpeedCPUAdam, op_builder
+from adamops.ops.adam.torch_adam import TorchBackend
+
+MODULE = op_builder.get("cpu_adam").load()
+DTYPES = [torch.float32, torch.bfloat16, torch.float16]
+
+
+def with_grads(*shapes, dtype=torch.float32, scale=1.0):
+    params = [torch.nn.Parameter(torch.randn(shape).to(dtype)) for shape in shapes]
+    for param in params:
+        param.grad = (torch.randn_like(param) * scale).detach()
+    return params
+
+
+def twins_of(params):
+    twins = [torch.nn.Parameter(p.detach().clone()) for p in params]
+    for twin, param in zip(twins, params, strict=True):
+        twin.grad = None if param.grad is None else param.grad.clone()
+    return twins
+
+
+@settings(max_examples=40, deadline=None)
+@given(data=st.data())
+def test_norm_has_the_same_bits_everywhere_and_is_right(data):
+    torch.manual_seed(data.draw(st.integers(0, 2**32 - 1), "seed"))
+    sizes = data.draw(st.lists(st.integers(0, 100_000), min_size=1, max_size=5), "sizes")
+    grads = [torch.randn(n).to(data.draw(st.sampled_from(DTYPES), "dtype")) * 0.1 for n in sizes]
+    norm_type = data.draw(st.sampled_from([1.0, 2.0, math.inf]), "norm_type")
+    columns = [g.data_ptr() for g in grads], sizes, [DTYPES.index(g.dtype) for g in grads]
+    best = MODULE.target()
+    found = set()
+    try:
+        for target in MODULE.supported_targets():
+            MODULE.use_target(target)
+            for threads in (1, data.draw(st.integers(2, 8), "threads")):
+                found.add(MODULE.grad_norm(*columns, norm_type, threads))
+    finally:
+        MODULE.use_target(best)
+    (norm,) = found
+    exact = torch.cat([g.double() for g in grads])
+    expected = torch.linalg.vector_norm(exact, norm_type).item() if len(exact) else 0.0
+    assert norm == pytest.approx(expected, rel=1e-13)
+
+
+def test_many_elements_lose_nothing():
+    grad = torch.full((3_000_001,), 1e-3)
+    norm = MODULE.grad_norm([grad.data_ptr()], [grad.numel()], [0], 2.0, 2)
+    assert norm == pytest.approx(float(grad[0]) * math.sqrt(grad.numel()), rel=1e-13)
+
+
+@pytest.mark.parametrize("value", [math.nan, math.inf])
+@pytest.mark.parametrize("norm_type", [1.0, 2.0, math.inf])
+def test_what_is_not_finite_shows_in_the_norm(value, norm_type, seed):
+    (param,) = with_grads(70_000)
+    param.grad[torch.randint(70_000, ())] = value
+    param.grad[1] = -math.inf
+    optimizer = DeepSpeedCPUAdam([param])
+    norm = optimizer.clip_grad_norm_(1.0, norm_type)
+    assert norm.isnan() if math.isnan(value) else norm == math.inf
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("norm_type", [1.0, 2.0, 3.0, math.inf])
+@pytest.mark.parametrize("max_norm", [0.5, 1e6])
+@pytest.mark.parametrize("backend", ["cpu_adam", "torch_adam"])
+def test_clipping_is_that_of_torch(dtype, norm_type, max_norm, backend, seed):
+    params = with_grads((70, 80), 10, 5000, dtype=dtype)
+    twins = twins_of(params)
+    ours, theirs = DeepSpeedCPUAdam(params, lr=1e-2), DeepSpeedCPUAdam(twins, lr=1e-2)
+    if backend == "torch_adam":
+        ours._backends = theirs._backends = {torch.device("cpu"): TorchBackend()}
+    norm = ours.clip_grad_norm_(max_norm, norm_type)
+    assert norm.shape == () and norm.dtype == torch.float32
+    for twin in twins:
+        twin.grad = twin.grad.float() if dtype == torch.float32 else twin.grad
+    expected = torch.nn.utils.clip_grad_norm_([t.detach().float().requires_grad_() for t in twins], 1.0)  # no grads
+    assert expected == 0
+    widened = [t.grad.float() for t in twins]
+    total = torch.linalg.vector_norm(torch.stack([torch.linalg.vector_norm(g, norm_type) for g in widened]), norm_type)
+    assert norm == pytest.approx(float(total), rel=1e-5)
+    for param, twin in zip(params, twins, strict=True):
+        assert torch.equal(param.grad, twin.grad), "the grads were written to"
+    theirs.grad_scale = 1.0 / min(1.0, max_norm / (float(total) + 1e-6))
+    for optimizer in (ours, theirs):
+        optimizer.step()
+    for param, twin in zip(params, twins, strict=True):
+        assert torch.allclose(param.float(), twin.float(), rtol=2.0**-7 if dtype != torch.float32 else 1e-5, atol=1e-6)
+
+
+def test_the_factor_is_that_of_one_step(seed):
+    params = with_grads(5000, scale=10)
+    twins = twins_of(params)
+    ours, theirs = DeepSpeedCPUAdam(params), DeepSpeedCPUAdam(twins)
+    ours.clip_grad_norm_(0.1)
+    ours.step()
+    theirs.grad_scale = 1 / (0.1 / (params[0].grad.double().norm().item() + 1e-6))
+    theirs.step()
+    del theirs.grad_scale
+    ours.step()
+    theirs.step()
+    assert torch.allclose(params[0], twins[0], rtol=1e-6, atol=1e-7)
+    ours.clip_grad_norm_(0.1)
+    ours.zero_grad()
+    assert ours._grad_factor == 1.0
+
+
+def test_clipping_twice_finds_the_norm_clipped(seed):
+    params = with_grads(5000)
+    optimizer = DeepSpeedCPUAdam(params)
+    assert optimizer.clip_grad_norm_(2.0) == pytest.approx(params[0].grad.norm().item(), rel=1e-5)
+    assert optimizer.clip_grad_norm_(1.0) == pytest.approx(2.0, rel=1e-5)
+    assert optimizer.clip_grad_norm_(5.0) == pytest.approx(1.0, rel=1e-5)
+
+
+def test_the_norm_is_that_of_unscaled_grads(seed):
+    params = with_grads(5000)
+    norm = params[0].grad.norm().item()
+    params[0].grad *= 1024
+    optimizer = DeepSpeedCPUAdam(params)
+    optimizer.grad_scale = torch.tensor(1024.0)
+    assert optimizer.clip_grad_norm_(1.0) == pytest.approx(norm, rel=1e-5)
+
+
+def test_error_if_nonfinite(seed):
+    params = with_grads(5000)
+    params[0].grad[7] = math.nan
+    optimizer = DeepSpeedCPUAdam(params)
+    with pytest.raises(
+        RuntimeError, match="The total norm of order 2.0 of the grads is nan, so they cannot be clipped"
+    ):
+        optimizer.clip_grad_norm_(1.0, error_if_nonfinite=True)
+    assert optimizer._grad_factor == 1.0
+
+
+def test_without_grads_the_norm_is_zero():
+    optimizer = DeepSpeedCPUAdam([torch.nn.Parameter(torch.zeros(3))])
+    assert optimizer.clip_grad_norm_(1.0) == 0
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("amsgrad", [False, True])
+def test_zeroing_grads_changes_nothing_else(dtype, amsgrad, seed):
+    params = with_grads((70, 80), 1, 0, 300, 100_000, dtype=dtype)
+    params.append(torch.nn.Parameter(torch.randn(40, 30).t().to(dtype)))
+    params[-1].grad = torch.randn(30, 40).to(dtype)  # laid out otherwise, so the step takes a copy
+    params.append(torch.nn.Parameter(torch.randn(5).to(dtype)))  # no grad
+    twins = twins_of(params)
+    ours, theirs = (DeepSpeedCPUAdam(group, amsgrad=amsgrad) for group in (params, twins))
+    for _ in range(3):
+        for param, twin in zip(params[:-1], twins, strict=False):
+            param.grad.copy_(torch.randn(param.shape))
+            twin.grad.copy_(param.grad)
+        ours.step(zero_grads=True)
+        theirs.step()
+        for param, twin in zip(params, twins, strict=True):
+            assert torch.equal(param, twin)
+            assert param.grad is None or not param.grad.any()
+
+
+def test_a_skipped_step_zeroes_grads_too(seed):
+    params = with_grads(300)
+    before = params[0].detach().clone()
+    optimizer = DeepSpeedCPUAdam(params)
+    optimizer.step()
+    after = params[0].detach().clone()
+    assert not torch.equal(before, after)
+    optimizer.found_inf = torch.tensor(1.0)
+    optimizer.step(zero_grads=True)
+    assert torch.equal(params[0].detach(), after) and not params[0].grad.any()
