@@ -13,10 +13,11 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from .in_backward import step_in_backward
     from .ops.adam import CPUAdam, DeepSpeedCPUAdam, FusedAdam
 
 __version__ = "0.1.0"
-__all__ = ["CPUAdam", "DeepSpeedCPUAdam", "FusedAdam", "__version__"]
+__all__ = ["CPUAdam", "DeepSpeedCPUAdam", "FusedAdam", "__version__", "step_in_backward"]
 
 # In a checkout, op_builder and csrc lie beside this folder and not in it. With the checkout on the path, `adamops` is
 # found here even where it is not installed in editable mode, and should work all the same.
@@ -30,6 +31,10 @@ def __getattr__(name: str) -> Any:
         from .ops import adam
 
         return getattr(adam, name)
+    if name == "step_in_backward":
+        from .in_backward import step_in_backward
+
+        return step_in_backward
     raise AttributeError(f"module 'adamops' has no attribute {name!r}")
 
 

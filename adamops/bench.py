@@ -166,6 +166,38 @@ OPTIMIZERS: dict[str, Callable[[list[Parameter], torch.dtype], Optimizer]] = {
 }
 
 
+def eight_bit_optimizer(params: list[Parameter], _: torch.dtype) -> Optimizer:
+    """Ours with states in codes."""
+    return DeepSpeedCPUAdam(params, **HYPER, state_dtype="8bit")
+
+
+def bitsandbytes_optimizer(params: list[Parameter], _: torch.dtype) -> Optimizer:
+    """AdamW8bit of bitsandbytes, which has a CPU path since 0.46."""
+    try:
+        from bitsandbytes.optim import AdamW8bit
+    except ImportError as error:
+        raise Unavailable(f"cannot be imported: {last_line(error)}") from error
+    return AdamW8bit(params, **HYPER)
+
+
+def torchao_optimizer(params: list[Parameter], _: torch.dtype) -> Optimizer:
+    """AdamW8bit of torchao, which compiles its step."""
+    try:
+        from torchao.optim import AdamW8bit
+    except ImportError as error:
+        raise Unavailable(f"cannot be imported: {last_line(error)}") from error
+    return AdamW8bit(params, **HYPER)
+
+
+EIGHT_BIT_OPTIMIZERS: dict[str, Callable[[list[Parameter], torch.dtype], Optimizer]] = {
+    OURS: eight_bit_optimizer,
+    "adamops fp32": adamops_optimizer,
+    "torch fused fp32": functools.partial(torch_optimizer, "fused"),
+    "bitsandbytes": bitsandbytes_optimizer,
+    "torchao": torchao_optimizer,
+}
+
+
 def entrants(options: Options) -> list[str]:
     """The names of the optimizers that take part."""
     return list(OPTIMIZERS) if options.peers else [OURS]
@@ -282,6 +314,49 @@ def one_bf16_tensor(options: Options) -> Result:
     return time_work(f"{human(options.elements)} bf16 everything", work, options, rounds=15)
 
 
+def eight_bit_states(options: Options) -> Result:
+    """One large tensor of fp32 with 8-bit states; and what fp32 states take."""
+    turns: dict[str, Callable[[], object]] = {}
+    skipped = {}
+    for name, make in EIGHT_BIT_OPTIMIZERS.items():
+        if name != OURS and not options.peers:
+            continue
+        try:
+            optimizer = make(new_params([options.elements], torch.float32), torch.float32)
+            optimizer.step()
+        except Exception as reason:  # a peer's step may need a compiler, or a GPU
+            skipped[name] = str(reason) if isinstance(reason, Unavailable) else f"cannot step: {last_line(reason)}"
+        else:
+            turns[name] = optimizer.step
+    title = f"{human(options.elements)} fp32, 8-bit states"
+    return Result(title, time_in_turns(turns, options.repeat or 5), skipped=skipped)
+
+
+def clip_step_and_zero(options: Options) -> Result:
+    """Clipping to a norm, a step and zeroed grads, for 200 tensors."""
+    sizes = [max(1, options.elements // 200)] * 200
+    ours = adamops_optimizer(new_params(sizes, torch.float32), torch.float32)
+    assert isinstance(ours, DeepSpeedCPUAdam)
+
+    def step_of_ours() -> None:
+        ours.clip_grad_norm_(1.0)
+        ours.step(zero_grads=True)
+
+    turns: dict[str, Callable[[], object]] = {OURS: step_of_ours}
+    if options.peers:
+        params = new_params(sizes, torch.float32)
+        theirs = torch_optimizer("fused", params, torch.float32)
+
+        def step_of_torch() -> None:
+            torch.nn.utils.clip_grad_norm_(params, 1.0)
+            theirs.step()
+            theirs.zero_grad(set_to_none=False)
+
+        turns["torch fused"] = step_of_torch
+    title = f"clip, step and zero, 200 x {human(sizes[0])} fp32"
+    return Result(title, time_in_turns(turns, options.repeat or 15))
+
+
 def many_tensors(options: Options) -> Result:
     """A thousand small tensors, where what surrounds the arithmetic counts."""
     numel = max(1, min(4000, options.elements // 1000))
@@ -357,6 +432,8 @@ CASES: dict[str, Callable[[Options], Result]] = {
     "bf16-params": one_bf16_tensor_with_fp32_states,
     "bf16": one_bf16_tensor,
     "many-tensors": many_tensors,
+    "8bit": eight_bit_states,
+    "clip": clip_step_and_zero,
     "avx2": forced_avx2,
     "import": import_after_torch,
     "first-step": first_step,

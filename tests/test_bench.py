@@ -10,7 +10,7 @@ from plugins import python_path
 
 from adamops import bench
 
-CASES = ["fp32", "bf16-params", "bf16", "many-tensors", "avx2", "import", "first-step"]
+CASES = ["fp32", "bf16-params", "bf16", "many-tensors", "8bit", "clip", "avx2", "import", "first-step"]
 TORCH = ["torch fused", "torch foreach"]
 
 

@@ -34,6 +34,12 @@ class AdamBatch:
     grads: list[Tensor]
     states: list[dict[str, Any]]
     indices: list[int] = dataclasses.field(default_factory=list)  # of the params in their group
+    lowp_outs: list[Tensor | None] | None = None  # where the step is to write params in 16 bits as well
+
+    @property
+    def has_all_defaults(self) -> bool:
+        """Whether the params alone say all: they are the first of their group, and are written nowhere else."""
+        return self.lowp_outs is None and self.indices == list(range(len(self.indices)))
 
     def state_dtypes(self, param: Tensor) -> dict[str, torch.dtype]:
         """The names of the tensors that the state of a param must have, with the dtypes of new ones."""
@@ -171,6 +177,22 @@ def check_no_overlap(params: Mapping[str, Tensor]) -> None:
     for (device, _, end, first), (other_device, start, _, second) in zip(spans, spans[1:], strict=False):
         if device == other_device and start < end:
             raise ValueError(f"{first} and {second} share memory; pass each piece of memory once, as one param")
+
+
+def check_lowp_out(out: Tensor, param: Tensor, name: str) -> None:
+    """Raises TypeError or ValueError for what cannot take a copy of the param in 16 bits, element by element."""
+    described = _described(param, name)
+    if not isinstance(out, Tensor) or out.dtype not in DTYPES[1:]:
+        found = out.dtype if isinstance(out, Tensor) else type(out).__name__
+        raise TypeError(
+            f"{described} has a lowp_out of {found}; use a tensor of torch.bfloat16 or torch.float16, or None"
+        )
+    if out.shape != param.shape or out.device != param.device:
+        raise ValueError(
+            f"{described} has a lowp_out of shape {tuple(out.shape)} on {out.device}; both must be the param's"
+        )
+    if not is_dense(out) or not same_layout(out, param):
+        raise ValueError(f"{described} has strides {param.stride()}, its lowp_out {out.stride()}; they must be equal")
 
 
 def check_states(batch: AdamBatch) -> None:

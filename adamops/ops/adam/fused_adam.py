@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -113,6 +113,7 @@ class FusedAdam(AdamOptimizer):
         grad_norms: None = None,
         *,
         zero_grads: bool = False,
+        lowp_out: Sequence[Tensor | None] | None = None,
     ) -> Any:
         """Updates all params that have a grad, as DeepSpeedCPUAdam.step().
 
@@ -129,7 +130,7 @@ class FusedAdam(AdamOptimizer):
                 "FusedAdam.step() takes a closure only; put the grads into param.grad, scale the loss with "
                 "torch.amp.GradScaler, and copy the params after the step"
             )
-        return super().step(closure, zero_grads=zero_grads)
+        return super().step(closure, zero_grads=zero_grads, lowp_out=lowp_out)
 
     def _backend_of(self, param: Tensor, name: str) -> Backend:
         device = param.device

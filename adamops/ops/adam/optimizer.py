@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import hashlib
 import inspect
 import math
@@ -20,6 +21,7 @@ from .backend import Backend
 from .batch import (
     AdamBatch,
     check_in_host_memory,
+    check_lowp_out,
     check_no_overlap,
     check_param,
     check_params_and_grads,
@@ -168,7 +170,13 @@ class AdamOptimizer(Optimizer):
         return torch.tensor(norm, dtype=torch.float32)
 
     @torch.no_grad()
-    def step(self, closure: Callable[[], Any] | None = None, *, zero_grads: bool = False) -> Any:
+    def step(
+        self,
+        closure: Callable[[], Any] | None = None,
+        *,
+        zero_grads: bool = False,
+        lowp_out: Sequence[Tensor | None] | None = None,
+    ) -> Any:
         """Updates all params that have a grad.
 
         Everything is checked before anything is written: if this raises, no param and no state has changed.
@@ -179,6 +187,9 @@ class AdamOptimizer(Optimizer):
             Re-evaluates the model and returns the loss.
         zero_grads
             Whether to set the grads to zero as well, where they are read anyway.
+        lowp_out
+            For each param of all groups, in order, None or a tensor of bfloat16 or float16 of its shape and strides,
+            which gets the new param, rounded to the nearest, in the same pass: what is to be copied to a GPU.
 
         Returns
         -------
@@ -192,7 +203,8 @@ class AdamOptimizer(Optimizer):
         """
         loss = evaluate(closure)
         groups = [(f"param group {i}", group) for i, group in enumerate(self.param_groups)]
-        prepared = [self._prepare(group, where, zero_grads) for where, group in groups]
+        outs = self._checked_lowp_outs(lowp_out)
+        prepared = [self._prepare(group, where, zero_grads, outs) for where, group in groups]
         if any(states_are_new for _, states_are_new in prepared):
             check_no_overlap({name: param for where, group in groups for _, name, param, _ in with_grads(group, where)})
         for update, _ in prepared:
@@ -200,16 +212,50 @@ class AdamOptimizer(Optimizer):
         self._grad_factor = 1.0
         return loss
 
-    def _prepare(self, group: dict[str, Any], where: str, zero_grads: bool) -> tuple[Callable[[], None], bool]:
+    def _checked_lowp_outs(self, lowp_out: Sequence[Tensor | None] | None) -> dict[Tensor, Tensor]:
+        """Where to write each param in 16 bits. Raises TypeError or ValueError if that cannot be."""
+        if lowp_out is None:
+            return {}
+        named = [
+            (f"param group {g}, param {i}", param)
+            for g, group in enumerate(self.param_groups)
+            for i, param in enumerate(group["params"])
+        ]
+        if len(lowp_out) != len(named):
+            raise ValueError(f"lowp_out has {len(lowp_out)} entries, expected {len(named)}, one for each param")
+        outs = {}
+        for (name, param), out in zip(named, lowp_out, strict=True):
+            if out is not None:
+                check_lowp_out(out, param, name)
+                outs[param] = out
+        names = {f"the lowp_out of {name}": outs[param] for name, param in named if param in outs}
+        check_no_overlap({**dict(named), **names})
+        return outs
+
+    def _prepare(
+        self,
+        group: dict[str, Any],
+        where: str,
+        zero_grads: bool,
+        lowp_outs: dict[Tensor, Tensor],
+        stream_offset: int = 0,
+    ) -> tuple[Callable[[], None], bool]:
         """What updates the group when called, and whether any of its states is new and not yet in self.state."""
         hyper = self._hyper(group, where, zero_grads)
+        hyper = (
+            dataclasses.replace(hyper, stream=(hyper.stream + stream_offset) & 0xFFFFFFFF) if stream_offset else hyper
+        )
         params = group["params"]
         backend = self._backends.get(params[0].device) if params else None
-        update = backend.prepare_group(where, hyper, params, self.state) if backend else None
+        update = backend.prepare_group(where, hyper, params, self.state) if backend and not lowp_outs else None
         if backend and update and not backend.skips(hyper):
             return update, False
 
         batches = self._batches(group, where, hyper)
+        left = {param: lowp_outs[param] for param in params if param in lowp_outs}
+        for backend, batch in batches:
+            if left and backend.name == "cpu_adam":
+                batch.lowp_outs = [left.pop(param, None) for param in batch.params]
         prepared = [self._prepare_batch(*batch) for batch in batches]
         read = {id(grad) for _, batch in batches for grad in batch.grads}  # others were copied first, or are skipped
         unread = [grad for _, _, _, grad in with_grads(group, where) if id(grad) not in read]
@@ -220,8 +266,18 @@ class AdamOptimizer(Optimizer):
             if zero_grads:
                 for grad in unread:
                     grad.zero_()
+            for param, out in left.items():
+                out.copy_(param)
 
         return update_all, any(states_are_new for _, states_are_new in prepared)
+
+    @torch.no_grad()
+    def step_param(self, group_index: int, index: int) -> None:
+        """Updates one param, given by its places, as step() would; for adamops.step_in_backward()."""
+        group, where = self.param_groups[group_index], f"param group {group_index}"
+        own = {**group, "params": group["params"][index : index + 1]}
+        update, _ = self._prepare(own, where, False, {}, stream_offset=index)
+        update()
 
     def _batches(self, group: dict[str, Any], where: str, hyper: AdamHyper) -> list[tuple[Backend, AdamBatch]]:
         """The group's params that have a grad, by the backends that update them; without those to be skipped."""

@@ -7,6 +7,7 @@ all others by batch.py, which also words the errors.
 from __future__ import annotations
 
 import contextlib
+import itertools
 from collections.abc import Callable, Sequence
 from operator import attrgetter
 from typing import Any
@@ -55,7 +56,7 @@ class TableBackend:
 
     def prepare(self, batch: AdamBatch) -> Callable[[], None]:
         states = dict(zip(batch.params, batch.states, strict=True))
-        table = self._table_of_params(batch.hyper, batch.params, states)
+        table = self._table_of_params(batch.hyper, batch.params, states) if batch.has_all_defaults else None
         if table is not None:
             return lambda: self._step(table, batch.hyper)
         check_params_and_grads(batch)
@@ -93,6 +94,7 @@ class TableBackend:
         exp_avgs = batch.column("exp_avg")
         columns = [list(map(_dtype, tensors)) for tensors in (batch.params, batch.grads, exp_avgs)]
         combinations = list(zip(*columns, strict=True))
+        outs = batch.lowp_outs or []
         codes = {c: _CODE[c[0]] + 3 * _CODE[c[1]] + 9 * _CODE[c[2]] for c in set(combinations)}
         return self.module.table_of_addresses(
             params=addresses(batch.params),
@@ -101,11 +103,15 @@ class TableBackend:
             exp_avg_sqs=addresses(batch.column("exp_avg_sq")),
             max_exp_avg_sqs=addresses(batch.column("max_exp_avg_sq")) if batch.hyper.amsgrad else None,
             numels=list(map(Tensor.numel, batch.params)),
-            dtypes=[codes[combination] for combination in combinations],
+            dtypes=[
+                codes[combination] + (36 * _CODE[out.dtype] if out is not None else 0)
+                for combination, out in itertools.zip_longest(combinations, outs)
+            ],
             steps=steps,
             masters=addresses(batch.masters) if batch.hyper.precision.master else None,
             counts_on_device=counts_on_device,
             master=batch.hyper.precision.master or Master.FP32,
             scales=addresses(batch.scales),
+            lowp_outs=addresses(outs) if outs else None,
             streams=[(batch.hyper.stream + index) & 0xFFFFFFFF for index in batch.indices] or None,
         )
