@@ -143,7 +143,7 @@ bool AdamTable::add(const TensorReader& reader, PyObject* param, py::object grad
     if (v.dtype != m.dtype || (amsgrad && max_v.dtype != m.dtype)) return false;
   } else {
     const auto read_codes = [&](const py::object& object, TensorReader::View& view) {
-      return read_integers(object, false, 8, view);
+      return read_integers(object, &view == &m, 8, view);  // only the average of the grads has a sign
     };
     row.scales = owned_entry(state, names().scales);
     if (!read_states(read_codes) || !row.scales || !reader.read(row.scales.ptr(), scales)) return false;
@@ -222,7 +222,6 @@ std::unique_ptr<AdamTable> table_of_addresses(const py::list& params, const py::
       master_address(masters, count, "masters"), scale(scales, count, "scales"),
       lowp_out(lowp_outs, count, "lowp_outs"), stream(streams, count, "streams");
   auto table = std::make_unique<AdamTable>(amsgrad, masters.is_none() ? kNoMaster : master_of_number(master));
-  table->has_lowp_out = !lowp_outs.is_none();
   table->reserve(count);
   constexpr size_t kStates = kDtypeCount + 1;  // codes besides
   for (size_t i = 0; i < count; ++i) {

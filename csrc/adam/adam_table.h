@@ -25,9 +25,8 @@ class AdamTable {
   AdamTable(const AdamTable&) = delete;
   AdamTable& operator=(const AdamTable&) = delete;
 
-  bool amsgrad;               // of its own, since an empty tensor has a null address in every column
-  Master master;              // what 16-bit params must have
-  bool has_lowp_out = false;  // whether params are also written elsewhere
+  bool amsgrad;   // of its own, since an empty tensor has a null address in every column
+  Master master;  // what 16-bit params must have
   std::vector<AdamTensor> tensors;
   std::vector<AdamDtypes> dtypes;
   std::vector<int64_t> steps;        // the distinct step counts, this step included
