@@ -171,30 +171,22 @@ def eight_bit_optimizer(params: list[Parameter], _: torch.dtype) -> Optimizer:
     return DeepSpeedCPUAdam(params, **HYPER, state_dtype="8bit")
 
 
-def bitsandbytes_optimizer(params: list[Parameter], _: torch.dtype) -> Optimizer:
-    """AdamW8bit of bitsandbytes, which has a CPU path since 0.46."""
+def peers_eight_bit_optimizer(module: str, params: list[Parameter], _: torch.dtype) -> Optimizer:
+    """AdamW8bit of a package that has one: bitsandbytes, with a CPU path since 0.46, or torchao, which compiles it."""
     try:
-        from bitsandbytes.optim import AdamW8bit
+        peer = importlib.import_module(module)
     except ImportError as error:
         raise Unavailable(f"cannot be imported: {last_line(error)}") from error
-    return AdamW8bit(params, **HYPER)
-
-
-def torchao_optimizer(params: list[Parameter], _: torch.dtype) -> Optimizer:
-    """AdamW8bit of torchao, which compiles its step."""
-    try:
-        from torchao.optim import AdamW8bit
-    except ImportError as error:
-        raise Unavailable(f"cannot be imported: {last_line(error)}") from error
-    return AdamW8bit(params, **HYPER)
+    optimizer: Optimizer = peer.AdamW8bit(params, **HYPER)
+    return optimizer
 
 
 EIGHT_BIT_OPTIMIZERS: dict[str, Callable[[list[Parameter], torch.dtype], Optimizer]] = {
     OURS: eight_bit_optimizer,
     "adamops fp32": adamops_optimizer,
     "torch fused fp32": functools.partial(torch_optimizer, "fused"),
-    "bitsandbytes": bitsandbytes_optimizer,
-    "torchao": torchao_optimizer,
+    "bitsandbytes": functools.partial(peers_eight_bit_optimizer, "bitsandbytes.optim"),
+    "torchao": functools.partial(peers_eight_bit_optimizer, "torchao.optim"),
 }
 
 

@@ -59,7 +59,6 @@ constexpr uint32_t kElementStride = 0x85EBCA6B, kStepStride = 0x9E37C13F;
 ADAMOPS_HOST_DEVICE inline uint32_t noise_of(int64_t index, uint32_t step) {
   return static_cast<uint32_t>(index) * kElementStride + step * kStepStride;
 }
-constexpr int32_t kNearest = 0x8000;  // the noise that rounds to the nearest code
 
 // The functions for elements are for floats one by one or for vectors of them, as `Ops` has it: Number and Integers of
 // 32 bits, each operation rounded once.

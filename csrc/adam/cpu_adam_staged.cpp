@@ -10,6 +10,7 @@
 #include <cstring>
 
 #include "../simd/blocks.h"
+#include "../simd/float_bits.h"
 #include "block_codes.h"
 #include "rounding.h"
 
@@ -23,16 +24,8 @@ static_assert(kCodeBlock % kBlock == 0 && kBlock % Ops::kWidth == 0, "vectors fi
 struct FloatOps {
   static float mul(float a, float b) { return a * b; }
   static float add(float a, float b) { return a + b; }
-  static uint32_t bits(float a) {
-    uint32_t bits;
-    std::memcpy(&bits, &a, sizeof bits);
-    return bits;
-  }
-  static float from_bits(uint32_t bits) {
-    float a;
-    std::memcpy(&a, &bits, sizeof a);
-    return a;
-  }
+  static uint32_t bits(float a) { return bits_of(a); }
+  static float from_bits(uint32_t bits) { return float_of(bits); }
 };
 
 // Vectors, with integers as wide: those of GCC and Clang, whose operators are what the target has.
@@ -447,7 +440,7 @@ inline void update_coded_states(const AdamConstants<Ops>& k, const BlockOfTensor
 template <bool L2, bool Amsgrad>
 void staged_range(const AdamTensor& tensor, const AdamWork& work, int64_t begin, int64_t end) {
   const AdamConstants<Ops> k(work.scalars);
-  Room room = {};
+  Room room;
   for (int64_t i = begin; i < end; i += kCodeBlock) {
     const BlockOfTensor block = {tensor, work, i, end - i < kCodeBlock ? end - i : kCodeBlock};
     float* const param = block.take_param(room.param);

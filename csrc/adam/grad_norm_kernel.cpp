@@ -3,9 +3,8 @@
 
 #include ADAMOPS_SIMD_HEADER
 
-#include <cstring>
-
 #include "../simd/blocks.h"
+#include "../simd/float_bits.h"
 
 namespace adamops {
 namespace ADAMOPS_TARGET {
@@ -46,18 +45,14 @@ double largest_of(const T* grad, int64_t count) {
     alignas(kCacheLine) float x[kBlock];
     for (int64_t i = 0; i < kBlock; i += Ops::kWidth) Ops::store(x + i, Ops::load(from + i));
     for (int64_t i = 0; i < kBlock; ++i) {
-      int32_t bits;
-      std::memcpy(&bits, &x[i], sizeof bits);
-      const int32_t magnitude = bits & 0x7FFFFFFF;
+      const auto magnitude = static_cast<int32_t>(bits_of(x[i]) & 0x7FFFFFFF);
       largest[i] = magnitude > largest[i] ? magnitude : largest[i];
     }
   };
   for_each_block(count, 0, compare, grad);
   int32_t most = 0;
   for (const int32_t lane : largest) most = lane > most ? lane : most;
-  float found;
-  std::memcpy(&found, &most, sizeof found);
-  return double{found};
+  return double{float_of(static_cast<uint32_t>(most))};
 }
 
 template <class T>

@@ -2,9 +2,9 @@
 #pragma once
 
 #include <cmath>
-#include <cstring>
 
 #include "cpu_features.h"
+#include "float_bits.h"
 #include "half.h"
 
 namespace adamops {
@@ -23,27 +23,27 @@ struct Scalar {
   static Number max(Number a, Number b) { return a > b || a != a ? a : b; }
 
   static Number load(const float* from) { return *from; }
-  static Number load(const bf16* from) { return from_bits(uint32_t{from->bits} << 16); }
+  static Number load(const bf16* from) { return float_of(uint32_t{from->bits} << 16); }
   static Number load(const fp16* from) {
     const uint32_t magnitude = (from->bits & 0x7FFFu) << 13, sign = (from->bits & 0x8000u) << 16;
-    const uint32_t scaled = to_bits(from_bits(magnitude) * 0x1p112f);
-    return from_bits(sign | scaled | (magnitude >= 0x7C00u << 13 ? 0x7F800000u : 0u));
+    const uint32_t scaled = bits_of(float_of(magnitude) * 0x1p112f);
+    return float_of(sign | scaled | (magnitude >= 0x7C00u << 13 ? 0x7F800000u : 0u));
   }
 
   static void store(float* to, Number a) { *to = a; }
   static void store(bf16* to, Number a) {
-    const uint32_t bits = to_bits(a);
+    const uint32_t bits = bits_of(a);
     const uint32_t rounded = a != a ? bits | 0x400000u : bits + 0x7FFFu + ((bits >> 16) & 1u);
     to->bits = static_cast<uint16_t>(rounded >> 16);
   }
   // Three ranges of |a|, as in sse2.h: subnormal halves, normal halves, infinity and NaN.
   static void store(fp16* to, Number a) {
-    const uint32_t bits = to_bits(a), sign = (bits >> 16) & 0x8000u, magnitude = bits & 0x7FFFFFFFu;
+    const uint32_t bits = bits_of(a), sign = (bits >> 16) & 0x8000u, magnitude = bits & 0x7FFFFFFFu;
     uint32_t half;
     if (magnitude >= 0x477FF000u) {
       half = magnitude > 0x7F800000u ? 0x7E00u : 0x7C00u;
     } else if (magnitude < (127u - 14u) << 23) {
-      half = to_bits(from_bits(magnitude) + 0.5f) - to_bits(0.5f);
+      half = bits_of(float_of(magnitude) + 0.5f) - bits_of(0.5f);
     } else {
       half = (magnitude - ((127u - 15u) << 23) + 0xFFFu + ((magnitude >> 13) & 1u)) >> 13;
     }
@@ -62,18 +62,6 @@ struct Scalar {
   static int32_t load_bytes(const int8_t* from) { return *from; }
   static int32_t load_bytes(const uint8_t* from) { return *from; }
   static void store_bytes(void* to, int32_t a) { *static_cast<uint8_t*>(to) = static_cast<uint8_t>(a); }
-
- private:
-  static uint32_t to_bits(float a) {
-    uint32_t bits;
-    std::memcpy(&bits, &a, sizeof bits);
-    return bits;
-  }
-  static float from_bits(uint32_t bits) {
-    float a;
-    std::memcpy(&a, &bits, sizeof a);
-    return a;
-  }
 };
 
 using Ops = Scalar;

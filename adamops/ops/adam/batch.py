@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .block_codes import BLOCK, CODES
+from .block_codes import CODES, blocks_of
 from .hyper import AdamHyper
 from .precision import AVERAGES, DTYPES, MASTER, REMAINDER, SCALES, STATE_TENSORS, scales_shape
 
@@ -256,7 +256,7 @@ def check_state(state: Mapping[str, Any], param: Tensor, name: str, elsewhere: b
             raise ValueError(f"{described} has state {key!r} on {value.device}")
         if key in AVERAGES and not coded:
             dtypes.add(value.dtype)
-    if coded and (SCALES not in state or len(state[SCALES]) != -(-param.numel() // BLOCK)):
+    if coded and (SCALES not in state or len(state[SCALES]) != blocks_of(param.numel())):
         raise ValueError(f"{described} has 8-bit states without the {SCALES!r} that belong to them")
     if len(dtypes) > 1:
         raise TypeError(f"{described} has states of different dtypes: {', '.join(sorted(map(str, dtypes)))}")

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
 import hashlib
 import inspect
 import math
@@ -241,10 +240,7 @@ class AdamOptimizer(Optimizer):
         stream_offset: int = 0,
     ) -> tuple[Callable[[], None], bool]:
         """What updates the group when called, and whether any of its states is new and not yet in self.state."""
-        hyper = self._hyper(group, where, zero_grads)
-        hyper = (
-            dataclasses.replace(hyper, stream=(hyper.stream + stream_offset) & 0xFFFFFFFF) if stream_offset else hyper
-        )
+        hyper = self._hyper(group, where, zero_grads, stream_offset)
         params = group["params"]
         backend = self._backends.get(params[0].device) if params else None
         update = backend.prepare_group(where, hyper, params, self.state) if backend and not lowp_outs else None
@@ -308,7 +304,7 @@ class AdamOptimizer(Optimizer):
         check_in_host_memory(param, name)
         return self._backends[_HOST]
 
-    def _hyper(self, group: dict[str, Any], where: str, zero_grads: bool = False) -> AdamHyper:
+    def _hyper(self, group: dict[str, Any], where: str, zero_grads: bool = False, stream_offset: int = 0) -> AdamHyper:
         """The group's hyper-parameters, checked, with what torch.amp.GradScaler sets for a step."""
         loss_scale = getattr(self, "grad_scale", None)
         hyper = AdamHyper.of_group(
@@ -317,7 +313,7 @@ class AdamOptimizer(Optimizer):
             precision=self._precision,
             grad_factor=self._grad_factor,
             zero_grads=zero_grads,
-            stream=_stream(group.get("stochastic_rounding_seed"), where),
+            stream=(_stream(group.get("stochastic_rounding_seed"), where) + stream_offset) & 0xFFFFFFFF,
             loss_scale=1.0 if loss_scale is None else loss_scale,
             found_inf=getattr(self, "found_inf", None),
         )

@@ -8,7 +8,7 @@ import enum
 import torch
 from torch import Tensor
 
-from .block_codes import BLOCK, CODES, blocks_of
+from .block_codes import CODES, blocks_of
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 EIGHT_BIT = "8bit"
@@ -79,7 +79,7 @@ class Precision:
 
     def state_dtypes(self, param: Tensor, amsgrad: bool) -> dict[str, torch.dtype]:
         """The tensors in the state of a param, by name, with their dtypes."""
-        names = AVERAGES if amsgrad else AVERAGES[:2]
+        names = averages_of(amsgrad)
         if self.codes_states(param):
             dtypes = {name: CODES[name].dtype for name in names} | {SCALES: torch.bfloat16}
         else:
@@ -88,10 +88,11 @@ class Precision:
         return dtypes | {master.key: master.dtype} if master else dtypes
 
 
+def averages_of(amsgrad: bool) -> tuple[str, ...]:
+    """The names of the averages that a step keeps."""
+    return AVERAGES if amsgrad else AVERAGES[:2]
+
+
 def scales_shape(param: Tensor, amsgrad: bool) -> tuple[int, int]:
     """The shape of the scales of a param's states: a row for each block of elements, a column for each state."""
-    return blocks_of(param.numel()), 3 if amsgrad else 2
-
-
-__all__ = ["AVERAGES", "BLOCK", "DTYPES", "EIGHT_BIT", "LEAST_CODED", "MASTER", "REMAINDER", "SCALES", "STATE_TENSORS",
-           "Master", "Precision", "scales_shape"]  # fmt: skip
+    return blocks_of(param.numel()), len(averages_of(amsgrad))

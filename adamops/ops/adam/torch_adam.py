@@ -15,7 +15,7 @@ from . import remainders
 from .batch import AdamBatch, check_params_and_grads, check_states, is_coded
 from .coded_states import float_states, store_codes
 from .hyper import AdamHyper
-from .precision import AVERAGES, Master
+from .precision import Master, averages_of
 
 
 class TorchBackend:
@@ -44,7 +44,7 @@ class TorchBackend:
 
     def _step(self, batch: AdamBatch) -> None:
         hyper = batch.hyper
-        names = AVERAGES if hyper.amsgrad else AVERAGES[:2]
+        names = averages_of(hyper.amsgrad)
         for i, step in enumerate(batch.steps):
             param, grad, state = batch.params[i], batch.grads[i], batch.states[i]
             kind, coded = hyper.precision.master_of(param), is_coded(state)
