@@ -27,14 +27,26 @@ from torch.optim import Optimizer
 from adamops import DeepSpeedCPUAdam
 
 SEED = 20240607
-CONTEXT, BATCH = 96, 24
-WIDTH, HEADS, BLOCKS = 128, 4, 4
 LEARNING_RATE, WEIGHT_DECAY, WARMUP_STEPS = 2e-3, 0.01, 40
 
 # Both runs do the same arithmetic but for roundings in the optimizer, which training amplifies. Over the last tenth of
 # the steps the losses may differ by this much of their size, on average; and both must have learnt this much.
 AGREEMENT = 0.02
 LEARNT = 0.75
+
+
+@dataclasses.dataclass(frozen=True)
+class Size:
+    """Of a model: characters that it sees at a time, its width, attention heads and blocks; and windows in a batch."""
+
+    context: int
+    batch: int
+    width: int
+    heads: int
+    blocks: int
+
+
+SIZE = Size(context=96, batch=24, width=128, heads=4, blocks=4)
 
 Optimizers = dict[str, Callable[[Iterable[nn.Parameter]], Optimizer]]
 OPTIMIZERS: Optimizers = {
@@ -46,17 +58,18 @@ OPTIMIZERS: Optimizers = {
 class Block(nn.Module):
     """Causal self-attention, then an MLP, each on the normalised sum of what came before."""
 
-    def __init__(self) -> None:
+    def __init__(self, width: int, heads: int) -> None:
         super().__init__()
-        self.attention_norm = nn.LayerNorm(WIDTH)
-        self.query_key_value = nn.Linear(WIDTH, 3 * WIDTH)
-        self.attention_out = nn.Linear(WIDTH, WIDTH)
+        self.heads = heads
+        self.attention_norm = nn.LayerNorm(width)
+        self.query_key_value = nn.Linear(width, 3 * width)
+        self.attention_out = nn.Linear(width, width)
         self.mlp = nn.Sequential(
-            nn.LayerNorm(WIDTH), nn.Linear(WIDTH, 4 * WIDTH), nn.GELU(), nn.Linear(4 * WIDTH, WIDTH)
+            nn.LayerNorm(width), nn.Linear(width, 4 * width), nn.GELU(), nn.Linear(4 * width, width)
         )
 
     def forward(self, x: Tensor) -> Tensor:
-        heads = self.query_key_value(self.attention_norm(x)).unflatten(-1, (3, HEADS, -1)).permute(2, 0, 3, 1, 4)
+        heads = self.query_key_value(self.attention_norm(x)).unflatten(-1, (3, self.heads, -1)).permute(2, 0, 3, 1, 4)
         attended = F.scaled_dot_product_attention(*heads, is_causal=True)
         x = x + self.attention_out(attended.transpose(1, 2).flatten(2))
         return x + self.mlp(x)
@@ -65,13 +78,13 @@ class Block(nn.Module):
 class CharTransformer(nn.Module):
     """A GPT over characters: from each position, the logits of the character that follows."""
 
-    def __init__(self, characters: int) -> None:
+    def __init__(self, characters: int, size: Size = SIZE) -> None:
         super().__init__()
-        self.token = nn.Embedding(characters, WIDTH)
-        self.position = nn.Embedding(CONTEXT, WIDTH)
-        self.blocks = nn.Sequential(*(Block() for _ in range(BLOCKS)))
-        self.norm = nn.LayerNorm(WIDTH)
-        self.head = nn.Linear(WIDTH, characters, bias=False)
+        self.token = nn.Embedding(characters, size.width)
+        self.position = nn.Embedding(size.context, size.width)
+        self.blocks = nn.Sequential(*(Block(size.width, size.heads) for _ in range(size.blocks)))
+        self.norm = nn.LayerNorm(size.width)
+        self.head = nn.Linear(size.width, characters, bias=False)
         self.apply(self._init_weights)
 
     @staticmethod
@@ -96,10 +109,10 @@ class Text:
         self.vocabulary = len(characters)
         self.data = torch.tensor([number[character] for character in text])
 
-    def batch(self, generator: torch.Generator) -> tuple[Tensor, Tensor]:
+    def batch(self, generator: torch.Generator, size: Size = SIZE) -> tuple[Tensor, Tensor]:
         """Random windows of the text, and the same windows one character on."""
-        starts = torch.randint(len(self.data) - CONTEXT, (BATCH, 1), generator=generator)
-        windows = self.data[starts + torch.arange(CONTEXT + 1)]
+        starts = torch.randint(len(self.data) - size.context, (size.batch, 1), generator=generator)
+        windows = self.data[starts + torch.arange(size.context + 1)]
         return windows[:, :-1], windows[:, 1:]
 
 
@@ -258,7 +271,7 @@ def main() -> int:
     console.print(
         f"{len(text.data):,} characters of the documentation of Python {platform.python_version()}, "
         f"{text.vocabulary} different ones; a transformer of {params:,} params; "
-        f"{args.steps} steps of {BATCH} x {CONTEXT} characters; {torch.get_num_threads()} threads"
+        f"{args.steps} steps of {SIZE.batch} x {SIZE.context} characters; {torch.get_num_threads()} threads"
     )
     runs = train_all(text, args.steps, console)
     print_summary(runs, console)

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from .batch import AdamBatch, check_in_host_memory, check_params_and_grads, check_state
-from .optimizer import AdamOptimizer, evaluate
+from .optimizer import AdamOptimizer, evaluate, waits
 from .rollback import undo_step
 
 
@@ -98,6 +98,7 @@ class DeepSpeedCPUAdam(AdamOptimizer):
             stochastic_rounding=stochastic_rounding,
         )
 
+    @waits
     @torch.no_grad()
     def step_subgroup(self, subgroup_id: int, closure: Callable[[], Any] | None = None) -> Any:
         """Updates the one param that has a grad, with the state kept under `subgroup_id` instead of the param.
@@ -120,6 +121,7 @@ class DeepSpeedCPUAdam(AdamOptimizer):
         self.state[subgroup_id] = batch.states[0]  # type: ignore[index]
         return loss
 
+    @waits
     @torch.no_grad()
     def rollback_subgroup(self, sub_group_id: int, closure: Callable[[], Any] | None = None) -> Any:
         """Undoes the last step_subgroup() of `sub_group_id`, given the grad and hyper-parameters of that step.

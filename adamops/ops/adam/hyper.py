@@ -34,6 +34,7 @@ class AdamHyper:
     found_inf: SupportsFloat | None = None  # not 0: the grads hold infs or NaNs, and there is to be no step
     grad_factor: float = 1.0  # what grads are to be multiplied by besides, as their norm was too large
     zero_grads: bool = False  # whether the step also sets grads to zero
+    threads: int | None = None  # that host memory is updated by; None: as many as torch uses
     stream: int = 0  # where the random bits of the group's params begin
 
     @classmethod

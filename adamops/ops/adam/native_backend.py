@@ -65,7 +65,7 @@ class NativeBackend(TableBackend):
             table,
             scalars,
             hyper.l2,
-            torch.get_num_threads(),
+            hyper.threads or torch.get_num_threads(),
             zero_grads=hyper.zero_grads,
             stochastic_rounding=hyper.precision.stochastic_rounding,
         )

@@ -2,21 +2,24 @@
 
 from __future__ import annotations
 
+import functools
 import hashlib
 import inspect
 import math
 import sys
 import warnings
 from collections.abc import Callable, Sequence
-from typing import Any
+from typing import Any, TypeVar, cast
 
 import torch
 from torch import Tensor
 from torch.optim import Optimizer
+from torch.optim.optimizer import _global_optimizer_post_hooks
 
 from ... import op_builder
 from . import remainders
 from .backend import Backend
+from .background import AsyncStep
 from .batch import (
     AdamBatch,
     check_in_host_memory,
@@ -35,6 +38,7 @@ from .precision import AVERAGES, MASTER, REMAINDER, SCALES, STATE_TENSORS, Maste
 from .torch_adam import TorchBackend
 
 _HOST = torch.device("cpu")
+_Method = TypeVar("_Method", bound=Callable[..., Any])
 
 
 def _load_host_backend() -> Backend:
@@ -64,6 +68,17 @@ def _unguarded(method: Callable[..., Any]) -> Callable[..., Any]:
     return method if "torch._dynamo" in sys.modules else inspect.unwrap(method)
 
 
+def waits(method: _Method) -> _Method:
+    """The method of an AdamOptimizer, begun when no step runs in the background any more."""
+
+    @functools.wraps(method)
+    def waiting(self: AdamOptimizer, *args: Any, **kwargs: Any) -> Any:
+        self._settle()
+        return method(self, *args, **kwargs)
+
+    return cast(_Method, waiting)
+
+
 class AdamOptimizer(Optimizer):
     """Adam and AdamW for params in host memory; the classes that users take differ in arguments, and in what they add.
 
@@ -71,6 +86,8 @@ class AdamOptimizer(Optimizer):
     """
 
     _grad_factor = 1.0  # what clip_grad_norm_() has the next step multiply the grads by
+    _running: AsyncStep | None = None  # the step in the background
+    _preparing: AsyncStep | None = None  # where step() is to leave its work instead of doing it
     _step_supports_amp_scaling = True  # what GradScaler asks: it then leaves unscaling and skipping to step()
 
     def __init__(
@@ -97,6 +114,7 @@ class AdamOptimizer(Optimizer):
         super().__init__(params, defaults)
         self._backends: dict[torch.device, Backend] = {_HOST: _load_host_backend()}
 
+    @waits
     def add_param_group(self, param_group: dict[str, Any]) -> None:
         """Adds a param group, as torch.optim.Optimizer does; its settings and params are checked first."""
         where = f"param group {len(self.param_groups)}"
@@ -114,11 +132,13 @@ class AdamOptimizer(Optimizer):
                 check_param(param, f"{where}, param {i}")
         _unguarded(Optimizer.add_param_group)(self, {**param_group, "params": params})
 
+    @waits
     def zero_grad(self, set_to_none: bool = True) -> None:
         """Sets the grads to None, or to zero, as torch.optim.Optimizer does."""
         self._grad_factor = 1.0
         _unguarded(Optimizer.zero_grad)(self, set_to_none)
 
+    @waits
     @torch.no_grad()
     def clip_grad_norm_(self, max_norm: float, norm_type: float = 2.0, error_if_nonfinite: bool = False) -> Tensor:
         """Clips the grads of all params to a norm, as torch.nn.utils.clip_grad_norm_ does, without writing them.
@@ -200,16 +220,73 @@ class AdamOptimizer(Optimizer):
             For a grad or state that does not fit its param: sparse, or of another shape, dtype or device; or params
             that share memory.
         """
+        self._settle()
         loss = evaluate(closure)
         groups = [(f"param group {i}", group) for i, group in enumerate(self.param_groups)]
         outs = self._checked_lowp_outs(lowp_out)
         prepared = [self._prepare(group, where, zero_grads, outs) for where, group in groups]
         if any(states_are_new for _, states_are_new in prepared):
             check_no_overlap({name: param for where, group in groups for _, name, param, _ in with_grads(group, where)})
-        for update, _ in prepared:
-            update()
+        for (_, group), (update, _) in zip(groups, prepared, strict=True):
+            if self._preparing and all(param.device.type == "cpu" for param in group["params"]):
+                self._preparing.add(update)
+            else:
+                update()  # on a GPU it is only enqueued, and has to be on the stream of this thread
         self._grad_factor = 1.0
         return loss
+
+    def step_async(
+        self, *, threads: int | None = None, zero_grads: bool = False, lowp_out: Sequence[Tensor | None] | None = None
+    ) -> AsyncStep:
+        """Begins a step that goes on in the background, and returns a handle whose ``wait()`` returns once it is done.
+
+        Grads and hyper-parameters are those of now: grads may be set to None and learning rates changed meanwhile, but
+        until the step is done nobody may write to the grads, nor read or write params and states. Methods of the
+        optimizer wait for it. Params on a GPU are updated in the order of torch's current stream, as by step().
+
+        Parameters
+        ----------
+        threads
+            On how many threads the step runs; by default on as many as step(). Fewer leave cores to what goes on.
+        zero_grads, lowp_out
+            As for step().
+
+        Raises
+        ------
+        ValueError
+            If `threads` is less than 1. Whatever else is wrong is raised by ``wait()``, or, if that is not called, by
+            the next method of the optimizer.
+        RuntimeError
+            If there are hooks to be called after the step, as it will not be done by then.
+        """
+        if threads is not None and threads < 1:
+            raise ValueError(f"Invalid threads: {threads}; expected 1 or more")
+        if self._optimizer_step_post_hooks or _global_optimizer_post_hooks:
+            raise RuntimeError(
+                "step_async() ends before the step does, so hooks after the step cannot be called; use step()"
+            )
+        self._settle()
+        running = self._preparing = AsyncStep(threads or torch.get_num_threads())
+        try:
+            self.step(zero_grads=zero_grads, lowp_out=lowp_out)  # by its name, as schedulers and hooks watch it
+        except Exception as error:
+            running.fail(error)
+        else:
+            running.start()
+        finally:
+            self._preparing = None
+        self._running = running
+        return running
+
+    def _settle(self) -> None:
+        """Waits for the step in the background, if there is one, and raises its error if nobody has seen it."""
+        if self._running is not None:
+            running = self._running
+            try:
+                running.settle()
+            finally:
+                if running.done():
+                    self._running = None
 
     def _checked_lowp_outs(self, lowp_out: Sequence[Tensor | None] | None) -> dict[Tensor, Tensor]:
         """Where to write each param in 16 bits. Raises TypeError or ValueError if that cannot be."""
@@ -267,6 +344,7 @@ class AdamOptimizer(Optimizer):
 
         return update_all, any(states_are_new for _, states_are_new in prepared)
 
+    @waits
     @torch.no_grad()
     def step_param(self, group_index: int, index: int) -> None:
         """Updates one param, given by its places, as step() would; for adamops.step_in_backward()."""
@@ -316,6 +394,7 @@ class AdamOptimizer(Optimizer):
             stream=(_stream(group.get("stochastic_rounding_seed"), where) + stream_offset) & 0xFFFFFFFF,
             loss_scale=1.0 if loss_scale is None else loss_scale,
             found_inf=getattr(self, "found_inf", None),
+            threads=self._preparing.threads if self._preparing else None,
         )
         _check_betas(hyper.beta1, hyper.beta2, f" in {where}")
         return hyper
@@ -341,6 +420,7 @@ class AdamOptimizer(Optimizer):
                 _complete_scales(state, param, batch.hyper.amsgrad)
         batch.states = completed
 
+    @waits
     def state_dict(self, dequantize: bool = False) -> dict[str, Any]:
         """The state and settings, as torch.optim.Optimizer gives them.
 
@@ -354,6 +434,7 @@ class AdamOptimizer(Optimizer):
             }
         return state_dict
 
+    @waits
     @torch.no_grad()
     def fp32_params(self) -> list[Tensor]:
         """The params of all groups in order, in float32: new tensors, of the masters where there are any."""
@@ -365,6 +446,7 @@ class AdamOptimizer(Optimizer):
             return param.detach().float().clone()
         return state[MASTER].clone() if master is Master.FP32 else remainders.join(param, state[REMAINDER])
 
+    @waits
     @torch.no_grad()
     def load_fp32_params(self, params: Sequence[Tensor]) -> None:
         """Sets the params of all groups, in order, and their masters from float32 tensors, as of a checkpoint.
@@ -393,6 +475,7 @@ class AdamOptimizer(Optimizer):
                 if master is Master.FP32 and MASTER in (self.state.get(param) or {}):
                     self.state[param][MASTER].copy_(value)
 
+    @waits
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Loads the state of the classes here, of torch.optim.Adam or AdamW, or of DeepSpeed's or apex' Adam.
 
@@ -431,6 +514,7 @@ class AdamOptimizer(Optimizer):
         if not hasattr(self, "_backends"):
             self._backends = {_HOST: _load_host_backend()}
 
+    @waits
     def __getstate__(self) -> dict[str, Any]:
         return {
             **super().__getstate__(),
