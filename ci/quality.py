@@ -119,7 +119,7 @@ def print_table(runs: dict[str, dict[int, Run]], console: Console) -> None:
         table.add_row(name, *losses, f"{mean_loss(own):.4f}", f"{100 * (mean_loss(own) / reference - 1):+.2f} %")
     for column in table.columns[1:]:
         column.justify = "right"
-    console.print(table)
+    console.print(table, soft_wrap=True)
 
 
 def plot(runs: dict[str, dict[int, Run]], path: Path) -> None:
@@ -135,13 +135,14 @@ def plot(runs: dict[str, dict[int, Run]], path: Path) -> None:
         mean = smoothed(
             [statistics.fmean(losses) for losses in zip(*(run.losses for run in own.values()), strict=True)]
         )
-        curves.plot(range(1, len(mean) + 1), mean, color=KINDS[name].color, linewidth=1.4, label=name)
+        shown = len(mean) - len(mean) // 50  # after that a mean is of few steps
+        curves.plot(range(1, shown + 1), mean[:shown], color=KINDS[name].color, linewidth=1.4, label=name)
         relative = [100 * (run.final_loss() / runs[FP32][seed].final_loss() - 1) for seed, run in own.items()]
         ends.plot(relative, [-i] * len(relative), "o", color=KINDS[name].color, alpha=0.6)
         ends.plot(statistics.fmean(relative), -i, "|", color=KINDS[name].color, markersize=24, markeredgewidth=2)
     top = statistics.fmean(run.losses[len(run.losses) // 8] for run in runs[FP32].values())
     floor = min(mean_loss(own) for own in runs.values())
-    curves.set(xlabel="step", ylabel="cross-entropy, nats per character", ylim=(0.95 * floor, 1.1 * top))
+    curves.set(xlabel="step", ylabel="cross-entropy, nats per character", ylim=(0.97 * floor, 1.1 * top))
     curves.set_title("Loss, mean of the seeds", loc="left")
     curves.grid(alpha=0.25)
     curves.legend(frameon=False)

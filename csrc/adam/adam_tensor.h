@@ -32,6 +32,12 @@ struct AdamDtypes {
   Dtype lowp_out;  // 16 bits; without meaning if there is none
 };
 
+// Whether kernels know what to do with these: grads have the param's dtype or fp32, and masters go with 16-bit params.
+constexpr bool fit(AdamDtypes d) {
+  return (d.grad == d.param || d.grad == kFloat32) &&
+         (d.master == kNoMaster || (d.param != kFloat32 && (d.master != kMasterFp32 || d.state == kFloat32)));
+}
+
 // What a step does to all its tensors.
 struct AdamMode {
   bool l2, amsgrad;

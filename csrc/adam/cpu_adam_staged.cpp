@@ -457,10 +457,7 @@ void staged_range(const AdamTensor& tensor, const AdamWork& work, int64_t begin,
 }  // namespace
 
 AdamRange choose_staged_range(AdamDtypes dtypes, AdamMode mode) {
-  const bool grad_fits = dtypes.grad == dtypes.param || dtypes.grad == kFloat32;
-  const bool master_fits = dtypes.master == kNoMaster ||
-                           (dtypes.param != kFloat32 && (dtypes.master != kMasterFp32 || dtypes.state == kFloat32));
-  if (!grad_fits || !master_fits) return nullptr;
+  if (!fit(dtypes)) return nullptr;
   if (mode.l2) return mode.amsgrad ? staged_range<true, true> : staged_range<true, false>;
   return mode.amsgrad ? staged_range<false, true> : staged_range<false, false>;
 }

@@ -19,11 +19,10 @@ T* pointer(uintptr_t address) {
 }
 
 void adam_step(AdamTable& table, const std::vector<ScalarRow>& scalar_rows, bool l2, uintptr_t device_scalars,
-               uintptr_t found_inf, int device, uintptr_t stream) {
+               uintptr_t found_inf, int device, uintptr_t stream, bool zero_grads, bool stochastic_rounding) {
   CudaAdamStep step{table.tensors,
                     table.dtypes,
-                    l2,
-                    table.amsgrad,
+                    {l2, table.amsgrad, zero_grads, stochastic_rounding},
                     {},
                     table.step_rows,
                     pointer<const AdamScalars>(device_scalars),
@@ -64,7 +63,8 @@ PYBIND11_MODULE(fused_adam, module) {
   bind_adam_table(module);
   module.def(
       "adam_step", &adam_step, py::arg("table"), py::arg("scalars"), py::arg("l2"), py::arg("device_scalars"),
-      py::arg("found_inf"), py::arg("device"), py::arg("stream"),
+      py::arg("found_inf"), py::arg("device"), py::arg("stream"), py::arg("zero_grads") = false,
+      py::arg("stochastic_rounding") = false,
       "Enqueues one step for the table's tensors, counts it in the states that the table was made from, and lets "
       "go of the tensors. Scalars come as a row for each of the table's steps, or lie on the device, one after "
       "another for each tensor, where the address device_scalars is not 0.");

@@ -1,5 +1,5 @@
 // The CUDA side of FusedAdam: which kernel, which launches, on which stream; and what went wrong, in words. The kernels
-// are in fused_adam_kernel.cuh, the division into launches in launch_plan.cpp.
+// are in fused_adam_kernel.cuh and fused_adam_blocks.cuh, the division into launches in launch_plan.cpp.
 #include <cuda_fp16.h>
 #include <cuda_runtime.h>
 
@@ -9,6 +9,7 @@
 #include <stdexcept>
 
 #include "fused_adam.h"
+#include "fused_adam_blocks.cuh"
 #include "fused_adam_kernel.cuh"
 #include "launch_plan.h"
 
@@ -78,31 +79,33 @@ Kernel kernel_of_param(bool grad32, bool state32, bool master, bool l2, bool ams
                 : kernel_of_mode<Param, Param, Param, false>(l2, amsgrad);
 }
 
-// What a kernel is compiled for, as one number.
-uint32_t kind_of(AdamDtypes dtypes, bool l2, bool amsgrad) {
-  const uint32_t mode = l2 + 2u * amsgrad, columns = dtypes.state + (kDtypeCount + 1) * (dtypes.master + 4u * mode);
+// A kernel of one pass over registers, for what is most common; null for everything else.
+Kernel direct_kernel(AdamDtypes dtypes, AdamMode mode) {
+  if (dtypes.state == kBlockCodes || dtypes.master > kMasterFp32) return nullptr;
+  if (dtypes.state != dtypes.param && dtypes.state != kFloat32) return nullptr;
+  const bool grad32 = dtypes.grad == kFloat32, state32 = dtypes.state == kFloat32;
+  const bool master = dtypes.master == kMasterFp32;
+  if (dtypes.param == kBfloat16) return kernel_of_param<bf16>(grad32, state32, master, mode.l2, mode.amsgrad);
+  if (dtypes.param == kFloat16) return kernel_of_param<fp16>(grad32, state32, master, mode.l2, mode.amsgrad);
+  return kernel_of_mode<float, float, float, false>(mode.l2, mode.amsgrad);
+}
+
+Kernel kernel_of(AdamDtypes dtypes, AdamMode mode, bool lowp_out) {
+  const bool plain = !lowp_out && !mode.zero_grads && !mode.stochastic_rounding;
+  const Kernel direct = plain ? direct_kernel(dtypes, mode) : nullptr;
+  if (direct) return direct;
+  if (mode.l2) return mode.amsgrad ? adam_blocks_kernel<true, true> : adam_blocks_kernel<true, false>;
+  return mode.amsgrad ? adam_blocks_kernel<false, true> : adam_blocks_kernel<false, false>;
+}
+
+// What the tensors of a launch have in common, as one number.
+constexpr uint32_t kKinds = kDtypeCount * kDtypeCount * (kDtypeCount + 1) * 4 * (kDtypeCount + 1);
+
+uint32_t kind_of(AdamDtypes dtypes, bool lowp_out) {
+  const uint32_t copy = lowp_out ? 1u + dtypes.lowp_out : 0;
+  const uint32_t columns = dtypes.state + (kDtypeCount + 1) * (dtypes.master + 4u * copy);
   return dtypes.param + kDtypeCount * (dtypes.grad + kDtypeCount * columns);
 }
-
-// Null if there is none.
-Kernel kernel_of_kind(uint32_t kind) {
-  const auto next = [&kind](uint32_t base) {
-    const uint32_t digit = kind % base;
-    kind /= base;
-    return digit;
-  };
-  const uint32_t param = next(kDtypeCount), grad = next(kDtypeCount), state = next(kDtypeCount + 1);
-  const uint32_t kind_of_master = next(4);
-  const bool master = kind_of_master == kMasterFp32, l2 = next(2), amsgrad = next(2);
-  if (state == kBlockCodes || kind_of_master > kMasterFp32) return nullptr;
-  if ((grad != param && grad != kFloat32) || (state != param && state != kFloat32)) return nullptr;
-  const bool grad32 = grad == kFloat32, state32 = state == kFloat32;
-  if (param == kBfloat16) return kernel_of_param<bf16>(grad32, state32, master, l2, amsgrad);
-  if (param == kFloat16) return kernel_of_param<fp16>(grad32, state32, master, l2, amsgrad);
-  return master ? nullptr : kernel_of_mode<float, float, float, false>(l2, amsgrad);
-}
-
-constexpr uint32_t kKinds = kDtypeCount * kDtypeCount * (kDtypeCount + 1) * 4 * 4;
 
 }  // namespace
 
@@ -110,12 +113,11 @@ void cuda_adam_step(const CudaAdamStep& step, CudaPlace place) {
   std::vector<PlannedTensor> planned;
   planned.reserve(step.tensors.size());
   for (size_t i = 0; i < step.tensors.size(); ++i) {
-    const uint32_t kind = kind_of(step.dtypes[i], step.l2, step.amsgrad);
-    if (!kernel_of_kind(kind))
+    if (!fit(step.dtypes[i]))
       throw std::invalid_argument("tensor " + std::to_string(i) +
                                   ": no kernel for these dtypes of param, grad, state and master");
     const uint32_t row = step.device_scalars ? 0 : step.scalar_rows[i];
-    planned.push_back({step.tensors[i].numel, kind + kKinds * row});
+    planned.push_back({step.tensors[i].numel, kind_of(step.dtypes[i], step.tensors[i].lowp_out) + kKinds * row});
   }
   const auto launches = plan_launches(planned, {kTensorsPerLaunch, kChunk, INT_MAX});
   if (launches.empty()) return;
@@ -127,6 +129,8 @@ void cuda_adam_step(const CudaAdamStep& step, CudaPlace place) {
     parameters->device_scalars = step.device_scalars;
     if (!step.device_scalars) parameters->scalars = step.scalars.at(launch.kind / kKinds);
     parameters->found_inf = step.found_inf;
+    parameters->dtypes = step.dtypes[launch.tensors[0]];
+    parameters->mode = step.mode;
     parameters->count = static_cast<uint32_t>(launch.tensors.size());
     for (size_t i = 0; i < launch.tensors.size(); ++i) {
       parameters->tensors[i] = step.tensors[launch.tensors[i]];
@@ -134,7 +138,8 @@ void cuda_adam_step(const CudaAdamStep& step, CudaPlace place) {
       parameters->first_block[i] = launch.first_block[i];
     }
     void* arguments[] = {parameters.get()};
-    check(cudaLaunchKernel(kernel_of_kind(launch.kind % kKinds), dim3(launch.blocks()), dim3(kThreads), arguments, 0,
+    const Kernel kernel = kernel_of(parameters->dtypes, step.mode, parameters->tensors[0].lowp_out);
+    check(cudaLaunchKernel(kernel, dim3(launch.blocks()), dim3(kThreads), arguments, 0,
                            static_cast<cudaStream_t>(place.stream)),
           "Adam launch " + std::to_string(n + 1) + " of " + std::to_string(launches.size()) + " (" +
               std::to_string(launch.tensors.size()) + " tensors from tensor " + std::to_string(launch.tensors[0]) +

@@ -22,7 +22,7 @@ struct CudaPlace {
 struct CudaAdamStep {
   const std::vector<AdamTensor>& tensors;
   const std::vector<AdamDtypes>& dtypes;
-  bool l2, amsgrad;
+  AdamMode mode;
   std::vector<AdamScalars> scalars;
   const std::vector<uint32_t>& scalar_rows;  // for each tensor, which of `scalars` are its own
   const AdamScalars* device_scalars;         // or, if not null, for each tensor its own in device memory

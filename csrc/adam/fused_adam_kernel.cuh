@@ -26,6 +26,8 @@ struct AdamLaunch {
   AdamScalars scalars;                // of all tensors, where device_scalars is null
   const AdamScalars* device_scalars;  // or of each, by its row
   const float* found_inf;             // not null: the launch does nothing if this is not 0
+  AdamDtypes dtypes;
+  AdamMode mode;
   uint32_t count;
   uint32_t first_block[kTensorsPerLaunch + 1];
   uint32_t rows[kTensorsPerLaunch];

@@ -1,11 +1,16 @@
 // Test only: stands in for CUDA's header, so that csrc/adam/fused_adam.cu and its kernels compile as C++ and run on the
-// host. A launch calls the kernel for every thread of every block, one after another; the kernels have no barriers.
+// host. A launch runs the 32 threads of a warp by turns, each until it has something to tell the others, and the warps
+// one after another; there are no barriers of blocks.
 #pragma once
+
+#include <ucontext.h>
 
 #include <cmath>
 #include <cstdint>
+#include <cstdio>
 #include <cstdlib>
 #include <cstring>
+#include <memory>
 
 #define __global__
 #define __device__
@@ -19,6 +24,12 @@ struct dim3 {
 };
 inline thread_local dim3 blockIdx, threadIdx;
 
+struct alignas(8) uint2 {
+  unsigned x, y;
+};
+inline uint2 make_uint2(unsigned x, unsigned y) {
+  return {x, y};
+}
 struct alignas(16) uint4 {
   unsigned x, y, z, w;
 };
@@ -109,11 +120,111 @@ inline cudaError_t cudaFuncGetAttributes(cudaFuncAttributes*, const void*) {
   return std::getenv("EMULATED_CUDA_NO_CODE") ? cudaErrorInvalidValue : cudaSuccess;
 }
 
+// The threads of a launch that have the same place in their warps, as 32 contexts that take turns: each goes through
+// all blocks and warps, and gives way where it exchanges something with the others of its warp.
+class EmulatedWarps {
+ public:
+  template <class Parameters>
+  EmulatedWarps(void (*kernel)(Parameters), const Parameters& parameters, dim3 grid, dim3 block) {
+    struct Launch {
+      void (*kernel)(Parameters);
+      const Parameters& parameters;
+    };
+    const Launch launch{kernel, parameters};
+    launch_ = &launch;
+    grid_ = grid.x, block_ = block.x;
+    call_ = [](const void* launched) {
+      const Launch& own = *static_cast<const Launch*>(launched);
+      own.kernel(own.parameters);
+    };
+    EmulatedWarps*& current = EmulatedWarps::current();
+    current = this;
+    for (Lane& lane : lanes_) lane.make();
+    swapcontext(&caller_, &lanes_[0].context);
+    current = nullptr;
+  }
+
+  // What another lane of the warp gives. All must ask.
+  int exchange(int own, unsigned distance) {
+    Lane& lane = lanes_[lane_];
+    lane.said[lane.turns % 2] = own;
+    give_way();
+    const Lane& other = lanes_[lane_ ^ distance];
+    return other.said[(lane.turns - 1) % 2];
+  }
+
+  static EmulatedWarps*& current() {
+    static thread_local EmulatedWarps* warps = nullptr;
+    return warps;
+  }
+
+ private:
+  static constexpr size_t kStack = 256 * 1024;  // a kernel has its parameters there, 32 kB
+  struct Lane {
+    ucontext_t context;
+    std::unique_ptr<char[]> stack{new char[kStack]};
+    int said[2] = {};  // at even and at odd turns: a lane may be a turn ahead of others
+    uint64_t turns = 0;
+    dim3 block_index, thread_index;
+    bool done = false;
+
+    void make() {
+      getcontext(&context);
+      context.uc_stack.ss_sp = stack.get();
+      context.uc_stack.ss_size = kStack;
+      context.uc_link = nullptr;
+      makecontext(&context, &EmulatedWarps::run_lane, 0);
+    }
+  };
+
+  // On to the next lane, and from the last to the first.
+  void give_way() {
+    Lane& own = lanes_[lane_];
+    ++own.turns;
+    own.block_index = blockIdx, own.thread_index = threadIdx;
+    lane_ = (lane_ + 1) % 32;
+    if (lanes_[lane_].done) {
+      std::fputs("emulated CUDA: threads of a warp have gone different ways\n", stderr);
+      std::abort();
+    }
+    Lane& next = lanes_[lane_];
+    blockIdx = next.block_index, threadIdx = next.thread_index;
+    swapcontext(&own.context, &next.context);
+  }
+
+  static void run_lane() {
+    EmulatedWarps& own = *current();
+    const unsigned lane = own.lane_;
+    for (unsigned block = 0; block < own.grid_; ++block) {
+      for (unsigned thread = lane; thread < own.block_; thread += 32) {
+        blockIdx = dim3(block), threadIdx = dim3(thread);
+        own.call_(own.launch_);
+      }
+    }
+    own.lanes_[lane].done = true;
+    if (lane == 31) setcontext(&own.caller_);
+    own.lane_ = lane + 1;
+    blockIdx = own.lanes_[lane + 1].block_index, threadIdx = own.lanes_[lane + 1].thread_index;
+    setcontext(&own.lanes_[lane + 1].context);
+  }
+
+  const void* launch_;
+  void (*call_)(const void*);
+  unsigned grid_, block_, lane_ = 0;
+  ucontext_t caller_;
+  Lane lanes_[32];
+};
+
+inline int __shfl_xor_sync(unsigned mask, int own, int distance) {
+  if (mask != 0xFFFFFFFFu) std::abort();
+  return EmulatedWarps::current()->exchange(own, static_cast<unsigned>(distance));
+}
+
 template <class Parameters>
 cudaError_t cudaLaunchKernel(void (*kernel)(Parameters), dim3 grid, dim3 block, void** arguments, size_t,
                              cudaStream_t) {
   if (std::getenv("EMULATED_CUDA_ERROR")) return cudaErrorInvalidValue;
-  for (blockIdx.x = 0; blockIdx.x < grid.x; ++blockIdx.x)
-    for (threadIdx.x = 0; threadIdx.x < block.x; ++threadIdx.x) kernel(*static_cast<Parameters*>(arguments[0]));
+  if (block.x % 32) return cudaErrorInvalidValue;
+  EmulatedWarps(kernel, *static_cast<const Parameters*>(arguments[0]), grid, block);
   return cudaSuccess;
 }

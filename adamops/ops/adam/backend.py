@@ -16,6 +16,7 @@ class Backend(Protocol):
     """Updates params of one device. An optimizer has one for each device that its params are on."""
 
     name: str
+    writes_copies: bool  # whether a step takes batches with lowp_outs
 
     def skips(self, hyper: AdamHyper) -> bool:
         """Whether the step is to be left out, as torch.amp.GradScaler found infs or NaNs in the grads.

@@ -15,7 +15,6 @@ from torch import Tensor
 
 from .batch import AdamBatch
 from .hyper import AdamHyper
-from .precision import Master
 from .table_backend import TableBackend, addresses
 
 
@@ -29,28 +28,6 @@ class CudaBackend(TableBackend):
 
     def grad_norm(self, grads: Sequence[Tensor], norm_type: float) -> None:
         """None: torch computes it on the device, and nothing waits for it."""
-
-    def prepare_group(self, where: str, hyper: AdamHyper, params: list[Tensor], states: dict[Any, Any]) -> Any:
-        self._check_supported(hyper)
-        return super().prepare_group(where, hyper, params, states)
-
-    def prepare(self, batch: AdamBatch) -> Callable[[], None]:
-        self._check_supported(batch.hyper)
-        return super().prepare(batch)
-
-    def _check_supported(self, hyper: AdamHyper) -> None:
-        """Raises NotImplementedError for what the kernels do not have yet."""
-        precision = hyper.precision
-        missing = {
-            "state_dtype": precision.state_dtype not in (None, torch.float32),
-            "master_weight_bits": precision.master not in (Master.NONE, Master.FP32),
-            "stochastic_rounding": precision.stochastic_rounding,
-            "zero_grads": hyper.zero_grads,
-            "clip_grad_norm_()": hyper.grad_factor != 1.0,
-        }
-        for name, is_used in missing.items():
-            if is_used:
-                raise NotImplementedError(f"{name} works for params in host memory only, not on {self.device} yet")
 
     def new_step_count(self, hyper: AdamHyper, count: int = 0) -> int | Tensor:
         return self._device_count(count) if self._needs_device_counts(hyper) else count
@@ -102,14 +79,24 @@ class CudaBackend(TableBackend):
     def _step_by_host_counts(self, table: Any, hyper: AdamHyper) -> None:
         self._refuse_while_capturing("its step counts are on the host; construct FusedAdam with capturable=True")
         scalars = [hyper.scalars(step) for step in table.steps]
-        self.module.adam_step(table, scalars, hyper.l2, device_scalars=0, found_inf=0, **self._place())
+        self._enqueue(table, scalars, hyper, device_scalars=0, found_inf=0)
+
+    def _enqueue(self, table: Any, scalars: list[Any], hyper: AdamHyper, **on_device: int) -> None:
+        self.module.adam_step(
+            table,
+            scalars,
+            hyper.l2,
+            zero_grads=hyper.zero_grads,
+            stochastic_rounding=hyper.precision.stochastic_rounding,
+            **on_device,
+            **self._place(),
+        )
 
     def _place(self) -> dict[str, int]:
         """Where the op is to run: the device, and torch's current stream on it."""
         return {"device": self.device.index or 0, "stream": self._stream()}
 
     def _step_by_device_counts(self, table: Any, hyper: AdamHyper) -> None:
-        place = self._place()
         # Tensors made here may go out of scope before the kernels run: torch reuses memory in the order of the stream.
         scalars = torch.empty(len(table) * self.module.SCALARS_SIZE, dtype=torch.uint8, device=self.device)
         lr = self._on_device(hyper.lr, _lr_dtype(hyper.lr)) if self._is_on_device(hyper.lr) else None
@@ -132,11 +119,9 @@ class CudaBackend(TableBackend):
             maximize=hyper.maximize,
             loss_scale=loss_scale_there,
             found_inf=found_inf_there,
-            **place,
+            **self._place(),
         )
-        self.module.adam_step(
-            table, [], hyper.l2, device_scalars=scalars.data_ptr(), found_inf=found_inf_there, **place
-        )
+        self._enqueue(table, [], hyper, device_scalars=scalars.data_ptr(), found_inf=found_inf_there)
 
     def _on_device(self, value: Any, dtype: torch.dtype) -> Tensor:
         """A number or a 0-dim tensor as a tensor that kernels on this device can read."""

@@ -327,7 +327,7 @@ class AdamOptimizer(Optimizer):
         batches = self._batches(group, where, hyper)
         left = {param: lowp_outs[param] for param in params if param in lowp_outs}
         for backend, batch in batches:
-            if left and backend.name == "cpu_adam":
+            if left and backend.writes_copies:
                 batch.lowp_outs = [left.pop(param, None) for param in batch.params]
         prepared = [self._prepare_batch(*batch) for batch in batches]
         read = {id(grad) for _, batch in batches for grad in batch.grads}  # others were copied first, or are skipped
@@ -340,7 +340,7 @@ class AdamOptimizer(Optimizer):
                 for grad in unread:
                     grad.zero_()
             for param, out in left.items():
-                out.copy_(param)
+                out.copy_(self._fp32_param(param))
 
         return update_all, any(states_are_new for _, states_are_new in prepared)
 

@@ -34,6 +34,8 @@ def addresses(tensors: Sequence[Tensor | None]) -> list[int]:
 class TableBackend:
     """Adam by an extension module that takes tables; a subclass says how a step is done."""
 
+    writes_copies = True
+
     def __init__(self, module: Any, device: torch.device) -> None:
         self.module = module
         self.device = device

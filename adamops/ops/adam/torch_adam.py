@@ -22,6 +22,7 @@ class TorchBackend:
     """Adam by torch calls."""
 
     name = "torch_adam"
+    writes_copies = False
 
     def skips(self, hyper: AdamHyper) -> bool:
         return hyper.overflowed
