@@ -4,11 +4,22 @@ A script, so that it can run under the address sanitizer.
 """
 
 import array
+import copy
 import itertools
 import random
 import sys
 
-from kernel_check import BFLOAT16, COMBINATIONS, FLOAT32, canonical, load, random_values, stored
+from kernel_check import (
+    BFLOAT16,
+    COMBINATIONS,
+    FLOAT32,
+    canonical,
+    load,
+    random_values,
+    scalars_of,
+    small_tensors,
+    stored,
+)
 
 SIZES = [0, 1, 8, 17, 255, 4096, 4099]
 SCALARS = (1.0, 0.9, 1 - 0.9, 0.999, 1 - 0.999, -1e-3, 1.0, 1e-8, 1.0)
@@ -42,6 +53,17 @@ def step_by_device_counts(cuda, rows, offset, code, amsgrad, with_master, l2):
     assert [count[0] for count in counts] == [3.0] * len(SIZES)
 
 
+def check_small_tensors(cuda, cpu, rng):
+    """States in codes, masters in parts and so on, two steps each."""
+    for tensor in small_tensors(rng, (1, 8, 255, 257, 1000)):
+        twin = copy.deepcopy(tensor)
+        for step in (1, 2):
+            scalars, modes = [scalars_of(step, False, False)], (tensor.zero_grads, tensor.stochastic_rounding)
+            cuda.adam_step(tensor.table(cuda, step), scalars, False, 0, 0, 0, 0, *modes)
+            cpu.adam_step(twin.table(cpu, step), scalars, False, 1, *modes)
+            assert tensor.bits() == twin.bits(), (vars(tensor), step)
+
+
 def main(cuda_path, cpu_path):
     cuda, cpu = load(cuda_path, "fused_adam"), load(cpu_path)
     rng = random.Random(7)
@@ -69,6 +91,7 @@ def main(cuda_path, cpu_path):
             for our_row, their_row in zip(ours, theirs, strict=True):
                 for x, y, dtype in zip(our_row, their_row, dtypes, strict=True):
                     assert canonical(x, dtype) == canonical(y, dtype), (dtypes, l2, amsgrad, with_master, offset)
+    check_small_tensors(cuda, cpu, rng)
     print("all equal")
 
 

@@ -21,8 +21,10 @@ COMBINATIONS = [(FLOAT32, FLOAT32, FLOAT32)] + [
     (p, g, s) for p in (BFLOAT16, FLOAT16) for g in (p, FLOAT32) for s in (p, FLOAT32)
 ]
 SIZES = (1, 7, 31, 32, 33, 64, 130, 1000)
+CODES = 3  # the dtype of states in codes of 8 bits
+NO_MASTER, FP32_MASTER, REMAINDER_8, REMAINDER_16 = range(4)  # enum Master of csrc/adam/adam_tensor.h
 # What every wheel gives on every CPU. It changes with what is fed below, or with the update rule, and nothing else.
-DIGEST = "ecd989e8ff5be1d84ccc663195d404f08f5dfa372d7509e17ddd19ea2629ada3"
+DIGEST = "22e25132438dcb9e05f2ddec5b3886ad45efec61a46142e956c6a6cf090ed380"
 
 
 def load(path, name="cpu_adam"):
@@ -58,6 +60,74 @@ def canonical(data, dtype):
     return array.array("H", [0x7FFF if b & 0x7FFF > infinity else b for b in data]).tobytes()
 
 
+class SmallTensor:
+    """A tensor that keeps less than float32: states in codes, a remainder, rounding at random, a copy in 16 bits."""
+
+    def __init__(self, rng, kind, size):
+        self.param, self.master, self.amsgrad, self.stochastic_rounding = kind
+        self.size, self.zero_grads, self.stream = size, self.amsgrad, rng.getrandbits(32)
+        blocks, averages = -(-size // 256), 3 if self.amsgrad else 2
+
+        def numbers(typecode, low, high, count=size):
+            return array.array(typecode, [rng.randint(low, high) for _ in range(count)])
+
+        scales = stored([10.0 ** rng.randint(-12, 2) for _ in range(blocks * averages)], BFLOAT16)
+        for block in range(0, blocks, 3):
+            scales[block * averages] |= 0x8000  # has elements that are not finite, -128
+        rest = numbers("b", -128, 127) if self.master == REMAINDER_8 else numbers("h", -32768, 32767)
+        self.columns = [
+            stored(random_values(rng, size), self.param),
+            stored(random_values(rng, size), self.param),
+            numbers("b", -128, 127),
+            numbers("B", 0, 255),
+            numbers("B", 0, 255) if self.amsgrad else None,
+            rest if self.master else None,
+            scales,
+            stored([0.0] * size, BFLOAT16) if self.param == FLOAT32 else None,
+        ]
+        for i in range(size):
+            if not scales[i // 256 * averages] & 0x8000 and self.columns[2][i] == -128:
+                self.columns[2][i] = 0
+
+    def dtypes(self):
+        """Of the columns that are floats, others None."""
+        return [self.param, self.param, None, None, None, None, None, BFLOAT16]
+
+    def code(self):
+        """The code of its dtypes."""
+        return self.param + 3 * self.param + 9 * CODES + 36 * BFLOAT16
+
+    def bits(self):
+        """All that is stored, every NaN made the same."""
+        columns = zip(self.columns, self.dtypes(), strict=True)
+        return [None if x is None else x.tobytes() if dtype is None else canonical(x, dtype) for x, dtype in columns]
+
+    def table(self, module, step, addresses=None):
+        """The table of this tensor alone, in the memory that it has or where it was copied to."""
+        addresses = addresses or [None if x is None else x.buffer_info()[0] for x in self.columns]
+        column = [None if address is None else [address] for address in addresses]
+        return module.table_of_addresses(
+            *column[:5], [self.size], [self.code()], [step], column[5], False, self.master or FP32_MASTER,
+            column[6], column[7], [self.stream],
+        )  # fmt: skip
+
+
+def small_tensors(rng, sizes):
+    """Tensors of every kind that keeps less than float32."""
+    for kind in itertools.product((FLOAT32, BFLOAT16, FLOAT16), (NO_MASTER, REMAINDER_8, REMAINDER_16), *2 * [(0, 1)]):
+        param, master, _, stochastic_rounding = kind
+        if (param != FLOAT32 or master == NO_MASTER) and not (master == REMAINDER_16 and stochastic_rounding):
+            for size in sizes:
+                yield SmallTensor(rng, kind, size)
+
+
+def scalars_of(step, maximize, l2):
+    """The scalars of a step, near enough to what Adam has."""
+    bias1, bias2 = 1 - 0.9**step, 1 - 0.999**step
+    scalars = (-1.0 if maximize else 1.0, 0.9, 1 - 0.9, 0.999, 1 - 0.999, -1e-3 / bias1, bias2**-0.5, 1e-8)
+    return scalars + ((1.0, 0.01) if l2 else (1 - 1e-5, 0.0))
+
+
 def digest(module, threads=1):
     """A digest of params and states after two steps, over all dtypes, modes and tails."""
     sha = hashlib.sha256()
@@ -80,12 +150,16 @@ def digest(module, threads=1):
             max_exp_avg_sqs, masters = addresses[4] if amsgrad else None, addresses[5] if with_master else None
             for step in (1, 2):
                 table = module.table_of_addresses(*addresses[:4], max_exp_avg_sqs, [size], [code], [step], masters)
-                bias1, bias2 = 1 - 0.9**step, 1 - 0.999**step
-                scalars = (-1.0 if maximize else 1.0, 0.9, 1 - 0.9, 0.999, 1 - 0.999, -1e-3 / bias1, bias2**-0.5, 1e-8)
-                scalars += (1.0, 0.01) if l2 else (1 - 1e-5, 0.0)
-                module.adam_step(table, [scalars], bool(l2), threads)
+                module.adam_step(table, [scalars_of(step, maximize, l2)], bool(l2), threads)
             for x, dtype in zip(data, (param, grad, state, state, state, FLOAT32), strict=True):
                 sha.update(canonical(x, dtype))
+    for tensor in small_tensors(rng, (1, 255, 256, 257, 1000)):
+        for step in (1, 2):
+            scalars = [scalars_of(step, False, False)]
+            module.adam_step(tensor.table(module, step), scalars, False, threads, tensor.amsgrad,
+                             tensor.stochastic_rounding)  # fmt: skip
+        for data in filter(None, tensor.bits()):
+            sha.update(data)
     return sha.hexdigest()
 
 

@@ -1,5 +1,7 @@
 """The CPU kernel compiled for AArch64, under user emulation: the bits of this machine's extension."""
 
+import copy
+import io
 import itertools
 import os
 import random
@@ -13,7 +15,17 @@ import pytest
 from adamops.op_builder.compile import Compiler
 from adamops.op_builder.cpu import choose_targets
 from adamops.op_builder.cpu_adam import CPUAdamBuilder
-from kernel_check import COMBINATIONS, FLOAT32, canonical, random_values, stored
+from kernel_check import (
+    BFLOAT16,
+    CODES,
+    COMBINATIONS,
+    FLOAT32,
+    canonical,
+    random_values,
+    scalars_of,
+    small_tensors,
+    stored,
+)
 
 HERE = Path(__file__).resolve().parent
 CSRC = HERE.parent / "csrc"
@@ -48,6 +60,16 @@ def step_here(cpu_adam, kind, scalars, arrays):
         addresses[5] if with_master else None,
     )
     cpu_adam.adam_step(table, [scalars], bool(l2), 1)
+
+
+def packed(numel, scalars, columns, offset=0, stream=0, **kind):
+    """A case as the driver reads it: arrays, or None where there is none."""
+    names = ("param", "grad", "state", "master", "lowp_out", "l2", "amsgrad", "zero_grads", "stochastic_rounding")
+    parts = [struct.pack("12B2I10f", *(kind.get(name, 0) for name in names), 0, 0, 0, numel, stream, *scalars)]
+    for column in (*columns, *[None] * (8 - len(columns))):
+        data = b"" if column is None else column.tobytes()
+        parts += [struct.pack("2I", len(data), offset * column.itemsize if data else 0), data]
+    return b"".join(parts)
 
 
 def build_driver(compiler, target, output):
@@ -86,19 +108,59 @@ def test_neon_has_the_bits_of_this_machine(monkeypatch, tmp_path, cpu_adam, seed
     driver = tmp_path / "driver"
     build_driver(compiler, target, driver)
     given = list(cases(seed))
-    text = b"".join(
-        struct.pack("8B2I10f", *kind, 0, 0, len(arrays[0]), offset, *scalars) + b"".join(x.tobytes() for x in arrays)
-        for kind, offset, _, scalars, arrays in given
+    small = list(small_tensors(random.Random(seed), SIZES[1:] + (257,)))
+    text = b"".join(packed_case(*case) for case in given)
+    text += b"".join(
+        packed(
+            tensor.size,
+            scalars_of(1, False, False),
+            tensor.columns,
+            param=tensor.param,
+            grad=tensor.param,
+            state=CODES,
+            lowp_out=BFLOAT16,
+            **{
+                name: getattr(tensor, name)
+                for name in ("master", "amsgrad", "zero_grads", "stochastic_rounding", "stream")
+            },
+        )
+        for tensor in small
     )
     command = [*shlex.split(os.environ.get("ADAMOPS_TEST_QEMU", QEMU)), str(driver)]
     done = subprocess.run(command, input=text, capture_output=True, check=True)
-    position = 0
+    theirs = io.BytesIO(done.stdout)
     for kind, offset, dtypes, scalars, arrays in given:
         step_here(cpu_adam, kind, scalars, arrays)
-        for column, (array, dtype) in enumerate(zip(arrays, dtypes, strict=True)):
-            size = len(array) * array.itemsize
-            theirs = array[:0]
-            theirs.frombytes(done.stdout[position : position + size])
-            position += size
-            assert canonical(theirs, dtype) == canonical(array, dtype), (kind, offset, len(array), column)
-    assert position == len(done.stdout)
+        for column, (own, dtype) in enumerate(zip(arrays, dtypes, strict=True)):
+            assert canonical(read_like(own, theirs), dtype) == canonical(own, dtype), (kind, offset, len(own), column)
+    for tensor in small:
+        there = copy.deepcopy(tensor)
+        there.columns = [None if own is None else read_like(own, theirs) for own in tensor.columns]
+        modes = tensor.zero_grads, tensor.stochastic_rounding
+        cpu_adam.adam_step(tensor.table(cpu_adam, 1), [scalars_of(1, False, False)], False, 1, *modes)
+        assert there.bits() == tensor.bits(), vars(tensor)
+    assert not theirs.read()
+
+
+def packed_case(kind, offset, dtypes, scalars, arrays):
+    """One of cases()."""
+    param, grad, state, master, l2, amsgrad = kind
+    return packed(
+        len(arrays[0]),
+        scalars,
+        arrays,
+        offset,
+        param=param,
+        grad=grad,
+        state=state,
+        master=master,
+        l2=l2,
+        amsgrad=amsgrad,
+    )
+
+
+def read_like(own, file):
+    """An array of the same size from a file."""
+    there = own[:0]
+    there.frombytes(file.read(len(own) * own.itemsize))
+    return there

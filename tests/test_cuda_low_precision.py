@@ -95,7 +95,7 @@ def test_steps_have_the_bits_of_the_cpu_op(cuda_op, data):
         for i in range(len(params)):
             assert_same(params[i].grad, twins[i].grad, "grad")
             if with_copies and copies[0][i] is not None:
-                # Of a step that is skipped before there are masters, a copy of -0 may be 0, as master and rest add up to.
+                # If a step is skipped before there are masters, a copy of -0 may be 0, the sum of master and rest.
                 assert_same(copies[0][i] + 0.0, copies[1][i] + 0.0, "copy")
 
 

@@ -1,7 +1,7 @@
 // Test only: one SIMD target of the CPU kernel as a program, for CPUs that have no Python here. Reads cases from
 // standard input until it ends, and writes the arrays of each after one step to standard output.
 //
-// A case is a Header, ten floats of scalars, and the arrays: param, grad, exp_avg, exp_avg_sq, max_exp_avg_sq, master.
+// A case is a Header, ten floats of scalars, and the columns of an AdamTensor in order, each with its size before it.
 #include <cstddef>
 #include <cstdio>
 #include <cstdlib>
@@ -19,9 +19,13 @@ extern const AdamTarget target;
 namespace {
 
 struct Header {
-  uint8_t param, grad, state, has_master, l2, amsgrad, unused[2];
-  uint32_t numel, offset;  // the arrays begin `offset` elements into their memory
+  uint8_t param, grad, state, master, lowp_out, l2, amsgrad, zero_grads, stochastic_rounding, unused[3];
+  uint32_t numel, stream;
 };
+struct Size {
+  uint32_t bytes, skip;  // the column begins `skip` bytes into its memory; 0 bytes: there is none
+};
+constexpr size_t kColumns = 8;
 
 bool read(void* to, size_t bytes) {
   return std::fread(to, 1, bytes, stdin) == bytes;
@@ -39,31 +43,36 @@ int main() {
     if (!read(&scalars, kFloats)) return 2;
     scalars.step = 1;
     const auto dtype = [](uint8_t code) { return static_cast<Dtype>(code); };
-    const size_t codes[] = {header.param, header.grad, header.state, header.state, header.state, kFloat32};
-    std::vector<std::vector<char>> arrays;
-    std::vector<char*> starts;
-    for (const size_t code : codes) {
-      const size_t size = code == kFloat32 ? 4 : 2;
-      arrays.emplace_back((header.numel + header.offset) * size + 1);  // never empty
-      starts.push_back(arrays.back().data() + header.offset * size);
-      if (!read(starts.back(), header.numel * size)) return 2;
+    std::vector<std::vector<char>> memory(kColumns);
+    Size sizes[kColumns];
+    char* columns[kColumns];
+    for (size_t i = 0; i < kColumns; ++i) {
+      if (!read(sizes + i, sizeof(Size))) return 2;
+      memory[i].resize(sizes[i].skip + sizes[i].bytes);
+      columns[i] = sizes[i].bytes ? memory[i].data() + sizes[i].skip : nullptr;
+      if (!read(columns[i], sizes[i].bytes)) return 2;
     }
-    const AdamWork work = {{dtype(header.param), dtype(header.grad), dtype(header.state),
-                            header.has_master ? kMasterFp32 : kNoMaster, kFloat32},
-                           {header.l2 != 0, header.amsgrad != 0, false, false},
-                           scalars,
-                           256};
-    const AdamRange range = ADAMOPS_TARGET::target.adam_range(work.dtypes, work.mode, false);
+    const AdamWork work = {
+        {dtype(header.param), dtype(header.grad), dtype(header.state), static_cast<Master>(header.master),
+         dtype(header.lowp_out)},
+        {header.l2 != 0, header.amsgrad != 0, header.zero_grads != 0, header.stochastic_rounding != 0},
+        scalars,
+        256};
+    const AdamRange range = ADAMOPS_TARGET::target.adam_range(work.dtypes, work.mode, columns[7]);
     if (!range) return 3;
-    const AdamTensor tensor = {starts[0], starts[1], starts[2],
-                               starts[3], starts[4], starts[5],
-                               nullptr,   nullptr,   static_cast<int64_t>(header.numel),
-                               0};
+    const AdamTensor tensor = {columns[0],
+                               columns[1],
+                               columns[2],
+                               columns[3],
+                               columns[4],
+                               columns[5],
+                               reinterpret_cast<uint16_t*>(columns[6]),
+                               columns[7],
+                               static_cast<int64_t>(header.numel),
+                               header.stream};
     range(tensor, work, 0, tensor.numel);
-    for (size_t i = 0; i < arrays.size(); ++i) {
-      const size_t bytes = header.numel * (codes[i] == kFloat32 ? 4 : 2);
-      if (std::fwrite(starts[i], 1, bytes, stdout) != bytes) return 4;
-    }
+    for (size_t i = 0; i < kColumns; ++i)
+      if (std::fwrite(columns[i], 1, sizes[i].bytes, stdout) != sizes[i].bytes) return 4;
   }
   return 0;
 }
