@@ -80,10 +80,6 @@ def test_clipping_is_that_of_torch(dtype, norm_type, max_norm, backend, seed):
         ours._backends = theirs._backends = {torch.device("cpu"): TorchBackend()}
     norm = ours.clip_grad_norm_(max_norm, norm_type)
     assert norm.shape == () and norm.dtype == torch.float32
-    for twin in twins:
-        twin.grad = twin.grad.float() if dtype == torch.float32 else twin.grad
-    expected = torch.nn.utils.clip_grad_norm_([t.detach().float().requires_grad_() for t in twins], 1.0)  # no grads
-    assert expected == 0
     widened = [t.grad.float() for t in twins]
     total = torch.linalg.vector_norm(torch.stack([torch.linalg.vector_norm(g, norm_type) for g in widened]), norm_type)
     assert norm == pytest.approx(float(total), rel=1e-5)

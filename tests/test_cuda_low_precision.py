@@ -4,7 +4,7 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from optimizers import HOST, EmulatedFusedAdam
+from optimizers import HOST, EmulatedBackend, EmulatedFusedAdam
 from test_low_precision import HALVES, assert_same, wide_range
 
 from adamops import FusedAdam
@@ -79,15 +79,21 @@ def test_steps_have_the_bits_of_the_cpu_op(cuda_op, data):
     copies = [
         [torch.empty(p.shape, dtype=HALVES[i % 2]) if i % 3 != 2 else None for i, p in enumerate(params)] for _ in "ab"
     ]
+    norms = {}
     for _ in range(3):
         set_grads(params, twins, grad_dtype, data.draw(st.booleans(), "special"))
         overflow = data.draw(st.sampled_from([None, None, False, True]), "overflow")
+        clip = data.draw(st.sampled_from([None, None, (0.1, 2.0), (1e9, 1.0), (0.3, float("inf"))]), "clip")
         for optimizer, own_copies in zip(optimizers, copies, strict=True):
+            if clip:
+                norms[optimizer] = optimizer.clip_grad_norm_(*clip)
             if overflow is not None:
                 optimizer.grad_scale, optimizer.found_inf = torch.tensor(3.7), torch.tensor([float(overflow)])
             optimizer.step(zero_grads=zero_grads, lowp_out=own_copies if with_copies else None)
             if overflow is not None:
                 del optimizer.grad_scale, optimizer.found_inf
+        if clip:
+            assert_same(norms[ours], norms[theirs], "norm")
         if overflow and not theirs.state:
             for p in params:  # new states of zeros, with a count on the device, are there all the same
                 ours.state.pop(p, None)
@@ -127,3 +133,42 @@ def test_checkpoints_in_codes_go_to_the_cpu_op_and_back():
         theirs.load_state_dict(saved[0])
     assert_all_same(ours, theirs)
     assert ours._backends[HOST].name == "fused_adam"
+
+
+@settings(max_examples=40, deadline=None)
+@given(data=st.data())
+def test_norms_have_the_bits_of_the_cpu_op(cuda_op, data):
+    torch.manual_seed(data.draw(st.integers(0, 2**32 - 1), "seed"))
+    sizes = st.integers(0, 100) | st.sampled_from([32767, 32768, 32769, 262144, 262145, 300_000])
+    count = data.draw(st.sampled_from([0, 1, 3, 5000]), "count")
+    grads = [wide_range(data.draw(sizes, "size")) for _ in range(min(count, 3))] * (count // 3 or 1)
+    grads = [grad.to(data.draw(st.sampled_from([torch.float32, *HALVES]), "dtype")) if i < 3 else grad[:2]
+             for i, grad in enumerate(grads)]  # fmt: skip
+    if grads and len(grads[0]) and data.draw(st.booleans(), "special"):
+        grads[0][-1] = data.draw(st.sampled_from([torch.inf, -torch.inf, torch.nan]), "value")
+    norm_type = data.draw(st.sampled_from([1.0, 2.0, float("inf")]), "norm_type")
+    theirs = FusedAdam([torch.nn.Parameter(torch.zeros(1))])._backends[HOST].grad_norm(grads, norm_type)
+    ours = EmulatedBackend(cuda_op).grad_norm(grads, norm_type)
+    assert ours.shape == () and ours.dtype == torch.float64
+    assert_same(ours, torch.tensor(theirs, dtype=torch.float64), "norm")
+
+
+def test_wrong_norms_are_refused(cuda_op):
+    with pytest.raises(ValueError, match="norm_type must be 1, 2 or infinity"):
+        cuda_op.grad_norm([], [], [], 3.0, 0, 0, 0, 0)
+    with pytest.raises(ValueError, match="unknown dtype code 3"):
+        cuda_op.grad_norm([0], [0], [3], 2.0, 0, 0, 0, 0)
+
+
+@pytest.mark.parametrize("norm_type", [2.0, 3.0])
+def test_clipping_waits_for_nothing_and_keeps_counts_on_the_device(norm_type):
+    params, twins = params_and_twins([5000, 30], torch.float32)
+    ours, theirs = EmulatedFusedAdam(params), FusedAdam(twins)
+    for _ in range(2):
+        set_grads(params, twins, torch.float32, False)
+        for optimizer in (ours, theirs):
+            optimizer.clip_grad_norm_(0.1, norm_type)
+            optimizer.step()
+    assert_all_same(ours, theirs)
+    assert isinstance(ours.state[params[0]]["step"], torch.Tensor)
+    assert ours._grad_factor == 1.0

@@ -22,7 +22,8 @@ def bits(x):
     """As integers, with one and the same NaN."""
     if not x.is_floating_point():
         return x
-    return torch.where(x.isnan(), torch.full_like(x, torch.nan), x).view({4: torch.int32, 2: torch.int16}[x.itemsize])
+    integers = {8: torch.int64, 4: torch.int32, 2: torch.int16}[x.itemsize]
+    return torch.where(x.isnan(), torch.full_like(x, torch.nan), x).view(integers)
 
 
 def assert_same(ours, theirs, what):

@@ -26,14 +26,15 @@ ADAMOPS_HOST_DEVICE inline double integer_power(double base, int64_t exponent) {
 }
 
 // `step` counts from 1. `Ops` are operations on doubles that round once; `loss_scale` is what the loss was multiplied
-// by.
+// by, `grad_factor` what grads are to be multiplied by besides.
 template <class Ops>
-ADAMOPS_HOST_DEVICE inline AdamScalars adam_scalars(const AdamHyper& h, int64_t step, double loss_scale) {
+ADAMOPS_HOST_DEVICE inline AdamScalars adam_scalars(const AdamHyper& h, int64_t step, double loss_scale,
+                                                    double grad_factor) {
   const double bias1 = h.bias_correction ? Ops::sub(1.0, integer_power<Ops>(h.beta1, step)) : 1.0;
   const double bias2 = h.bias_correction ? Ops::sub(1.0, integer_power<Ops>(h.beta2, step)) : 1.0;
   const bool l2 = !h.adamw_mode && h.weight_decay != 0.0;
   AdamScalars s;
-  s.grad_scale = Ops::to_float(Ops::div(h.maximize ? -1.0 : 1.0, loss_scale));
+  s.grad_scale = Ops::to_float(Ops::mul(Ops::div(h.maximize ? -1.0 : 1.0, loss_scale), grad_factor));
   s.beta1 = Ops::to_float(h.beta1);
   s.one_minus_beta1 = Ops::to_float(Ops::sub(1.0, h.beta1));
   s.beta2 = Ops::to_float(h.beta2);

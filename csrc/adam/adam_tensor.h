@@ -33,7 +33,8 @@ struct AdamDtypes {
 };
 
 // Whether kernels know what to do with these: grads have the param's dtype or fp32, and masters go with 16-bit params.
-constexpr bool fit(AdamDtypes d) {
+// Of internal linkage, as all that code compiled for different CPUs shares.
+static constexpr bool fit(AdamDtypes d) {
   return (d.grad == d.param || d.grad == kFloat32) &&
          (d.master == kNoMaster || (d.param != kFloat32 && (d.master != kMasterFp32 || d.state == kFloat32)));
 }

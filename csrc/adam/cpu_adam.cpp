@@ -14,6 +14,7 @@
 #include "../cpu_op.h"
 #include "adam_table.h"
 #include "cpu_adam_kernel.h"
+#include "norm_type.h"
 #include "scalar_rows.h"
 
 namespace py = pybind11;
@@ -63,9 +64,6 @@ void adam_step(AdamTable& table, const std::vector<ScalarRow>& scalar_rows, bool
   });
   table.release();
 }
-
-// Elements of a tensor that are added up by themselves, wherever they are and whichever thread does it.
-constexpr int64_t kNormChunk = 32768;
 
 double grad_norm(const py::list& addresses, const py::list& numels, const py::list& dtypes, Norm norm, int threads) {
   const size_t count = addresses.size();
@@ -144,9 +142,7 @@ PYBIND11_MODULE(cpu_adam, module) {
   module.def(
       "grad_norm",
       [](const py::list& addresses, const py::list& numels, const py::list& dtypes, double norm_type, int threads) {
-        if (norm_type != 1.0 && norm_type != 2.0 && !(std::isinf(norm_type) && norm_type > 0))
-          throw py::value_error("norm_type must be 1, 2 or infinity");
-        const Norm norm = norm_type == 1.0 ? kNorm1 : norm_type == 2.0 ? kNorm2 : kNormInf;
+        const Norm norm = norm_of_type(norm_type);
         const double result = grad_norm(addresses, numels, dtypes, norm, threads);
         return norm == kNorm2 ? std::sqrt(result) : result;
       },

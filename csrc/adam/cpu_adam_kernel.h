@@ -6,6 +6,7 @@
 
 #include "adam_tensor.h"
 #include "adam_update.h"
+#include "grad_norm.h"
 
 namespace adamops {
 
@@ -25,8 +26,7 @@ using AdamRange = void (*)(const AdamTensor&, const AdamWork&, int64_t begin, in
 using TouchRange = void (*)(const AdamTensor&, int64_t begin, int64_t end, int prefetch_bytes);
 
 // The norm of `count` elements of a grad: the 1-norm, the square of the 2-norm, or the largest magnitude, each as a
-// double. Sums are taken in kNormLanes lanes, so that vectors of every width add in the same order.
-enum Norm : uint8_t { kNorm1, kNorm2, kNormInf };
+// double.
 using NormRange = double (*)(const void* grad, Dtype dtype, Norm norm, int64_t count);
 
 struct AdamTarget {

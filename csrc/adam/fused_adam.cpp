@@ -5,7 +5,9 @@
 #include <pybind11/pybind11.h>
 #include <pybind11/stl.h>
 
+#include "../column.h"
 #include "adam_table.h"
+#include "norm_type.h"
 #include "scalar_rows.h"
 
 namespace py = pybind11;
@@ -41,16 +43,32 @@ void adam_step(AdamTable& table, const std::vector<ScalarRow>& scalar_rows, bool
 
 void count_steps(const AdamTable& table, uintptr_t scalars, double lr, uintptr_t lr32, uintptr_t lr64, double beta1,
                  double beta2, double eps, double weight_decay, bool bias_correction, bool adamw_mode, bool maximize,
-                 uintptr_t loss_scale, uintptr_t found_inf, int device, uintptr_t stream) {
+                 uintptr_t loss_scale, uintptr_t found_inf, int device, uintptr_t stream, uintptr_t grad_factor) {
   const CudaScalars work{{lr, beta1, beta2, eps, weight_decay, bias_correction, adamw_mode, maximize},
                          pointer<const float>(lr32),
                          pointer<const double>(lr64),
                          pointer<const float>(loss_scale),
+                         pointer<const double>(grad_factor),
                          pointer<const float>(found_inf),
                          table.device_steps,
                          pointer<AdamScalars>(scalars)};
   const py::gil_scoped_release release;
   cuda_adam_scalars(work, {device, pointer<void>(stream)});
+}
+
+void grad_norm(const py::list& addresses, const py::list& numels, const py::list& dtypes, double norm_type,
+               uintptr_t partial, uintptr_t total, int device, uintptr_t stream) {
+  const size_t count = addresses.size();
+  const Column address(addresses, count, "addresses"), numel(numels, count, "numels"), dtype(dtypes, count, "dtypes");
+  CudaNorm work{{}, {}, {}, norm_of_type(norm_type), pointer<double>(partial), pointer<double>(total)};
+  for (size_t i = 0; i < count; ++i) {
+    if (dtype[i] >= kDtypeCount) throw py::value_error("unknown dtype code " + std::to_string(dtype[i]));
+    work.grads.push_back(address.pointer<const void>(i));
+    work.numels.push_back(static_cast<int64_t>(numel[i]));
+    work.dtypes.push_back(static_cast<Dtype>(dtype[i]));
+  }
+  const py::gil_scoped_release release;
+  cuda_grad_norm(work, {device, pointer<void>(stream)});
 }
 
 }  // namespace
@@ -71,9 +89,15 @@ PYBIND11_MODULE(fused_adam, module) {
   module.def("count_steps", &count_steps, py::arg("table"), py::arg("scalars"), py::arg("lr"), py::arg("lr32"),
              py::arg("lr64"), py::arg("beta1"), py::arg("beta2"), py::arg("eps"), py::arg("weight_decay"),
              py::arg("bias_correction"), py::arg("adamw_mode"), py::arg("maximize"), py::arg("loss_scale"),
-             py::arg("found_inf"), py::arg("device"), py::arg("stream"),
+             py::arg("found_inf"), py::arg("device"), py::arg("stream"), py::arg("grad_factor") = 0,
              "Enqueues the counting of the table's steps, which must be kept on the device, and writes each tensor's "
              "scalars, SCALARS_SIZE bytes, to device memory at `scalars`. Addresses of 0 stand for nothing given.");
+  module.attr("NORM_CHUNK") = kNormChunk;
+  module.def("grad_norm", &grad_norm, py::arg("addresses"), py::arg("numels"), py::arg("dtypes"), py::arg("norm_type"),
+             py::arg("partial"), py::arg("total"), py::arg("device"), py::arg("stream"),
+             "Enqueues the computing of the norm of all elements of grads, a double at the device address `total`, of "
+             "the bits that cpu_adam.grad_norm() has. `partial` is room for a double for every NORM_CHUNK elements of "
+             "each, begun ones counted.");
   module.def("problem", &cuda_problem, py::arg("device"),
              "Why the op cannot run on a device; an empty string if it can.");
   module.def(

@@ -11,6 +11,7 @@
 #include "fused_adam.h"
 #include "fused_adam_blocks.cuh"
 #include "fused_adam_kernel.cuh"
+#include "grad_norm_kernel.cuh"
 #include "launch_plan.h"
 
 namespace adamops {
@@ -155,6 +156,7 @@ void cuda_adam_scalars(const CudaScalars& work, CudaPlace place) {
   parameters->lr32 = work.lr32;
   parameters->lr64 = work.lr64;
   parameters->loss_scale = work.loss_scale;
+  parameters->grad_factor = work.grad_factor;
   parameters->found_inf = work.found_inf;
   for (size_t first = 0; first < work.steps.size(); first += kStepsPerLaunch) {
     const size_t count = std::min<size_t>(kStepsPerLaunch, work.steps.size() - first);
@@ -167,6 +169,38 @@ void cuda_adam_scalars(const CudaScalars& work, CudaPlace place) {
                            static_cast<cudaStream_t>(place.stream)),
           "computing the scalars of a step on device " + std::to_string(place.device));
   }
+}
+
+void cuda_grad_norm(const CudaNorm& work, CudaPlace place) {
+  std::vector<PlannedTensor> planned;
+  std::vector<uint32_t> first_chunk;
+  int64_t chunks = 0;
+  for (size_t i = 0; i < work.grads.size(); ++i) {
+    planned.push_back({work.numels[i], work.dtypes[i]});
+    first_chunk.push_back(static_cast<uint32_t>(chunks));
+    chunks += (work.numels[i] + kNormChunk - 1) / kNormChunk;
+  }
+  const DeviceGuard guard(place.device);
+  const std::string where = "the norm of grads on device " + std::to_string(place.device);
+  const auto stream = static_cast<cudaStream_t>(place.stream);
+  const auto parameters = std::make_unique<NormLaunch>();
+  parameters->partial = work.partial;
+  parameters->norm = work.norm;
+  for (const PlannedLaunch& launch : plan_launches(planned, {kGradsPerLaunch, kChunksPerBlock * kNormChunk, INT_MAX})) {
+    parameters->dtype = static_cast<Dtype>(launch.kind);
+    parameters->count = static_cast<uint32_t>(launch.tensors.size());
+    for (size_t i = 0; i < launch.tensors.size(); ++i) {
+      parameters->first_block[i] = launch.first_block[i];
+      parameters->first_chunk[i] = first_chunk[launch.tensors[i]];
+      parameters->grads[i] = work.grads[launch.tensors[i]];
+      parameters->numels[i] = work.numels[launch.tensors[i]];
+    }
+    void* arguments[] = {parameters.get()};
+    check(cudaLaunchKernel(norm_kernel, dim3(launch.blocks()), dim3(kThreads), arguments, 0, stream), where);
+  }
+  TotalLaunch total{work.partial, chunks, work.norm, work.total};
+  void* arguments[] = {&total};
+  check(cudaLaunchKernel(total_kernel, dim3(1), dim3(kLanes), arguments, 0, stream), where);
 }
 
 CudaStatus cuda_status() {

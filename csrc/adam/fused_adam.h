@@ -9,6 +9,7 @@
 
 #include "adam_scalars.h"
 #include "adam_tensor.h"
+#include "grad_norm.h"
 
 namespace adamops {
 
@@ -35,14 +36,25 @@ void cuda_adam_step(const CudaAdamStep& step, CudaPlace place);
 // Step counts on the device are counted, and the scalars of each tensor computed there.
 struct CudaScalars {
   AdamHyper hyper;
-  const float* lr32;        // the learning rate on the device as fp32, or null
-  const double* lr64;       // or as fp64
-  const float* loss_scale;  // on the device; null: 1
-  const float* found_inf;   // on the device; if not null and not 0, no step is counted
+  const float* lr32;          // the learning rate on the device as fp32, or null
+  const double* lr64;         // or as fp64
+  const float* loss_scale;    // on the device; null: 1
+  const double* grad_factor;  // on the device; null: 1
+  const float* found_inf;     // on the device; if not null and not 0, no step is counted
   const std::vector<float*>& steps;
   AdamScalars* scalars;  // in device memory, room for one a tensor
 };
 void cuda_adam_scalars(const CudaScalars& work, CudaPlace place);
+
+// The norm of grads, all on the device: `partial` is room for a double for each chunk of kNormChunk elements of each.
+struct CudaNorm {
+  std::vector<const void*> grads;
+  std::vector<int64_t> numels;
+  std::vector<Dtype> dtypes;
+  Norm norm;
+  double *partial, *total;
+};
+void cuda_grad_norm(const CudaNorm& work, CudaPlace place);
 
 // What the CUDA runtime says of this machine; `problem` is why nothing can run, empty if something can.
 struct CudaStatus {

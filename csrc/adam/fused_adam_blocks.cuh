@@ -52,9 +52,9 @@ __device__ inline void store_integers(T* to, const int32_t (&from)[kOwn]) {
     words[i / kPerWord] |= (static_cast<uint32_t>(from[i]) & kMask)
                            << (8 * sizeof(T) * (static_cast<uint32_t>(i) % kPerWord));
   if constexpr (sizeof(T) == 1)
-    *reinterpret_cast<uint2*>(to) = make_uint2(words[0], words[1]);
+    __stwb(reinterpret_cast<uint2*>(to), make_uint2(words[0], words[1]));
   else
-    *reinterpret_cast<uint4*>(to) = make_uint4(words[0], words[1], words[2], words[3]);
+    __stwb(reinterpret_cast<uint4*>(to), make_uint4(words[0], words[1], words[2], words[3]));
 }
 
 // The elements of a thread: `count` of them, which may be none, from `begin` on. They are moved at once where all are
@@ -332,7 +332,7 @@ __device__ inline bool is_aligned(const AdamTensor& tensor) {
 template <bool L2, bool Amsgrad>
 __global__ void __launch_bounds__(kThreads, 2) adam_blocks_kernel(const __grid_constant__ AdamLaunch launch) {
   const bool skipped = launch.found_inf && *launch.found_inf != 0.0f;
-  const uint32_t index = tensor_of_block(launch, blockIdx.x);
+  const uint32_t index = tensor_of_block(launch.first_block, launch.count, blockIdx.x);
   const AdamTensor& tensor = launch.tensors[index];
   const AdamDtypes dtypes = launch.dtypes;
   const AdamScalars& scalars = launch.device_scalars ? launch.device_scalars[launch.rows[index]] : launch.scalars;

@@ -129,7 +129,8 @@ __device__ inline void store(T* to, const float (&from)[Width]) {
         words[word] = narrow(T{}, first[0]);
         if constexpr (kPerWord == 2) words[word] |= narrow(T{}, first[1]) << 16;
       }
-      reinterpret_cast<uint4*>(to)[quad] = make_uint4(words[0], words[1], words[2], words[3]);
+      // As an assignment, nvcc takes it apart in places.
+      __stwb(reinterpret_cast<uint4*>(to) + quad, make_uint4(words[0], words[1], words[2], words[3]));
     }
   }
 }
@@ -172,12 +173,12 @@ __device__ inline void update_elements(const AdamTensor& tensor, int64_t i, cons
   if constexpr (Kind::kAmsgrad) store<Width>(max_exp_avg_sq, max_v);
 }
 
-// The tensor that a block works on: the last whose first block is not after it.
-__device__ inline uint32_t tensor_of_block(const AdamLaunch& launch, uint32_t block) {
-  uint32_t low = 0, high = launch.count;
+// The tensor that a block works on: the last of `count` whose first block is not after it.
+__device__ inline uint32_t tensor_of_block(const uint32_t* first_block, uint32_t count, uint32_t block) {
+  uint32_t low = 0, high = count;
   while (high - low > 1) {
     const uint32_t middle = (low + high) / 2;
-    if (launch.first_block[middle] <= block)
+    if (first_block[middle] <= block)
       low = middle;
     else
       high = middle;
@@ -190,7 +191,7 @@ __device__ inline uint32_t tensor_of_block(const AdamLaunch& launch, uint32_t bl
 template <class Kind>
 __global__ void __launch_bounds__(kThreads, 2) adam_kernel(const __grid_constant__ AdamLaunch launch) {
   if (launch.found_inf && *launch.found_inf != 0.0f) return;
-  const uint32_t index = tensor_of_block(launch, blockIdx.x);
+  const uint32_t index = tensor_of_block(launch.first_block, launch.count, blockIdx.x);
   const AdamTensor& tensor = launch.tensors[index];
   const AdamConstants<CudaOps> k(launch.device_scalars ? launch.device_scalars[launch.rows[index]] : launch.scalars);
   const int64_t begin = static_cast<int64_t>(blockIdx.x - launch.first_block[index]) * kChunk;
@@ -212,11 +213,12 @@ constexpr int kStepsPerLaunch = (kParameterBytes - 128) / sizeof(float*);
 
 struct ScalarsLaunch {
   AdamHyper hyper;
-  const float* lr32;        // not null: the learning rate is there instead
-  const double* lr64;       // or there
-  const float* loss_scale;  // null: 1
-  const float* found_inf;   // not null: if it is not 0, no step is counted
-  AdamScalars* scalars;     // one for each tensor, to be written
+  const float* lr32;          // not null: the learning rate is there instead
+  const double* lr64;         // or there
+  const float* loss_scale;    // null: 1
+  const double* grad_factor;  // null: 1
+  const float* found_inf;     // not null: if it is not 0, no step is counted
+  AdamScalars* scalars;       // one for each tensor, to be written
   uint32_t count;
   float* steps[kStepsPerLaunch];
 };
@@ -232,7 +234,8 @@ static __global__ void __launch_bounds__(kThreads) scalars_kernel(const __grid_c
   const float step = __fadd_rn(*launch.steps[i], 1.0f);
   *launch.steps[i] = step;
   launch.scalars[i] = adam_scalars<CudaDoubleOps>(hyper, static_cast<int64_t>(step),
-                                                  launch.loss_scale ? static_cast<double>(*launch.loss_scale) : 1.0);
+                                                  launch.loss_scale ? static_cast<double>(*launch.loss_scale) : 1.0,
+                                                  launch.grad_factor ? *launch.grad_factor : 1.0);
 }
 
 }  // namespace adamops

@@ -37,6 +37,11 @@ inline uint4 make_uint4(unsigned x, unsigned y, unsigned z, unsigned w) {
   return {x, y, z, w};
 }
 
+template <class T>
+void __stwb(T* to, T value) {
+  *to = value;
+}
+
 // Compiled with -ffp-contract=off, so that each operation rounds once.
 inline float __fmul_rn(float a, float b) {
   return a * b;
@@ -52,6 +57,9 @@ inline float __fdiv_rn(float a, float b) {
 }
 inline float __fsqrt_rn(float a) {
   return std::sqrt(a);
+}
+inline double __dadd_rn(double a, double b) {
+  return a + b;
 }
 inline double __dmul_rn(double a, double b) {
   return a * b;
@@ -145,13 +153,16 @@ class EmulatedWarps {
   }
 
   // What another lane of the warp gives. All must ask.
-  int exchange(int own, unsigned distance) {
+  template <class T>
+  T exchange(T own, unsigned other) {
+    static_assert(sizeof(T) <= sizeof(double));
     Lane& lane = lanes_[lane_];
-    lane.said[lane.turns % 2] = own;
+    std::memcpy(&lane.said[lane.turns % 2], &own, sizeof own);
     give_way();
-    const Lane& other = lanes_[lane_ ^ distance];
-    return other.said[(lane.turns - 1) % 2];
+    std::memcpy(&own, &lanes_[other].said[(lane.turns - 1) % 2], sizeof own);
+    return own;
   }
+  unsigned lane() const { return lane_; }
 
   static EmulatedWarps*& current() {
     static thread_local EmulatedWarps* warps = nullptr;
@@ -163,7 +174,7 @@ class EmulatedWarps {
   struct Lane {
     ucontext_t context;
     std::unique_ptr<char[]> stack{new char[kStack]};
-    int said[2] = {};  // at even and at odd turns: a lane may be a turn ahead of others
+    double said[2] = {};  // at even and at odd turns: a lane may be a turn ahead of others
     uint64_t turns = 0;
     dim3 block_index, thread_index;
     bool done = false;
@@ -217,7 +228,12 @@ class EmulatedWarps {
 
 inline int __shfl_xor_sync(unsigned mask, int own, int distance) {
   if (mask != 0xFFFFFFFFu) std::abort();
-  return EmulatedWarps::current()->exchange(own, static_cast<unsigned>(distance));
+  EmulatedWarps& warps = *EmulatedWarps::current();
+  return warps.exchange(own, warps.lane() ^ static_cast<unsigned>(distance));
+}
+inline double __shfl_sync(unsigned mask, double own, int lane) {
+  if (mask != 0xFFFFFFFFu) std::abort();
+  return EmulatedWarps::current()->exchange(own, static_cast<unsigned>(lane));
 }
 
 template <class Parameters>

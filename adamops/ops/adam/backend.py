@@ -37,8 +37,11 @@ class Backend(Protocol):
     def prepare(self, batch: AdamBatch) -> Callable[[], None]:
         """As prepare_group() for a batch of any kind, all on this device. Raises what the checks of batch.py raise."""
 
-    def grad_norm(self, grads: Sequence[Tensor], norm_type: float) -> float | None:
-        """The norm of all elements of dense grads on this device; None if that is for torch to compute."""
+    def grad_norm(self, grads: Sequence[Tensor], norm_type: float) -> float | Tensor | None:
+        """The norm of all elements of dense grads on this device; None if that is for torch to compute.
+
+        A 0-dim float64 tensor on the device where only the device knows it yet.
+        """
 
     def zeros_like(self, params: Sequence[Tensor], dtypes: Sequence[torch.dtype]) -> list[Tensor]:
         """New zero tensors laid out like the params."""

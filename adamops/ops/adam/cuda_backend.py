@@ -15,7 +15,7 @@ from torch import Tensor
 
 from .batch import AdamBatch
 from .hyper import AdamHyper
-from .table_backend import TableBackend, addresses
+from .table_backend import TableBackend, addresses, columns_of_grads, has_norm
 
 
 class CudaBackend(TableBackend):
@@ -26,8 +26,16 @@ class CudaBackend(TableBackend):
     def skips(self, hyper: AdamHyper) -> bool:
         return False  # the kernels look at found_inf themselves
 
-    def grad_norm(self, grads: Sequence[Tensor], norm_type: float) -> None:
-        """None: torch computes it on the device, and nothing waits for it."""
+    def grad_norm(self, grads: Sequence[Tensor], norm_type: float) -> Tensor | None:
+        if not has_norm(grads, norm_type):
+            return None
+        columns = columns_of_grads(grads)
+        chunks = sum(-(-grad.numel() // self.module.NORM_CHUNK) for grad in grads)
+        partial = torch.empty(chunks + 1, dtype=torch.float64, device=self.device)
+        place = {"partial": partial.data_ptr(), "total": partial.data_ptr() + 8 * chunks, **self._place()}
+        with self._as_current_device():
+            self.module.grad_norm(*columns, norm_type, **place)
+        return partial[chunks]
 
     def new_step_count(self, hyper: AdamHyper, count: int = 0) -> int | Tensor:
         return self._device_count(count) if self._needs_device_counts(hyper) else count
@@ -54,7 +62,7 @@ class CudaBackend(TableBackend):
 
     def _needs_device_counts(self, hyper: AdamHyper) -> bool:
         """Whether the step depends on what only the device knows."""
-        unknown = any(self._is_on_device(value) for value in (hyper.lr, hyper.loss_scale))
+        unknown = any(self._is_on_device(value) for value in (hyper.lr, hyper.loss_scale, hyper.grad_factor))
         return hyper.capturable or hyper.found_inf is not None or unknown
 
     def _is_on_device(self, value: Any) -> bool:
@@ -100,10 +108,10 @@ class CudaBackend(TableBackend):
         # Tensors made here may go out of scope before the kernels run: torch reuses memory in the order of the stream.
         scalars = torch.empty(len(table) * self.module.SCALARS_SIZE, dtype=torch.uint8, device=self.device)
         lr = self._on_device(hyper.lr, _lr_dtype(hyper.lr)) if self._is_on_device(hyper.lr) else None
-        scaled = isinstance(hyper.loss_scale, Tensor) or float(hyper.loss_scale) != 1
-        loss_scale = self._on_device(hyper.loss_scale, torch.float32) if scaled else None
+        loss_scale = self._on_device(hyper.loss_scale, torch.float32) if _is_not_1(hyper.loss_scale) else None
+        grad_factor = self._on_device(hyper.grad_factor, torch.float64) if _is_not_1(hyper.grad_factor) else None
         found_inf = None if hyper.found_inf is None else self._on_device(hyper.found_inf, torch.float32)
-        (loss_scale_there, found_inf_there) = addresses([loss_scale, found_inf])
+        loss_scale_there, grad_factor_there, found_inf_there = addresses([loss_scale, grad_factor, found_inf])
         self.module.count_steps(
             table,
             scalars=scalars.data_ptr(),
@@ -119,6 +127,7 @@ class CudaBackend(TableBackend):
             maximize=hyper.maximize,
             loss_scale=loss_scale_there,
             found_inf=found_inf_there,
+            grad_factor=grad_factor_there,
             **self._place(),
         )
         self._enqueue(table, [], hyper, device_scalars=scalars.data_ptr(), found_inf=found_inf_there)
@@ -144,6 +153,11 @@ class CudaBackend(TableBackend):
     def _refuse_while_capturing(self, why: str) -> None:
         if self._capturing():
             raise RuntimeError(f"This step cannot be captured into a CUDA graph: {why}")
+
+
+def _is_not_1(value: Any) -> bool:
+    """Whether a factor counts; a tensor's value is not looked at, as that would wait for the device."""
+    return isinstance(value, Tensor) or float(value) != 1
 
 
 def _lr_dtype(lr: Any) -> torch.dtype:

@@ -32,7 +32,7 @@ class AdamHyper:
     capturable: bool = False  # whether a step on a GPU must be fit for CUDA graphs
     loss_scale: SupportsFloat = 1.0  # what the loss, and so the grads, have been multiplied by
     found_inf: SupportsFloat | None = None  # not 0: the grads hold infs or NaNs, and there is to be no step
-    grad_factor: float = 1.0  # what grads are to be multiplied by besides, as their norm was too large
+    grad_factor: SupportsFloat = 1.0  # what grads are to be multiplied by besides, as their norm was too large
     zero_grads: bool = False  # whether the step also sets grads to zero
     threads: int | None = None  # that host memory is updated by; None: as many as torch uses
     stream: int = 0  # where the random bits of the group's params begin
@@ -71,7 +71,7 @@ class AdamHyper:
         """
         lr, scale = float(self.lr), float(self.loss_scale)
         inverse_scale = 1.0 / scale if scale else math.copysign(math.inf, scale)  # as IEEE has it, and so GPUs
-        inverse_scale *= self.grad_factor
+        inverse_scale *= float(self.grad_factor)
         bias1 = 1.0 - integer_power(self.beta1, step) if self.bias_correction else 1.0
         bias2 = 1.0 - integer_power(self.beta2, step) if self.bias_correction else 1.0
         return (

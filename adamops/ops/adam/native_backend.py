@@ -2,17 +2,14 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Sequence
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from .batch import is_dense
 from .hyper import AdamHyper
-from .precision import DTYPES
-from .table_backend import PLAIN_TYPES, TableBackend, addresses
+from .table_backend import PLAIN_TYPES, TableBackend, addresses, columns_of_grads, has_norm
 
 
 def _empty_like(params: Sequence[Tensor], dtypes: Sequence[torch.dtype]) -> list[Tensor]:
@@ -71,8 +68,6 @@ class NativeBackend(TableBackend):
         )
 
     def grad_norm(self, grads: Sequence[Tensor], norm_type: float) -> float | None:
-        if norm_type not in (1.0, 2.0, math.inf) or any(grad.dtype not in DTYPES for grad in grads):
+        if not has_norm(grads, norm_type):
             return None
-        dense = [grad if is_dense(grad) else grad.contiguous() for grad in grads]
-        numels, dtypes = [grad.numel() for grad in dense], [DTYPES.index(grad.dtype) for grad in dense]
-        return self.module.grad_norm(addresses(dense), numels, dtypes, norm_type, torch.get_num_threads())
+        return self.module.grad_norm(*columns_of_grads(grads), norm_type, torch.get_num_threads())

@@ -5,7 +5,6 @@ from __future__ import annotations
 import functools
 import hashlib
 import inspect
-import math
 import sys
 import warnings
 from collections.abc import Callable, Sequence
@@ -28,6 +27,7 @@ from .batch import (
     check_param,
     check_params_and_grads,
     is_coded,
+    is_dense,
     like_param,
 )
 from .coded_states import float_states
@@ -85,7 +85,7 @@ class AdamOptimizer(Optimizer):
     Under torch.amp.GradScaler the grads are unscaled inside the step, which reads them and does not write them.
     """
 
-    _grad_factor = 1.0  # what clip_grad_norm_() has the next step multiply the grads by
+    _grad_factor: float | Tensor = 1.0  # what clip_grad_norm_() has the next step multiply the grads by
     _running: AsyncStep | None = None  # the step in the background
     _preparing: AsyncStep | None = None  # where step() is to leave its work instead of doing it
     _step_supports_amp_scaling = True  # what GradScaler asks: it then leaves unscaling and skipping to step()
@@ -145,8 +145,9 @@ class AdamOptimizer(Optimizer):
 
         They are read once for their norm, which is the same bits for any number of threads; the next step() multiplies
         them by ``min(1, max_norm / (norm + 1e-6))`` where it reads them anyway. zero_grad() forgets the factor. If
-        ``self.grad_scale`` is set (what the loss was multiplied by), the norm is that of the unscaled grads. With grads
-        on a GPU torch's function does it, which writes them.
+        ``self.grad_scale`` is set (what the loss was multiplied by), the norm is that of the unscaled grads. On a GPU
+        the norm stays there, nothing waits for it, and step counts are kept there from then on. With grads on several
+        devices torch's function does it all, which writes them.
 
         Parameters
         ----------
@@ -168,25 +169,27 @@ class AdamOptimizer(Optimizer):
             If the norm is not finite and `error_if_nonfinite`; nothing is clipped then.
         """
         max_norm, norm_type = float(max_norm), float(norm_type)
-        params = [param for group in self.param_groups for param in group["params"] if param.grad is not None]
-        grads = [param.grad for param in params]
-        if any(grad.device.type != "cpu" or self._backends[_HOST].name == "fused_adam" for grad in grads):
+        named = [
+            (name, param, grad)
+            for i, group in enumerate(self.param_groups)
+            for _, name, param, grad in with_grads(group, f"param group {i}")
+        ]
+        if len({grad.device for _, _, grad in named}) > 1:
+            params = [param for _, param, _ in named]
             return torch.nn.utils.clip_grad_norm_(params, max_norm, norm_type, error_if_nonfinite)
-        norm = None
-        if all(grad.layout == torch.strided for grad in grads):
-            norm = self._backends[_HOST].grad_norm(grads, norm_type)
-        if norm is None:
-            norm = float(torch.linalg.vector_norm(torch.stack([g.float().norm(norm_type) for g in grads]), norm_type))
+        backend = self._backend_of(named[0][1], named[0][0]) if named else self._backends[_HOST]
+        norm = _norm_of(backend, [grad for _, _, grad in named], norm_type)
         scale = getattr(self, "grad_scale", None)
-        norm *= self._grad_factor / (1.0 if scale is None else abs(float(scale)))
-        if error_if_nonfinite and not math.isfinite(norm):
+        if scale is not None:
+            norm = norm / torch.as_tensor(scale, dtype=torch.float64, device=norm.device).reshape(()).abs()
+        norm = norm * self._grad_factor
+        if error_if_nonfinite and not norm.isfinite():
             raise RuntimeError(
-                f"The total norm of order {norm_type} of the grads is {norm}, so they cannot be clipped; "
+                f"The total norm of order {norm_type} of the grads is {float(norm)}, so they cannot be clipped; "
                 "to go on regardless, set error_if_nonfinite=False"
             )
-        factor = max_norm / (norm + 1e-6)
-        self._grad_factor *= 1.0 if factor > 1.0 else factor  # NaN stays
-        return torch.tensor(norm, dtype=torch.float32)
+        self._grad_factor = (max_norm / (norm + 1e-6)).clamp(max=1.0) * self._grad_factor  # NaN stays
+        return norm.float()
 
     @torch.no_grad()
     def step(
@@ -574,6 +577,17 @@ def _in_fp32(entry: dict[str, Any]) -> dict[str, Any]:
     if is_coded(entry):
         return {**plain, **float_states(entry)}
     return {key: value.float() if key in AVERAGES else value for key, value in plain.items()}
+
+
+def _norm_of(backend: Backend, grads: list[Tensor], norm_type: float) -> Tensor:
+    """The norm of all elements of grads on one device, in float64 there."""
+    if all(grad.layout == torch.strided for grad in grads):
+        dense = [grad if is_dense(grad) else grad.contiguous() for grad in grads]
+        norm = backend.grad_norm(dense, norm_type)
+        if norm is not None:
+            return torch.as_tensor(norm, dtype=torch.float64)
+    norms = torch.stack([grad.float().norm(norm_type) for grad in grads])
+    return torch.linalg.vector_norm(norms, norm_type).double()
 
 
 def evaluate(closure: Callable[[], Any] | None) -> Any:

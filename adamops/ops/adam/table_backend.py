@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import contextlib
 import itertools
+import math
 from collections.abc import Callable, Sequence
 from operator import attrgetter
 from typing import Any
@@ -29,6 +30,16 @@ _dtype = attrgetter("dtype")
 def addresses(tensors: Sequence[Tensor | None]) -> list[int]:
     """Where the tensors' elements begin; 0 for none."""
     return [0 if tensor is None else tensor.data_ptr() for tensor in tensors]
+
+
+def has_norm(grads: Sequence[Tensor], norm_type: float) -> bool:
+    """Whether the ops compute this norm of these grads."""
+    return norm_type in (1.0, 2.0, math.inf) and all(grad.dtype in DTYPES for grad in grads)
+
+
+def columns_of_grads(grads: Sequence[Tensor]) -> tuple[list[int], list[int], list[int]]:
+    """Addresses, sizes and dtype codes of dense grads, as the ops' grad_norm() takes them."""
+    return addresses(grads), list(map(Tensor.numel, grads)), [DTYPES.index(grad.dtype) for grad in grads]
 
 
 class TableBackend:

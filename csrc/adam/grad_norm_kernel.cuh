@@ -1,0 +1,90 @@
+// The CUDA kernels of the norm of grads: the sums that grad_norm_kernel.cpp and cpu_adam.cpp make, in the same order,
+// so that the norm has the same bits. A warp takes a chunk of a grad, each of its threads what the CPU has in one lane.
+#pragma once
+
+#include "fused_adam_kernel.cuh"
+#include "grad_norm.h"
+
+namespace adamops {
+
+constexpr int kLanes = 32;  // of a warp, and of a block of elements on the CPU (simd/blocks.h)
+constexpr int kChunksPerBlock = kThreads / kLanes;
+constexpr int kGradsPerLaunch = (kParameterBytes - 64) / (sizeof(void*) + sizeof(int64_t) + 2 * sizeof(uint32_t));
+
+struct NormLaunch {
+  double* partial;  // of each chunk of all grads, in order
+  Dtype dtype;
+  Norm norm;
+  uint32_t count;
+  uint32_t first_block[kGradsPerLaunch + 1];
+  uint32_t first_chunk[kGradsPerLaunch];  // where the partial results of a grad begin
+  const void* grads[kGradsPerLaunch];
+  int64_t numels[kGradsPerLaunch];
+};
+static_assert(sizeof(NormLaunch) <= kParameterBytes, "the parameters of a launch are too large");
+
+// Of one lane of a chunk: the sum of magnitudes or of their squares, or the largest, by its bits, so that NaN is the
+// largest of all.
+template <class T>
+__device__ inline double norm_of_lane(const T* grad, int64_t count, Norm norm) {
+  double sum = 0.0;
+  uint32_t largest = 0;
+#pragma unroll 8
+  for (int64_t i = threadIdx.x % kLanes; i < count; i += kLanes) {
+    const uint32_t magnitude = __float_as_uint(widen(T{}, load_bits(grad + i))) & 0x7FFFFFFFu;
+    const double x = static_cast<double>(__uint_as_float(magnitude));
+    if (norm == kNormInf)
+      largest = magnitude > largest ? magnitude : largest;
+    else
+      sum = __dadd_rn(sum, norm == kNorm2 ? __dmul_rn(x, x) : x);
+  }
+  return norm == kNormInf ? static_cast<double>(__uint_as_float(largest)) : sum;
+}
+
+__device__ inline double joined(Norm norm, double so_far, double next) {
+  if (norm != kNormInf) return __dadd_rn(so_far, next);
+  return next > so_far || next != next ? next : so_far;
+}
+
+// Of the lanes, in order; all threads of the warp must call it.
+__device__ inline double joined_lanes(Norm norm, double so_far, double own) {
+  for (int lane = 0; lane < kLanes; ++lane) so_far = joined(norm, so_far, __shfl_sync(0xFFFFFFFFu, own, lane));
+  return so_far;
+}
+
+static __global__ void __launch_bounds__(kThreads) norm_kernel(const __grid_constant__ NormLaunch launch) {
+  const uint32_t index = tensor_of_block(launch.first_block, launch.count, blockIdx.x);
+  const uint32_t chunk = (blockIdx.x - launch.first_block[index]) * kChunksPerBlock + threadIdx.x / kLanes;
+  const int64_t begin = chunk * kNormChunk;
+  if (begin >= launch.numels[index]) return;  // the whole warp
+  const int64_t left = launch.numels[index] - begin, count = left < kNormChunk ? left : kNormChunk;
+  const void* const grad = launch.grads[index];
+  double own;
+  if (launch.dtype == kFloat32)
+    own = norm_of_lane(static_cast<const float*>(grad) + begin, count, launch.norm);
+  else if (launch.dtype == kBfloat16)
+    own = norm_of_lane(static_cast<const bf16*>(grad) + begin, count, launch.norm);
+  else
+    own = norm_of_lane(static_cast<const fp16*>(grad) + begin, count, launch.norm);
+  const double of_chunk = joined_lanes(launch.norm, 0.0, own);
+  if (threadIdx.x % kLanes == 0) launch.partial[launch.first_chunk[index] + chunk] = of_chunk;
+}
+
+struct TotalLaunch {
+  const double* partial;
+  int64_t count;
+  Norm norm;
+  double* total;
+};
+
+// The norm, of what the chunks gave, in order: one warp.
+static __global__ void __launch_bounds__(kLanes) total_kernel(const __grid_constant__ TotalLaunch launch) {
+  double total = 0.0;
+  for (int64_t i = 0; i < launch.count; i += kLanes) {
+    const int64_t own = i + threadIdx.x;
+    total = joined_lanes(launch.norm, total, own < launch.count ? launch.partial[own] : 0.0);
+  }
+  if (threadIdx.x == 0) *launch.total = launch.norm == kNorm2 ? __dsqrt_rn(total) : total;
+}
+
+}  // namespace adamops
