@@ -60,7 +60,7 @@ if [[ $device = 0 ]]; then
   sanitizer="$(command -v compute-sanitizer || ls "${CUDA_HOME:-/usr/local/cuda}/bin/compute-sanitizer" 2>/dev/null)"
   if [[ -n "$sanitizer" ]]; then
     run sanitizer "$sanitizer" --tool memcheck --error-exitcode 9 --target-processes all \
-      "${pytest[@]}" -m gpu "$root/tests/test_gpu.py" -k "test_bits or test_many_tensors or test_amp"
+      "${pytest[@]}" -m gpu "$root/tests/test_gpu.py" -k "test_bits or test_many_tensors or test_amp or test_clipping"
   else
     table+=("$(printf '%-18s %s' sanitizer 'compute-sanitizer was not found')")
   fi

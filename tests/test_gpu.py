@@ -43,7 +43,7 @@ class Twins:
     def set_grads(self, missing=()):
         for i, (a, b) in enumerate(zip(self.here, self.there, strict=True)):
             grad = None if i in missing else values(a.numel(), a.dtype)
-            a.grad, b.grad = grad, None if grad is None else grad.to(self.device)
+            a.grad, b.grad = grad, None if grad is None else grad.to(self.device, copy=True)
 
     def step(self):
         self.cpu.step()
@@ -62,8 +62,10 @@ class Twins:
 def assert_same_bits(ours, theirs, what):
     ours, theirs = ours.detach().cpu(), theirs.detach()
     assert torch.equal(ours.isnan(), theirs.isnan()), what
-    bits = torch.int32 if ours.dtype == torch.float32 else torch.int16
-    assert torch.equal(ours[~ours.isnan()].view(bits), theirs[~theirs.isnan()].view(bits)), what
+    if ours.is_floating_point():
+        bits = {8: torch.int64, 4: torch.int32, 2: torch.int16}[ours.itemsize]
+        ours, theirs = ours[~ours.isnan()].view(bits), theirs[~theirs.isnan()].view(bits)
+    assert torch.equal(ours, theirs), what
 
 
 @contextlib.contextmanager
@@ -117,13 +119,58 @@ def test_fp32_grads_of_16_bit_params(master_weights):
     twins.assert_same_bits()
 
 
-@pytest.mark.parametrize("count", [1, 509, 511, 5000])
+@pytest.mark.parametrize("count", [1, 370, 372, 5000])
 @pytest.mark.parametrize("capturable", [True, False])
 def test_many_tensors(count, capturable):
     """Over several launches, with step counts of their own."""
     twins = Twins(torch.randint(0, 40, (count,)).tolist(), [torch.bfloat16], capturable=capturable)
     for step in range(3):
         twins.set_grads(set(range(step, count, 3)) if step else ())
+        twins.step()
+    twins.assert_same_bits()
+
+
+LESS_PRECISION = [
+    {"state_dtype": "8bit"},
+    {"state_dtype": "8bit", "amsgrad": True, "adam_w_mode": False},
+    {"state_dtype": "8bit", "master_weight_bits": 24, "stochastic_rounding": True},
+    {"state_dtype": torch.bfloat16, "master_weight_bits": 32},
+    {"state_dtype": torch.float16, "stochastic_rounding": True},
+]
+
+
+@pytest.mark.parametrize("offset", [0, 1])
+@pytest.mark.parametrize("settings", LESS_PRECISION, ids=str)
+@pytest.mark.parametrize("capturable", [True, False])
+def test_bits_of_less_precision(offset, settings, capturable):
+    """Grads are also zeroed, and params copied in 16 bits."""
+    twins = Twins(SIZES, offset=offset, capturable=capturable, weight_decay=0.1, **settings)
+    if "stochastic_rounding" in settings:
+        twins.gpu.param_groups[0]["stochastic_rounding_seed"] = twins.cpu.param_groups[0]["stochastic_rounding_seed"]
+    copies = [[torch.empty_like(p, dtype=torch.bfloat16) for p in params] for params in (twins.here, twins.there)]
+    for _ in range(3):
+        twins.set_grads()
+        twins.cpu.step(zero_grads=True, lowp_out=copies[0])
+        twins.gpu.step(zero_grads=True, lowp_out=copies[1])
+        twins.assert_same_bits()
+        for a, b in zip(*copies, strict=True):
+            assert_same_bits(b, a, "copy")
+        assert not any(param.grad.any() for param in twins.there)
+
+
+@pytest.mark.parametrize("norm_type", [1.0, 2.0, float("inf")])
+@pytest.mark.parametrize("capturable", [True, False])
+def test_clipping(norm_type, capturable):
+    """The norm has the CPU op's bits, and neither it nor the step waits for the GPU."""
+    twins = Twins([100, 40_000, 300_001], capturable=capturable)
+    for _ in range(3):
+        for a, b in zip(twins.here, twins.there, strict=True):
+            a.grad = (torch.randn(a.shape) * 0.01).to(a.dtype)
+            b.grad = a.grad.to(GPU, copy=True)
+        expected = twins.cpu.clip_grad_norm_(0.1, norm_type)
+        with no_synchronisation():
+            norm = twins.gpu.clip_grad_norm_(0.1, norm_type)
+        assert_same_bits(norm, expected, "norm")
         twins.step()
     twins.assert_same_bits()
 
@@ -136,7 +183,7 @@ def test_strided_params():
     for _ in range(2):
         for a, b in zip(twins.here, twins.there, strict=True):
             a.grad = torch.randn(a.shape).to(a.dtype)
-            b.grad = a.grad.to(GPU)
+            b.grad = a.grad.to(GPU, copy=True)
         twins.step()
     twins.assert_same_bits()
 
