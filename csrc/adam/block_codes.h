@@ -28,12 +28,12 @@ constexpr int64_t kCodeBlock = 256;
 // brings the exponent to where the shift leaves it in range, and zero stays zero.
 struct SignedCode {  // of exp_avg: -127 to 127, as int8
   static constexpr bool kSigned = true;
-  static constexpr int kPower = 1;
+  static constexpr int kPower = 1, kShrinkExponent = 64;
   static constexpr float kShrink = 0x1p-64f, kTopExpanded = 8064.0f;
 };
 struct UnsignedCode {  // of exp_avg_sq: 0 to 255, and 0 is for zero alone
   static constexpr bool kSigned = false;
-  static constexpr int kPower = 2;
+  static constexpr int kPower = 2, kShrinkExponent = 96;
   static constexpr float kShrink = 0x1p-96f, kTopExpanded = 528482304.0f;
 };
 
@@ -69,27 +69,30 @@ ADAMOPS_HOST_DEVICE inline typename Ops::Number decode(typename Ops::Integers co
   const auto number = Ops::to_number(code);
   const auto shrunk = Ops::bits(Ops::mul(number, Ops::set(Code::kShrink)));
   if constexpr (Code::kSigned) {
-    const auto magnitude = Ops::mul(Ops::from_bits((shrunk & kMagnitudeBits) << Code::kPower), unit);
+    static_assert(Code::kPower == 1, "the shift drops the sign");
+    const auto magnitude = Ops::mul(Ops::from_bits(shrunk << Code::kPower), unit);
     return Ops::from_bits(Ops::bits(magnitude) | (shrunk & ~kMagnitudeBits));
   } else {
     return Ops::mul(Ops::from_bits(shrunk << Code::kPower), unit);
   }
 }
 
-// `inverse` is Code::kTopExpanded / scale; `noise` is in [0, 65536).
+// `inverse` is Code::kTopExpanded / scale; `noise` is in [0, 65536). An unsigned x must not be negative.
 template <class Code, class Ops>
 ADAMOPS_HOST_DEVICE inline typename Ops::Integers encode(typename Ops::Number x, typename Ops::Number inverse,
                                                          typename Ops::Integers noise) {
-  const auto bits = Ops::bits(x), magnitude = bits & kMagnitudeBits;
-  const auto relative = Ops::bits(Ops::mul(Ops::from_bits(magnitude), inverse));
-  const auto fixed_point = Ops::mul(Ops::from_bits(relative >> Code::kPower), Ops::set(0x1p16f / Code::kShrink));
+  // Times 2^16 / Code::kShrink, by the exponent. Zero becomes so small a number that it is truncated to zero.
+  constexpr int32_t kToFixedPoint = (16 + Code::kShrinkExponent) << 23;
+  const auto bits = Ops::bits(x);
   if constexpr (Code::kSigned) {
-    const auto with_sign = Ops::from_bits(Ops::bits(fixed_point) | (bits & ~kMagnitudeBits));
-    return (Ops::truncated(with_sign) + noise) >> 16;
+    const auto relative = Ops::bits(Ops::mul(Ops::from_bits(bits & kMagnitudeBits), inverse));
+    const auto fixed_point = (relative >> Code::kPower) + kToFixedPoint;
+    return (Ops::truncated(Ops::from_bits(fixed_point | (bits & ~kMagnitudeBits))) + noise) >> 16;
   } else {
-    const auto code = (Ops::truncated(fixed_point) + noise) >> 16;
+    const auto relative = Ops::bits(Ops::mul(x, inverse));
+    const auto code = (Ops::truncated(Ops::from_bits((relative >> Code::kPower) + kToFixedPoint)) + noise) >> 16;
     // Not zero, or the next step would divide by nothing but eps.
-    return Ops::larger(code, Ops::smaller(magnitude, Ops::set_integers(1)));
+    return Ops::larger(code, Ops::smaller(bits, Ops::set_integers(1)));
   }
 }
 

@@ -19,6 +19,7 @@ namespace ADAMOPS_TARGET {
 namespace {
 
 static_assert(kCodeBlock % kBlock == 0 && kBlock % Ops::kWidth == 0, "vectors fill blocks");
+static_assert(kCodeBlock % (4 * Ops::kWidth) == 0, "codes are stored by four vectors");
 
 // Single floats, for loops that the compiler makes vectors of.
 struct FloatOps {
@@ -52,7 +53,12 @@ struct VectorOps : Ops {
   static Integers load_bytes(const Byte* from) {
     return cast<Integers>(Ops::load_bytes(from));
   }
-  static void store_bytes(void* to, Integers a) { Ops::store_bytes(to, cast<ByteSource>(a)); }
+  template <class Byte>
+  static void store_bytes(Byte* to, const Integers (&a)[4]) {
+    const ByteSource four[4] = {cast<ByteSource>(a[0]), cast<ByteSource>(a[1]), cast<ByteSource>(a[2]),
+                                cast<ByteSource>(a[3])};
+    Ops::store_bytes(to, four);
+  }
 };
 using Integers = VectorOps::Integers;
 using Number = Ops::Number;
@@ -136,13 +142,17 @@ inline void encode_block(const float* __restrict from, int32_t largest, uint32_t
                          Byte<Code>* __restrict codes, uint16_t* scale) {
   *scale = block_scale(largest);
   const Number inverse = Ops::set(Code::kTopExpanded / scale_in_fp32(*scale));
-  Integers noise;
-  for (int i = 0; i < Ops::kWidth; ++i)
-    noise[i] = static_cast<int32_t>(first_noise + static_cast<uint32_t>(i) * kElementStride);
+  Integers lanes;  // a constant
+  for (int i = 0; i < Ops::kWidth; ++i) lanes[i] = static_cast<int32_t>(static_cast<uint32_t>(i) * kElementStride);
+  Integers noise = lanes + static_cast<int32_t>(first_noise);
   constexpr auto kStride = static_cast<int32_t>(Ops::kWidth * kElementStride);
-  for (int64_t i = 0; i < kCodeBlock; i += Ops::kWidth, noise += kStride) {
-    const Integers half = Code::kSigned ? (noise >> 16) & 0xFFFF : noise & 0xFFFF;
-    VectorOps::store_bytes(codes + i, encode<Code, VectorOps>(Ops::load(from + i), inverse, half));
+  for (int64_t i = 0; i < kCodeBlock; i += 4 * Ops::kWidth) {
+    Integers four[4];
+    for (int j = 0; j < 4; ++j, noise += kStride) {
+      const Integers half = Code::kSigned ? (noise >> 16) & 0xFFFF : noise & 0xFFFF;
+      four[j] = encode<Code, VectorOps>(Ops::load(from + i + j * Ops::kWidth), inverse, half);
+    }
+    VectorOps::store_bytes(codes + i, four);
   }
 }
 

@@ -51,14 +51,15 @@ struct Avx2 {
     _mm256_storeu_si256(reinterpret_cast<__m256i*>(to), _mm256_blend_epi16(low, high, 0xAA));
   }
 
-  // Bytes as integers, and the low bytes of integers.
+  // Bytes as integers, and integers as bytes, which they fit, four vectors at a time.
   using ByteSource = __m256i;
   static __m256i load_bytes(const int8_t* from) { return _mm256_cvtepi8_epi32(bytes(from)); }
   static __m256i load_bytes(const uint8_t* from) { return _mm256_cvtepu8_epi32(bytes(from)); }
-  static void store_bytes(void* to, __m256i a) {
-    const __m256i low = _mm256_and_si256(a, _mm256_set1_epi32(0xFF));
-    const __m128i words = _mm_packus_epi32(_mm256_castsi256_si128(low), _mm256_extracti128_si256(low, 1));
-    _mm_storel_epi64(static_cast<__m128i*>(to), _mm_packus_epi16(words, words));
+  static void store_bytes(int8_t* to, const __m256i (&a)[4]) {
+    store_in_order(to, _mm256_packs_epi16(_mm256_packs_epi32(a[0], a[1]), _mm256_packs_epi32(a[2], a[3])));
+  }
+  static void store_bytes(uint8_t* to, const __m256i (&a)[4]) {
+    store_in_order(to, _mm256_packus_epi16(_mm256_packs_epi32(a[0], a[1]), _mm256_packs_epi32(a[2], a[3])));
   }
 
  private:
@@ -73,6 +74,12 @@ struct Avx2 {
   static __m256i rounded_to_bf16(Number a) {
     const __m256i is_nan = _mm256_castps_si256(_mm256_cmp_ps(a, a, _CMP_UNORD_Q));
     return _mm256_blendv_epi8(add_half_ulp(_mm256_castps_si256(a)), _mm256_castps_si256(a), is_nan);
+  }
+
+  // Packing works within 128-bit lanes: each holds a quarter of each of four vectors.
+  static void store_in_order(void* to, __m256i packed) {
+    const __m256i order = _mm256_setr_epi32(0, 4, 1, 5, 2, 6, 3, 7);
+    _mm256_storeu_si256(static_cast<__m256i*>(to), _mm256_permutevar8x32_epi32(packed, order));
   }
 
   static __m256i pairs(const bf16* from) { return _mm256_loadu_si256(reinterpret_cast<const __m256i*>(from)); }

@@ -49,11 +49,16 @@ struct Avx512 {
     _mm512_storeu_si512(to, _mm512_mask_blend_epi16(0xAAAAAAAA, low, add_half_ulp(_mm512_castps_si512(odd))));
   }
 
-  // Bytes as integers, and the low bytes of integers.
+  // Bytes as integers, and integers as bytes, which they fit, four vectors at a time.
   using ByteSource = __m512i;
   static __m512i load_bytes(const int8_t* from) { return _mm512_cvtepi8_epi32(bytes(from)); }
   static __m512i load_bytes(const uint8_t* from) { return _mm512_cvtepu8_epi32(bytes(from)); }
-  static void store_bytes(void* to, __m512i a) { _mm_storeu_si128(static_cast<__m128i*>(to), _mm512_cvtepi32_epi8(a)); }
+  static void store_bytes(int8_t* to, const __m512i (&a)[4]) {
+    store_in_order(to, _mm512_packs_epi16(_mm512_packs_epi32(a[0], a[1]), _mm512_packs_epi32(a[2], a[3])));
+  }
+  static void store_bytes(uint8_t* to, const __m512i (&a)[4]) {
+    store_in_order(to, _mm512_packus_epi16(_mm512_packs_epi32(a[0], a[1]), _mm512_packs_epi32(a[2], a[3])));
+  }
 
  private:
   // Carries into the upper half of each lane as rounding to nearest even demands; the upper half is then the bf16. (Not
@@ -70,6 +75,12 @@ struct Avx512 {
   static __m512i rounded_to_bf16(Number a) {
     const __m512i bits = _mm512_castps_si512(a);
     return _mm512_mask_mov_epi32(add_half_ulp(bits), _mm512_cmp_ps_mask(a, a, _CMP_UNORD_Q), bits);
+  }
+
+  // Packing works within 128-bit lanes: each holds a quarter of each of four vectors.
+  static void store_in_order(void* to, __m512i packed) {
+    const __m512i order = _mm512_setr_epi32(0, 4, 8, 12, 1, 5, 9, 13, 2, 6, 10, 14, 3, 7, 11, 15);
+    _mm512_storeu_si512(to, _mm512_permutexvar_epi32(order, packed));
   }
 
   static __m128i bytes(const void* from) { return _mm_loadu_si128(static_cast<const __m128i*>(from)); }

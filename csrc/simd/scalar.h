@@ -57,11 +57,16 @@ struct Scalar {
     store(to + 1, odd);
   }
 
-  // Bytes as integers, and the low bytes of integers.
+  // Bytes as integers, and integers as bytes, which they fit, four vectors at a time.
   using ByteSource = int32_t;
   static int32_t load_bytes(const int8_t* from) { return *from; }
   static int32_t load_bytes(const uint8_t* from) { return *from; }
-  static void store_bytes(void* to, int32_t a) { *static_cast<uint8_t*>(to) = static_cast<uint8_t>(a); }
+  static void store_bytes(int8_t* to, const int32_t (&a)[4]) {
+    for (int i = 0; i < 4; ++i) to[i] = static_cast<int8_t>(a[i]);
+  }
+  static void store_bytes(uint8_t* to, const int32_t (&a)[4]) {
+    for (int i = 0; i < 4; ++i) to[i] = static_cast<uint8_t>(a[i]);
+  }
 };
 
 using Ops = Scalar;

@@ -85,14 +85,17 @@ struct Sse2 {
     _mm_storeu_si128(reinterpret_cast<__m128i*>(to), _mm_or_si128(low, high));
   }
 
-  // Bytes as integers, and the low bytes of integers.
+  // Bytes as integers, and integers as bytes, which they fit, four vectors at a time.
   using ByteSource = __m128i;
   static __m128i load_bytes(const int8_t* from) { return _mm_srai_epi32(upper_bytes(from), 24); }
   static __m128i load_bytes(const uint8_t* from) { return _mm_srli_epi32(upper_bytes(from), 24); }
-  static void store_bytes(void* to, __m128i a) {
-    const __m128i low = _mm_and_si128(a, _mm_set1_epi32(0xFF)), words = _mm_packs_epi32(low, low);
-    const int four = _mm_cvtsi128_si32(_mm_packus_epi16(words, words));
-    std::memcpy(to, &four, sizeof four);
+  static void store_bytes(int8_t* to, const __m128i (&a)[4]) {
+    const __m128i packed = _mm_packs_epi16(_mm_packs_epi32(a[0], a[1]), _mm_packs_epi32(a[2], a[3]));
+    _mm_storeu_si128(reinterpret_cast<__m128i*>(to), packed);
+  }
+  static void store_bytes(uint8_t* to, const __m128i (&a)[4]) {
+    const __m128i packed = _mm_packus_epi16(_mm_packs_epi32(a[0], a[1]), _mm_packs_epi32(a[2], a[3]));
+    _mm_storeu_si128(reinterpret_cast<__m128i*>(to), packed);
   }
 
  private:
