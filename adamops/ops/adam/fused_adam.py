@@ -52,7 +52,7 @@ class FusedAdam(AdamOptimizer):
         Whether bfloat16 and float16 params have a float32 master (``state["master_param"]``) that is updated, and of
         which they are rounded copies; a param that is changed otherwise than by step() is overwritten by the next.
     state_dtype, master_weight_bits, stochastic_rounding
-        As in DeepSpeedCPUAdam, for params in host memory; on CUDA devices the step raises NotImplementedError.
+        As in DeepSpeedCPUAdam.
 
     Under torch.amp.GradScaler, step counts of params on CUDA devices are kept there too, as the device alone knows
     whether a step is skipped.
