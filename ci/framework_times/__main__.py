@@ -1,0 +1,48 @@
+"""Prints what a step takes under each framework, with ours and with what users have today: `python ci/framework_times`.
+
+Each module beside this one has a function measure(), which times contestants in turns in this process, and returns the
+median milliseconds of each by case. One that cannot be measured here, because its framework is not installed say, is
+left out with the reason.
+"""
+
+from __future__ import annotations
+
+import argparse
+import importlib
+import sys
+from pathlib import Path
+
+from rich.console import Console
+from rich.table import Table
+
+FOLDER = Path(__file__).resolve().parent
+NAMES = sorted(path.stem for path in FOLDER.glob("*.py") if path.stem != "__main__")
+OURS = "adamops"
+
+
+def main() -> None:
+    """Measures all, and prints a table."""
+    parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
+    parser.add_argument("frameworks", nargs="*", default=NAMES, help=f"which to measure: {', '.join(NAMES)}")
+    args = parser.parse_args()
+    sys.path[0] = str(FOLDER.parent)  # not this folder, whose modules have the frameworks' names
+    table = Table("framework", "case", "contestant", "ms a step", "speed of adamops")
+    for column in table.columns[3:]:
+        column.justify = "right"
+    for name in args.frameworks:
+        try:
+            cases = importlib.import_module(f"framework_times.{name}").measure()
+        except Exception as error:  # a framework may be missing, or need what is not here
+            table.add_row(name, f"not measured: {error}")
+            continue
+        for case, medians in cases.items():
+            ours = next(milliseconds for contestant, milliseconds in medians.items() if OURS in contestant)
+            for contestant, milliseconds in medians.items():
+                ratio = "" if OURS in contestant else f"{milliseconds / ours:.2f} x"
+                table.add_row(name, case, contestant, f"{milliseconds:.2f}", ratio)
+            table.add_section()
+    Console(highlight=False, width=160).print(table)
+
+
+if __name__ == "__main__":
+    main()
