@@ -36,6 +36,7 @@ from .loading import adopted_states, shield_states
 from .native_backend import NativeBackend
 from .precision import AVERAGES, MASTER, REMAINDER, SCALES, STATE_TENSORS, Master, Precision, scales_shape
 from .torch_adam import TorchBackend
+from .uncompiled import uncompiled
 
 _HOST = torch.device("cpu")
 _Method = TypeVar("_Method", bound=Callable[..., Any])
@@ -69,8 +70,9 @@ def _unguarded(method: Callable[..., Any]) -> Callable[..., Any]:
 
 
 def waits(method: _Method) -> _Method:
-    """The method of an AdamOptimizer, begun when no step runs in the background any more."""
+    """The method of an AdamOptimizer, begun when no step runs in the background any more; not for torch.compile."""
 
+    @uncompiled
     @functools.wraps(method)
     def waiting(self: AdamOptimizer, *args: Any, **kwargs: Any) -> Any:
         self._settle()
@@ -113,6 +115,11 @@ class AdamOptimizer(Optimizer):
         _check_hyper(defaults, "")
         super().__init__(params, defaults)
         self._backends: dict[torch.device, Backend] = {_HOST: _load_host_backend()}
+
+    @staticmethod
+    def profile_hook_step(func: Callable[..., Any]) -> Callable[..., Any]:
+        """What Optimizer makes of step(), with hooks and profiling, hidden from torch.compile as a whole."""
+        return uncompiled(Optimizer.profile_hook_step(func))
 
     @waits
     def add_param_group(self, param_group: dict[str, Any]) -> None:
@@ -611,7 +618,7 @@ def _check_hyper(group: dict[str, Any], where: str) -> None:
     """Raises ValueError for a hyper-parameter out of range, as torch.optim.Adam does; `where` ends the message."""
     lr, (beta1, beta2), eps, weight_decay = group["lr"], group["betas"], group["eps"], group["weight_decay"]
     if isinstance(lr, Tensor) and lr.numel() != 1:
-        raise ValueError(f"Tensor lr must have one element, has shape {tuple(lr.shape)}{where}")
+        raise ValueError(f"Tensor lr must be 1-element, has shape {tuple(lr.shape)}{where}")
     if not float(lr) >= 0.0:
         raise ValueError(f"Invalid learning rate: {lr}{where}; expected 0 or more")
     if not float(eps) >= 0.0:
