@@ -619,6 +619,9 @@ def _check_hyper(group: dict[str, Any], where: str) -> None:
     lr, (beta1, beta2), eps, weight_decay = group["lr"], group["betas"], group["eps"], group["weight_decay"]
     if isinstance(lr, Tensor) and lr.numel() != 1:
         raise ValueError(f"Tensor lr must be 1-element, has shape {tuple(lr.shape)}{where}")
+    for i, beta in enumerate((beta1, beta2)):
+        if isinstance(beta, Tensor) and beta.numel() != 1:
+            raise ValueError(f"Tensor betas[{i}] must be 1-element, has shape {tuple(beta.shape)}{where}")
     if not float(lr) >= 0.0:
         raise ValueError(f"Invalid learning rate: {lr}{where}; expected 0 or more")
     if not float(eps) >= 0.0:
