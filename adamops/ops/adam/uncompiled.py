@@ -17,20 +17,18 @@ WHY = "optimizers of adamops call an op that is compiled already"  # what torch.
 def uncompiled(method: _Method) -> _Method:
     """The method with all that it calls hidden from torch.compile.
 
-    Otherwise torch.compile looks into each function of the step for what it can compile, finds nothing, and takes many
-    seconds and warnings for that. torch.compiler.disable() alone would not do: it imports torch._dynamo, which takes a
-    second, and torch.compile(optimizer.step) would look behind it, for the method without its object.
+    Otherwise torch.compile looks into each function of the step for what it can compile, finds nothing, and takes
+    seconds and warnings for that. torch hides methods of its own by the function used here. It alone would not do: at
+    its first call it imports torch._dynamo, which takes a second. Nor would torch.compiler.disable(), behind which
+    torch.compile(optimizer.step) looks for the method without its object.
     """
-    disabled: Callable[..., Any] | None = None
+    disabled = torch._disable_dynamo(method)
+    disabled._torchdynamo_disable, disabled._torchdynamo_disable_msg = True, WHY  # type: ignore[attr-defined]
 
     @functools.wraps(method)
     def hidden(*args: Any, **kwargs: Any) -> Any:
-        nonlocal disabled
-        if disabled is None:
-            if "torch._dynamo" not in sys.modules:  # so nothing is being compiled
-                return method(*args, **kwargs)
-            disabled = torch.compiler.disable(method)
-            disabled._torchdynamo_disable_msg = WHY  # type: ignore[attr-defined]
-        return disabled(*args, **kwargs)
+        if "torch._dynamo" in sys.modules:
+            return disabled(*args, **kwargs)
+        return method(*args, **kwargs)  # nothing is being compiled
 
     return cast(_Method, hidden)
