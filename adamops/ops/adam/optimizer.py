@@ -12,6 +12,7 @@ from typing import Any, TypeVar, cast
 
 import torch
 from torch import Tensor
+from torch.nn.parameter import is_lazy
 from torch.optim import Optimizer
 from torch.optim.optimizer import _global_optimizer_post_hooks
 
@@ -134,8 +135,9 @@ class AdamOptimizer(Optimizer):
         for i, entry in enumerate(params):
             param = entry[1] if isinstance(entry, tuple) else entry  # named_parameters() gives pairs
             # Elsewhere than in host memory a param may wait: ZeRO-Offload takes an optimizer made for the model on the
-            # GPU, and puts its own shards in host memory into the groups. step() checks again.
-            if isinstance(param, Tensor) and param.device.type == "cpu":
+            # GPU, and puts its own shards in host memory into the groups. Those of lazy layers have no shape yet.
+            # step() checks again.
+            if isinstance(param, Tensor) and not is_lazy(param) and param.device.type == "cpu":
                 check_param(param, f"{where}, param {i}")
         _unguarded(Optimizer.add_param_group)(self, {**param_group, "params": params})
 
