@@ -202,6 +202,20 @@ def test_groups_with_their_own_lr_and_weight_decay(Adam, peer):
     assert_close(ours, theirs, 20)
 
 
+def test_the_dict_of_a_group_is_the_group_itself(Adam):
+    """As with torch, whose users keep their dicts to change settings by them; a refused group stays as it was."""
+    params, more = twin_params(SHAPES)
+    first, second = {"params": params, "lr": 1e-2}, {"params": iter(more)}
+    optimizer = Adam([first])
+    optimizer.add_param_group(second)
+    assert optimizer.param_groups[0] is first and optimizer.param_groups[1] is second
+    assert second["params"] == more and second["lr"] == optimizer.defaults["lr"]
+    refused = {"params": torch.nn.Parameter(torch.zeros(2)), "lr": -1.0}
+    with pytest.raises(ValueError, match="Invalid learning rate: -1.0 in param group 2"):
+        optimizer.add_param_group(refused)
+    assert set(refused) == {"params", "lr"} and isinstance(refused["params"], torch.Tensor)
+
+
 @pytest.mark.parametrize("shape", [(), (1,), (1, 1, 1)])
 def test_an_lr_in_a_tensor_of_one_element(Adam, shape):
     ours, a, theirs, b = ours_and_torchs(Adam, torch.optim.AdamW, {"lr": torch.full(shape, 1e-2)})

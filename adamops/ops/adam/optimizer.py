@@ -139,7 +139,8 @@ class AdamOptimizer(Optimizer):
             # step() checks again.
             if isinstance(param, Tensor) and not is_lazy(param) and param.device.type == "cpu":
                 check_param(param, f"{where}, param {i}")
-        _unguarded(Optimizer.add_param_group)(self, {**param_group, "params": params})
+        param_group["params"] = params
+        _unguarded(Optimizer.add_param_group)(self, param_group)  # which keeps the dict itself, as others rely on
 
     @waits
     def zero_grad(self, set_to_none: bool = True) -> None:
