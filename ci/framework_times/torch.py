@@ -53,18 +53,17 @@ def transformer(layers: int = 12, width: int = 192) -> nn.Module:
 
 
 CASES: dict[str, tuple[Callable[[], nn.Module], tuple[int, ...]]] = {
-    "convolutional, 28 tensors": (lambda: convolutional(4), (2, 3, 16, 16)),
-    "convolutional, 148 tensors": (convolutional, (2, 3, 16, 16)),
-    "transformer, 146 tensors": (transformer, (2, 16, 32)),
+    "convolutional, 28 tensors": (lambda: convolutional(4), (1, 3, 8, 8)),
+    "convolutional, 148 tensors": (convolutional, (1, 3, 8, 8)),
+    "transformer, 146 tensors": (transformer, (1, 4, 32)),
 }
-# torch makes one C++ function of all tensors, which takes g++ minutes and gigabytes where there are a hundred.
-MOST_COMPILED = 50
+MOST_COMPILED = 50  # tensors: the step is compiled for all of them at once, which takes the longer the more there are
 
 
 def compiled_adamw(params: list[nn.Parameter]) -> Optimizer:
     """AdamW with its step compiled, as torch's documentation shows it."""
     if len(params) > MOST_COMPILED:
-        raise Unavailable(f"takes minutes to compile for more than {MOST_COMPILED} tensors")
+        raise Unavailable(f"is compiled here for {MOST_COMPILED} tensors at most")
     optimizer = torch_optimizer("foreach", params, torch.float32)
     optimizer.step = torch.compile(optimizer.step)  # type: ignore[method-assign]
     return optimizer
