@@ -33,7 +33,8 @@ def assert_untouched(optimizer, params, before):
     [
         ("lr", -1.0, "Invalid learning rate: -1.0"),
         ("lr", float("nan"), "Invalid learning rate: nan"),
-        ("lr", torch.tensor([0.1, 0.2]), r"Tensor lr must have one element, has shape \(2,\)"),
+        ("betas", (torch.tensor([0.1, 0.2]), 0.9), r"Tensor betas\[0\] must be 1-element, has shape \(2,\)"),
+        ("lr", torch.tensor([0.1, 0.2]), r"Tensor lr must be 1-element, has shape \(2,\)"),
         ("eps", -1e-8, "Invalid epsilon value: -1e-08"),
         ("weight_decay", -0.1, "Invalid weight_decay value: -0.1"),
         ("betas", (1.0, 0.9), "Invalid beta parameter at index 0: 1.0"),

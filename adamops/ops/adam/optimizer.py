@@ -12,6 +12,7 @@ from typing import Any, TypeVar, cast
 
 import torch
 from torch import Tensor
+from torch.nn.parameter import is_lazy
 from torch.optim import Optimizer
 from torch.optim.optimizer import _global_optimizer_post_hooks
 
@@ -36,6 +37,7 @@ from .loading import adopted_states, shield_states
 from .native_backend import NativeBackend
 from .precision import AVERAGES, MASTER, REMAINDER, SCALES, STATE_TENSORS, Master, Precision, scales_shape
 from .torch_adam import TorchBackend
+from .uncompiled import uncompiled
 
 _HOST = torch.device("cpu")
 _Method = TypeVar("_Method", bound=Callable[..., Any])
@@ -69,8 +71,9 @@ def _unguarded(method: Callable[..., Any]) -> Callable[..., Any]:
 
 
 def waits(method: _Method) -> _Method:
-    """The method of an AdamOptimizer, begun when no step runs in the background any more."""
+    """The method of an AdamOptimizer, begun when no step runs in the background any more; not for torch.compile."""
 
+    @uncompiled
     @functools.wraps(method)
     def waiting(self: AdamOptimizer, *args: Any, **kwargs: Any) -> Any:
         self._settle()
@@ -114,6 +117,11 @@ class AdamOptimizer(Optimizer):
         super().__init__(params, defaults)
         self._backends: dict[torch.device, Backend] = {_HOST: _load_host_backend()}
 
+    @staticmethod
+    def profile_hook_step(func: Callable[..., Any]) -> Callable[..., Any]:
+        """What Optimizer makes of step(), with hooks and profiling, hidden from torch.compile as a whole."""
+        return uncompiled(Optimizer.profile_hook_step(func))
+
     @waits
     def add_param_group(self, param_group: dict[str, Any]) -> None:
         """Adds a param group, as torch.optim.Optimizer does; its settings and params are checked first."""
@@ -127,10 +135,12 @@ class AdamOptimizer(Optimizer):
         for i, entry in enumerate(params):
             param = entry[1] if isinstance(entry, tuple) else entry  # named_parameters() gives pairs
             # Elsewhere than in host memory a param may wait: ZeRO-Offload takes an optimizer made for the model on the
-            # GPU, and puts its own shards in host memory into the groups. step() checks again.
-            if isinstance(param, Tensor) and param.device.type == "cpu":
+            # GPU, and puts its own shards in host memory into the groups. Those of lazy layers have no shape yet.
+            # step() checks again.
+            if isinstance(param, Tensor) and not is_lazy(param) and param.device.type == "cpu":
                 check_param(param, f"{where}, param {i}")
-        _unguarded(Optimizer.add_param_group)(self, {**param_group, "params": params})
+        param_group["params"] = params
+        _unguarded(Optimizer.add_param_group)(self, param_group)  # which keeps the dict itself, as others rely on
 
     @waits
     def zero_grad(self, set_to_none: bool = True) -> None:
@@ -611,7 +621,10 @@ def _check_hyper(group: dict[str, Any], where: str) -> None:
     """Raises ValueError for a hyper-parameter out of range, as torch.optim.Adam does; `where` ends the message."""
     lr, (beta1, beta2), eps, weight_decay = group["lr"], group["betas"], group["eps"], group["weight_decay"]
     if isinstance(lr, Tensor) and lr.numel() != 1:
-        raise ValueError(f"Tensor lr must have one element, has shape {tuple(lr.shape)}{where}")
+        raise ValueError(f"Tensor lr must be 1-element, has shape {tuple(lr.shape)}{where}")
+    for i, beta in enumerate((beta1, beta2)):
+        if isinstance(beta, Tensor) and beta.numel() != 1:
+            raise ValueError(f"Tensor betas[{i}] must be 1-element, has shape {tuple(beta.shape)}{where}")
     if not float(lr) >= 0.0:
         raise ValueError(f"Invalid learning rate: {lr}{where}; expected 0 or more")
     if not float(eps) >= 0.0:
