@@ -163,12 +163,11 @@ def lora(layers, rank=4):
     return peft.get_peft_model(MODELS["GPT-2"](layers=layers, width=16, dropout=0.0), config)
 
 
-@pytest.mark.parametrize("settings", [{}, {"state_dtype": "8bit"}], ids=["float32 states", "8-bit states"])
-def test_trains_the_many_small_tensors_of_lora(trained, settings):
+def test_trains_the_many_small_tensors_of_lora(trained):
     ours, theirs = copies(lora(layers=24), 2)
     base = {name: weight for name, weight in weights(ours).items() if "lora" not in name}
     how = {"max_steps": 4, "learning_rate": 1e-2, "per_device_train_batch_size": 2}
-    runs = [trained(ours, (DeepSpeedCPUAdam, SETTINGS | {"lr": 1e-2} | settings), **how), trained(theirs, **how)]
+    runs = [trained(ours, (DeepSpeedCPUAdam, SETTINGS | {"lr": 1e-2}), **how), trained(theirs, **how)]
     adapters = [name for name, param in ours.named_parameters() if param.requires_grad]
     assert len(adapters) == 192 == len(runs[0].optimizer.state)
     assert logged(runs[0], "loss") == pytest.approx(logged(runs[1], "loss"), rel=1e-3)

@@ -35,6 +35,7 @@ from .hyper import AdamHyper
 from .loading import adopted_states, shield_states
 from .native_backend import NativeBackend
 from .precision import AVERAGES, MASTER, REMAINDER, SCALES, STATE_TENSORS, Master, Precision, scales_shape
+from .shared import Shared
 from .torch_adam import TorchBackend
 
 _HOST = torch.device("cpu")
@@ -85,9 +86,9 @@ class AdamOptimizer(Optimizer):
     Under torch.amp.GradScaler the grads are unscaled inside the step, which reads them and does not write them.
     """
 
-    _grad_factor: float | Tensor = 1.0  # what clip_grad_norm_() has the next step multiply the grads by
-    _running: AsyncStep | None = None  # the step in the background
-    _preparing: AsyncStep | None = None  # where step() is to leave its work instead of doing it
+    _grad_factor = Shared[float | Tensor](1.0)  # what clip_grad_norm_() has the next step multiply the grads by
+    _running = Shared[AsyncStep | None](None)  # the step in the background
+    _preparing = Shared[AsyncStep | None](None)  # where step() is to leave its work instead of doing it
     _step_supports_amp_scaling = True  # what GradScaler asks: it then leaves unscaling and skipping to step()
 
     def __init__(
@@ -102,6 +103,7 @@ class AdamOptimizer(Optimizer):
         stochastic_rounding: bool = False,
         **defaults: Any,
     ) -> None:
+        self._shared: dict[str, Any] = {}
         self.adam_w_mode = adam_w_mode
         self.fp32_optimizer_states = fp32_optimizer_states
         self.master_weights = master_weights
@@ -499,6 +501,7 @@ class AdamOptimizer(Optimizer):
     def __setstate__(self, state: dict[str, Any]) -> None:
         """Called by unpickling and, with loaded state, by load_state_dict()."""
         state = {**state}
+        state.setdefault("_shared", self.__dict__.get("_shared", {}))
         state.setdefault("fp32_optimizer_states", getattr(self, "fp32_optimizer_states", True))
         state.setdefault("master_weights", getattr(self, "master_weights", False))
         own = getattr(self, "_precision", None) or _precision_of(
