@@ -17,6 +17,7 @@ from torch.optim.optimizer import _global_optimizer_post_hooks
 
 from ... import op_builder
 from . import remainders
+from .amp import UnscalesInStep
 from .backend import Backend
 from .background import AsyncStep
 from .batch import (
@@ -89,7 +90,7 @@ class AdamOptimizer(Optimizer):
     _grad_factor = Shared[float | Tensor](1.0)  # what clip_grad_norm_() has the next step multiply the grads by
     _running = Shared[AsyncStep | None](None)  # the step in the background
     _preparing = Shared[AsyncStep | None](None)  # where step() is to leave its work instead of doing it
-    _step_supports_amp_scaling = True  # what GradScaler asks: it then leaves unscaling and skipping to step()
+    _step_supports_amp_scaling = UnscalesInStep()  # by the name that GradScaler asks for
 
     def __init__(
         self,
