@@ -1,94 +1,126 @@
-"""Runs a function on some ranks: processes of one torch thread each, with gloo between them.
+"""Runs functions in several processes that can talk to each other, as torchrun starts them on one machine.
 
-Must not know what is run.
+It must not know what is being tested.
 """
 
-from __future__ import annotations
-
 import importlib.util
-import multiprocessing
+import inspect
 import os
 import sys
 import tempfile
 import time
 import traceback
-from collections.abc import Callable
+from multiprocessing.connection import wait
 from pathlib import Path
-from typing import Any
 
 import torch
-import torch.distributed
+import torch.distributed as dist
+import torch.multiprocessing as mp
 
-TIMEOUT = 300.0  # seconds
+TIMEOUT_S = 240
 
 
-def run_on_ranks(function: Callable[..., Any], world_size: int, *args: Any) -> list[Any]:
-    """What `function(rank, world_size, *args)` returns on each rank, by rank.
+def run_on_ranks(function, world_size, *args):
+    """What ``function(rank, world_size, *args)`` returns on each rank, in order; a failing rank's traceback is raised.
 
-    The function is one of a module. Raises RuntimeError with the traceback of the rank that failed first, and
-    TimeoutError if not all end in time; no process is left.
+    The function must be one of a module. Each process has one torch thread and a process group of gloo; random numbers
+    of all start from one seed, drawn here.
     """
-    context = multiprocessing.get_context("spawn")
-    with tempfile.TemporaryDirectory() as folder:
-        place = (sys.modules[function.__module__].__file__, function.__qualname__)
-        processes = [
-            context.Process(target=_run_rank, args=(rank, world_size, folder, place, args))
-            for rank in range(world_size)
-        ]
-        try:
-            for process in processes:
-                process.start()
-            _wait(processes, Path(folder))
-            return [torch.load(Path(folder) / f"result{rank}", weights_only=False) for rank in range(world_size)]
-        finally:
-            for process in processes:
-                if process.pid is not None:
-                    process.kill()
-                    process.join()
+    with Ranks(world_size) as ranks:
+        return ranks.run(function, world_size, *args)
 
 
-def _wait(processes: list[Any], folder: Path) -> None:
-    end = time.monotonic() + TIMEOUT
-    while any(process.exitcode is None for process in processes):
-        _raise_failure(processes, folder)
-        if time.monotonic() > end:
-            running = [rank for rank, process in enumerate(processes) if process.exitcode is None]
-            raise TimeoutError(f"ranks {running} have not ended after {TIMEOUT} s")
-        time.sleep(0.02)
-    _raise_failure(processes, folder)
+class Ranks:
+    """Processes that run one function after another, as starting them takes seconds; new ones after a failure.
+
+    A function that leaves nothing behind in the process can be run here; others are for run_on_ranks().
+    """
+
+    def __init__(self, most):
+        self._most = most
+        self._processes, self._pipes = [], []
+
+    def __enter__(self):
+        return self
+
+    def __exit__(self, *_):
+        self._stop()
+
+    def run(self, function, world_size, *args):
+        """As run_on_ranks()."""
+        if not self._processes:
+            self._start()
+        with tempfile.TemporaryDirectory() as folder:
+            work = _address(function), world_size, folder, int(torch.randint(2**31, ())), args
+            pipes = self._pipes[:world_size]
+            for pipe in pipes:
+                pipe.send(work)
+            try:
+                return self._results(pipes)
+            except BaseException:
+                self._stop()
+                raise
+
+    def _start(self):
+        context = mp.get_context("spawn")
+        for rank in range(self._most):
+            ours, theirs = context.Pipe()
+            self._processes.append(context.Process(target=_rank, args=(rank, theirs), daemon=True))
+            self._processes[-1].start()
+            self._pipes.append(ours)
+            theirs.close()
+
+    def _stop(self):
+        for process in self._processes:
+            process.kill()
+            process.join()
+        self._processes, self._pipes = [], []
+
+    def _results(self, pipes):
+        """Of all ranks. The first that fails is the cause: others then fail as it is gone, or wait for ever."""
+        results, end = {}, time.monotonic() + TIMEOUT_S
+        while len(results) < len(pipes):
+            waiting = [pipe for pipe in pipes if pipe not in results]
+            ready = wait(waiting, max(0.0, end - time.monotonic()))
+            if not ready:
+                raise TimeoutError(f"ranks {[pipes.index(pipe) for pipe in waiting]} still ran after {TIMEOUT_S} s")
+            for pipe in ready:
+                try:
+                    failure, results[pipe] = pipe.recv()
+                except EOFError:
+                    raise RuntimeError(f"the process of rank {pipes.index(pipe)} died") from None
+                if failure:
+                    raise RuntimeError(f"rank {pipes.index(pipe)} failed:\n{failure}")
+        return [results[pipe] for pipe in pipes]
 
 
-def _raise_failure(processes: list[Any], folder: Path) -> None:
-    failed = [rank for rank, process in enumerate(processes) if process.exitcode]
-    if not failed:
-        return
-    # The others fail as one does; what went wrong is in the oldest traceback.
-    errors = sorted(folder.glob("error*"), key=lambda path: path.stat().st_mtime_ns)
-    if errors:
-        raise RuntimeError(f"rank {errors[0].name.removeprefix('error')}:\n{errors[0].read_text()}")
-    raise RuntimeError(f"rank {failed[0]} ended with exit status {processes[failed[0]].exitcode}")
-
-
-def _run_rank(rank: int, world_size: int, folder: str, place: tuple[str, str], args: tuple[Any, ...]) -> None:
-    os.environ.update(RANK=str(rank), LOCAL_RANK=str(rank), WORLD_SIZE=str(world_size))
+def _rank(rank, pipe):
     torch.set_num_threads(1)
-    try:
-        torch.distributed.init_process_group(
-            "gloo", init_method=f"file://{folder}/rendezvous", rank=rank, world_size=world_size
-        )
-        result = _load(*place)(rank, world_size, *args)
-        torch.save(result, Path(folder) / f"result{rank}")
-        torch.distributed.destroy_process_group()
-    except BaseException:
-        (Path(folder) / f"error{rank}").write_text(traceback.format_exc())
-        os._exit(1)  # without waiting for the others in a destructor
+    while True:
+        address, world_size, folder, seed, args = pipe.recv()
+        torch.manual_seed(seed)
+        size = str(world_size)
+        os.environ.update(RANK=str(rank), LOCAL_RANK=str(rank), WORLD_SIZE=size, LOCAL_WORLD_SIZE=size)
+        try:
+            dist.init_process_group("gloo", init_method=f"file://{folder}/store", rank=rank, world_size=world_size)
+            result = _function_at(address)(rank, world_size, *args)
+            dist.barrier()  # nobody leaves while others talk to it
+            if dist.is_initialized():  # the function may have ended it
+                dist.destroy_process_group()
+            pipe.send((None, result))
+        except BaseException:
+            pipe.send((traceback.format_exc(), None))
 
 
-def _load(file: str, name: str) -> Callable[..., Any]:
-    """A function of a module that pytest may have loaded under a name of its own."""
-    spec = importlib.util.spec_from_file_location(f"on_a_rank_{Path(file).stem}", file)
-    assert spec is not None and spec.loader is not None
-    module = importlib.util.module_from_spec(spec)
-    sys.modules[spec.name] = module
-    spec.loader.exec_module(module)
-    return getattr(module, name)
+def _address(function):
+    """Where other processes find the function: tests are not on the path by the names that pytest gives them."""
+    return function.__module__, str(Path(inspect.getsourcefile(function)).resolve()), function.__name__
+
+
+def _function_at(address):
+    module_name, path, name = address
+    if module_name not in sys.modules:
+        spec = importlib.util.spec_from_file_location(module_name, path)
+        sys.modules[module_name] = importlib.util.module_from_spec(spec)
+        spec.loader.exec_module(sys.modules[module_name])
+    return getattr(sys.modules[module_name], name)
