@@ -137,8 +137,7 @@ def test_the_wrapper_takes_no_more_than_torchs_arguments(model):
 
 
 def train_on_a_rank(rank, world_size, new_optimizer, plugin):
-    """What torchrun would set, and a training: its losses and norms, and the weights."""
-    os.environ |= {"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": str(world_size)}
+    """A training: its losses and norms, and the weights."""
     os.environ |= {"MASTER_ADDR": "localhost", "MASTER_PORT": "29500"}  # asked for; the processes are connected already
     torch.manual_seed(1)
     model = MODELS["Llama"]()

@@ -16,12 +16,8 @@ from torch.optim import Optimizer
 from torch.optim.optimizer import _global_optimizer_post_hooks
 
 from ... import op_builder
-<<<<<<< HEAD
-from . import remainders
-from .amp import UnscalesInStep
-=======
 from . import remainders, sharding
->>>>>>> fw-fsdp
+from .amp import UnscalesInStep
 from .backend import Backend
 from .background import AsyncStep
 from .batch import (
@@ -37,13 +33,9 @@ from .batch import (
 from .hyper import AdamHyper
 from .loading import adopted_states, shield_states
 from .native_backend import NativeBackend
-<<<<<<< HEAD
-from .precision import AVERAGES, MASTER, REMAINDER, SCALES, STATE_TENSORS, Master, Precision, scales_shape
-from .shared import Shared
-=======
 from .precision import MASTER, REMAINDER, SCALES, STATE_TENSORS, Master, Precision, scales_shape
 from .saving import in_fp32, portable
->>>>>>> fw-fsdp
+from .shared import Shared
 from .torch_adam import TorchBackend
 
 _HOST = torch.device("cpu")
