@@ -136,35 +136,48 @@ def test_the_wrapper_takes_no_more_than_torchs_arguments(model):
     assert not any(param.grad.any() for param in model.parameters())
 
 
-def train_on_a_rank(rank, world_size, new_optimizer, plugin):
-    """A training: its losses and norms, and the weights."""
+def with_plugin(plugin):
+    """What an Accelerator is given for it."""
+    if plugin == "DDP":
+        return {}
+    fsdp = accelerate.FullyShardedDataParallelPlugin(
+        fsdp_version=2, auto_wrap_policy="transformer_based_wrap", transformer_cls_names_to_wrap=["LlamaDecoderLayer"]
+    )
+    return {"fsdp_plugin": fsdp}
+
+
+def train_on_a_rank(rank, world_size, plugin, folder):
+    """Trainings by torch's optimizer, by ours, and by ours from a saved state on."""
     os.environ |= {"MASTER_ADDR": "localhost", "MASTER_PORT": "29500"}  # asked for; the processes are connected already
-    torch.manual_seed(1)
-    model = MODELS["Llama"]()
-    arguments = {}
-    if plugin == "FSDP2":
-        arguments["fsdp_plugin"] = accelerate.FullyShardedDataParallelPlugin(
-            fsdp_version=2,
-            auto_wrap_policy="transformer_based_wrap",
-            transformer_cls_names_to_wrap=["LlamaDecoderLayer"],
-        )
-    run = Training(model, new_optimizer, clip_as_accelerate, **arguments).run()
-    whole = run.accelerator.get_state_dict(run.model)
-    return run.losses, run.norms, {name: tensor.clone() for name, tensor in whole.items()}
+    models = copies(MODELS["Llama"](), 4)
+    theirs = Training(models[0], TORCHS, clip_as_accelerate, **with_plugin(plugin)).run()
+    ours = Training(models[1], OURS, clip_as_accelerate, **with_plugin(plugin)).run(slice(2))
+    ours.accelerator.save_state(folder)
+    ours.run(slice(2, 4))
+    resumed = Training(models[2], OURS, clip_as_accelerate, **with_plugin(plugin))
+    resumed.accelerator.load_state(folder)
+    resumed.run(slice(2, 4))
+    in_step = Training(models[3], OURS, clip_in_step, **with_plugin(plugin)).run()
+    return [
+        (run.losses, run.norms, {name: whole(tensor) for name, tensor in weights(run.model).items()})
+        for run in (theirs, ours, resumed, in_step)
+    ]
 
 
-def assert_trained_alike(ours, theirs):
-    for (losses, norms, _), (their_losses, their_norms, _) in zip(ours, theirs, strict=True):
-        assert losses == pytest.approx(their_losses, rel=1e-3)
-        assert norms == pytest.approx(their_norms, rel=1e-2)
-    assert ours[0][0] != ours[1][0], "each rank has its own part of the data"
+def whole(tensor):
+    return tensor.full_tensor() if hasattr(tensor, "full_tensor") else tensor
 
 
-def test_trains_by_ddp():
-    ours = run_on_ranks(train_on_a_rank, 2, OURS, "DDP")
-    assert_trained_alike(ours, run_on_ranks(train_on_a_rank, 2, TORCHS, "DDP"))
-    assert_same_weights(ours[0][2], ours[1][2])
-
-
-def test_trains_by_fsdp2():
-    assert_trained_alike(*(run_on_ranks(train_on_a_rank, 2, optimizer, "FSDP2") for optimizer in (OURS, TORCHS)))
+@pytest.mark.slow
+@pytest.mark.parametrize("plugin", ["DDP", "FSDP2"])
+def test_trains_on_two_processes(plugin, tmp_path):
+    on_ranks = run_on_ranks(train_on_a_rank, 2, plugin, str(tmp_path))
+    for theirs, ours, resumed, in_step in on_ranks:
+        for run in (ours, in_step):
+            assert run[0] == pytest.approx(theirs[0], rel=1e-3)
+            assert run[1] == pytest.approx(theirs[1], rel=1e-2)
+        assert resumed[:2] == tuple(part[2:] for part in ours[:2])
+        assert_same_weights(resumed[2], ours[2])
+    (_, first, *_), (_, second, *_) = on_ranks
+    assert first[0] != second[0], "each rank has its own part of the data"
+    assert_same_weights(first[2], second[2])
