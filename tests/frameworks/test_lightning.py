@@ -8,7 +8,7 @@ import torch
 L = pytest.importorskip("lightning")
 
 from frameworks.processes import run_on_ranks  # noqa: E402
-from lightning.pytorch.callbacks import ModelCheckpoint  # noqa: E402
+from lightning.pytorch.callbacks import BaseFinetuning, ModelCheckpoint  # noqa: E402
 from lightning.pytorch.plugins.precision import MixedPrecision  # noqa: E402
 
 from adamops import DeepSpeedCPUAdam, FusedAdam  # noqa: E402
@@ -283,3 +283,60 @@ def test_trains_by_ddp(tmp_path):
     assert ours[0][0] != ours[1][0], "each rank has its own part of the data"
     for a, b in zip(ours[0][1], ours[1][1], strict=True):
         assert torch.equal(a, b)
+
+
+class Thaws(BaseFinetuning):
+    """Trains the last layer, and the first from the second round on, in a param group of its own."""
+
+    def freeze_before_training(self, pl_module):
+        self.freeze(pl_module.layers[0])
+
+    def finetune_function(self, pl_module, epoch, optimizer):
+        if epoch == 1:
+            self.unfreeze_and_add_param_group(pl_module.layers[0], optimizer, lr=1e-4)
+
+
+class Partly(Module):
+    """With an optimizer of the params that are trained at first."""
+
+    def configure_optimizers(self):
+        return new_optimizer(self.kind, [param for param in self.parameters() if param.requires_grad])
+
+
+@pytest.mark.parametrize("kind", CLASSES)
+def test_thaws_layers_in_training(tmp_path, kind):
+    ours, theirs = Partly(kind), Partly(torch.optim.AdamW)
+    trainers = [fitted(module, tmp_path, callbacks=[Thaws()]) for module in (ours, theirs)]
+    assert ours.losses == pytest.approx(theirs.losses, rel=1e-4)
+    assert [group["lr"] for group in trainers[0].optimizers[0].param_groups] == [LR, 1e-4]
+    steps = [state["step"] for state in trainers[0].optimizers[0].state.values()]
+    assert sorted(steps) == [6, 6, 12, 12]
+
+
+class Adversaries(Module):
+    """Two optimizers take turns, each with the other's params frozen."""
+
+    automatic_optimization = False
+
+    def configure_optimizers(self):
+        return [new_optimizer(self.kind, self.layers[i].parameters()) for i in (0, 2)]
+
+    def training_step(self, batch, index):
+        for sign, optimizer in zip((1, -1), self.optimizers(), strict=True):
+            self.toggle_optimizer(optimizer)
+            optimizer.step(lambda sign=sign, optimizer=optimizer: self.gradients(sign, optimizer, batch))
+            self.untoggle_optimizer(optimizer)
+
+    def gradients(self, sign, optimizer, batch):
+        optimizer.zero_grad()
+        loss = self.loss_of(batch)
+        self.manual_backward(sign * loss)
+        return loss
+
+
+@pytest.mark.parametrize("kind", CLASSES)
+def test_two_optimizers_take_turns_by_closures(tmp_path, kind):
+    ours, theirs = Adversaries(kind), Adversaries(torch.optim.AdamW)
+    for module in (ours, theirs):
+        fitted(module, tmp_path, max_steps=24)
+    assert ours.losses == pytest.approx(theirs.losses, rel=1e-3)
