@@ -95,10 +95,11 @@ def test_trains_as_torch_does(model, new_optimizer, accumulated, clip):
     assert ours.losses[-1] < ours.losses[0]
 
 
-def test_trains_in_bf16(model):
+@pytest.mark.parametrize("precision", ["bf16", "fp16"])
+def test_trains_in_mixed_precision(model, precision):
     models = copies(model, 2)
     runs = [
-        Training(model, optimizer, clip_as_accelerate, mixed_precision="bf16").run()
+        Training(model, optimizer, clip_as_accelerate, mixed_precision=precision).run()
         for model, optimizer in zip(models, [OURS, TORCHS], strict=True)
     ]
     assert next(models[0].parameters()).dtype == torch.float32
@@ -134,6 +135,25 @@ def test_the_wrapper_takes_no_more_than_torchs_arguments(model):
         param.grad = torch.ones_like(param)
     run.optimizer.optimizer.step(zero_grads=True)
     assert not any(param.grad.any() for param in model.parameters())
+
+
+@pytest.mark.parametrize("settings", [{}, {"fused": True}], ids=["adamops", "torch, fused"])
+def test_a_step_after_an_overflow_is_skipped(settings):
+    """As for torch's fused AdamW, which the step leaves out by itself too, the wrapper does not know of it."""
+    accelerate.Accelerator(cpu=True)
+    param = torch.nn.Parameter(torch.ones(3))
+    optimizer = torch.optim.AdamW([param], **settings) if settings else OURS([param])
+    scaler = torch.amp.GradScaler("cpu", init_scale=4.0)  # on a CPU Accelerate has none
+    wrapper = accelerate.optimizer.AcceleratedOptimizer(optimizer, scaler=scaler)
+    before = param.detach().clone()
+    scaler.scale((param * torch.inf).sum()).backward()
+    wrapper.step()
+    assert torch.equal(param, before) and scaler.get_scale() == 2.0
+    assert not wrapper.step_was_skipped
+    wrapper.zero_grad()
+    scaler.scale(param.sum()).backward()
+    wrapper.step()
+    assert not torch.equal(param, before)
 
 
 def with_plugin(plugin):
