@@ -15,9 +15,10 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from .in_backward import step_in_backward
     from .ops.adam import CPUAdam, DeepSpeedCPUAdam, FusedAdam
+    from .ops.adam.saving import portable_state_dicts
 
 __version__ = "0.1.0"
-__all__ = ["CPUAdam", "DeepSpeedCPUAdam", "FusedAdam", "__version__", "step_in_backward"]
+__all__ = ["CPUAdam", "DeepSpeedCPUAdam", "FusedAdam", "__version__", "portable_state_dicts", "step_in_backward"]
 
 # In a checkout, op_builder and csrc lie beside this folder and not in it. With the checkout on the path, `adamops` is
 # found here even where it is not installed in editable mode, and should work all the same.
@@ -35,6 +36,10 @@ def __getattr__(name: str) -> Any:
         from .in_backward import step_in_backward
 
         return step_in_backward
+    if name == "portable_state_dicts":
+        from .ops.adam.saving import portable_state_dicts
+
+        return portable_state_dicts
     raise AttributeError(f"module 'adamops' has no attribute {name!r}")
 
 

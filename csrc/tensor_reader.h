@@ -1,6 +1,7 @@
 // Reads torch tensors from C++ through torch's DLPack exchange table, and only the plain ones: exactly of one of the
 // given types (not a subclass, whose data may live elsewhere), on the one given device, contiguous, of a dtype that the
-// kernels know. What is not plain is left to Python, which also words the errors. It must not know of optimizers.
+// kernels know; and takes those out of DTensors. What is not plain is left to Python, which also words the errors. It
+// must not know of optimizers.
 #pragma once
 
 #include <pybind11/pybind11.h>
@@ -41,6 +42,30 @@ class TensorReader {
   bool is_plain(PyObject* object) const {
     const auto* const type = reinterpret_cast<const PyObject*>(Py_TYPE(object));
     return type == types_[0].ptr() || type == types_[1].ptr();
+  }
+
+  // What DTensor's type is, or None; in whose `_local_tensor` and `_spec` are what this rank holds, and how it was cut.
+  // It comes late, as torch.distributed is slow to import, and most never need it.
+  pybind11::object sharded_type = pybind11::none();
+
+  bool is_sharded(PyObject* object) const {
+    return reinterpret_cast<const PyObject*>(Py_TYPE(object)) == sharded_type.ptr();
+  }
+
+  // The tensor that this rank holds of a DTensor.
+  pybind11::object local(PyObject* sharded) const { return attribute(sharded, names_.local_tensor); }
+
+  // Whether two DTensors are cut alike. Most often one description of it serves both.
+  bool cut_alike(PyObject* sharded, PyObject* other) const {
+    const pybind11::object spec = attribute(sharded, names_.spec), other_spec = attribute(other, names_.spec);
+    if (spec.is(other_spec)) return true;
+    for (PyObject* const name : {names_.placements, names_.mesh}) {
+      const int equal =
+          PyObject_RichCompareBool(attribute(spec.ptr(), name).ptr(), attribute(other_spec.ptr(), name).ptr(), Py_EQ);
+      if (equal < 0) throw pybind11::error_already_set();
+      if (!equal) return false;
+    }
+    return true;
   }
 
   // Reads a plain tensor of a dtype that kernels compute in.
@@ -84,6 +109,20 @@ class TensorReader {
     return contiguous || view.numel == 0;
   }
 
+  static pybind11::object attribute(PyObject* object, PyObject* name) {
+    auto value = pybind11::reinterpret_steal<pybind11::object>(PyObject_GetAttr(object, name));
+    if (!value) throw pybind11::error_already_set();
+    return value;
+  }
+
+  struct Names {
+    PyObject* local_tensor = PyUnicode_InternFromString("_local_tensor");
+    PyObject* spec = PyUnicode_InternFromString("_spec");
+    PyObject* placements = PyUnicode_InternFromString("placements");
+    PyObject* mesh = PyUnicode_InternFromString("mesh");
+  };
+
+  Names names_;  // never let go of, as interned names of a program's code are not
   pybind11::object capsule_;
   std::array<pybind11::type, 2> types_;
   int32_t device_type_, device_id_;

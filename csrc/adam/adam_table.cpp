@@ -119,14 +119,28 @@ void AdamTable::count_steps() const {
 
 bool AdamTable::add(const TensorReader& reader, PyObject* param, py::object grad, PyObject* state, uint32_t stream) {
   if (!state || !PyDict_Check(state)) return false;
+  const bool sharded = reader.is_sharded(param);
+  // The tensor of the state by this name, local if the param is sharded; empty if there is none, or of the other kind.
+  const auto state_tensor = [&](PyObject* name) {
+    py::object tensor = owned_entry(state, name);
+    if (!tensor || reader.is_sharded(tensor.ptr()) != sharded) return py::object();
+    return sharded ? reader.local(tensor.ptr()) : tensor;
+  };
   TensorReader::View p, g, m, v, max_v{}, scales{}, master_view{};
   Objects row;
+  row.param = py::reinterpret_borrow<py::object>(param);
+  if (reader.is_sharded(grad.ptr()) != sharded) return false;
+  if (sharded) {
+    if (!reader.cut_alike(param, grad.ptr())) return false;
+    row.param = reader.local(param);
+    grad = reader.local(grad.ptr());
+  }
   row.grad = std::move(grad);
   row.state = py::reinterpret_borrow<py::object>(state);
   row.step = owned_entry(state, names().step);
-  row.exp_avg = owned_entry(state, names().exp_avg);
-  row.exp_avg_sq = owned_entry(state, names().exp_avg_sq);
-  if (amsgrad) row.max_exp_avg_sq = owned_entry(state, names().max_exp_avg_sq);
+  row.exp_avg = state_tensor(names().exp_avg);
+  row.exp_avg_sq = state_tensor(names().exp_avg_sq);
+  if (amsgrad) row.max_exp_avg_sq = state_tensor(names().max_exp_avg_sq);
 
   const auto read = [&](const py::object& object, TensorReader::View& view) {
     return object && reader.read(object.ptr(), view) && view.same_shape(p);
@@ -138,14 +152,14 @@ bool AdamTable::add(const TensorReader& reader, PyObject* param, py::object grad
     return read(row.exp_avg, m) && read(row.exp_avg_sq, v) && (!amsgrad || read(row.max_exp_avg_sq, max_v));
   };
 
-  if (!reader.read(param, p) || !read(row.grad, g) || (g.dtype != p.dtype && g.dtype != kFloat32)) return false;
+  if (!reader.read(row.param.ptr(), p) || !read(row.grad, g) || (g.dtype != p.dtype && g.dtype != kFloat32)) return false;
   if (read_states(read)) {
     if (v.dtype != m.dtype || (amsgrad && max_v.dtype != m.dtype)) return false;
   } else {
     const auto read_codes = [&](const py::object& object, TensorReader::View& view) {
       return read_integers(object, &view == &m, 8, view);  // only the average of the grads has a sign
     };
-    row.scales = owned_entry(state, names().scales);
+    row.scales = owned_entry(state, names().scales);  // plain always: they are of what this rank holds
     if (!read_states(read_codes) || !row.scales || !reader.read(row.scales.ptr(), scales)) return false;
     if (scales.dtype != kBfloat16 || scales.numel != scales_of(p.numel, amsgrad)) return false;
     m.dtype = kBlockCodes;
@@ -153,10 +167,10 @@ bool AdamTable::add(const TensorReader& reader, PyObject* param, py::object grad
 
   const Master own_master = p.dtype == kFloat32 ? kNoMaster : master;
   if (own_master == kMasterFp32) {
-    row.master = owned_entry(state, names().master);
+    row.master = state_tensor(names().master);
     if (!read(row.master, master_view) || master_view.dtype != kFloat32 || m.dtype != kFloat32) return false;
   } else if (own_master != kNoMaster) {
-    row.master = owned_entry(state, names().remainder);
+    row.master = state_tensor(names().remainder);
     if (!read_integers(row.master, true, own_master == kRemainder8 ? 8 : 16, master_view)) return false;
   }
 
@@ -166,7 +180,6 @@ bool AdamTable::add(const TensorReader& reader, PyObject* param, py::object grad
                      m.dtype == kBlockCodes ? static_cast<uint16_t*>(scales.address()) : nullptr, nullptr, p.numel,
                      stream});
   dtypes.push_back({p.dtype, g.dtype, m.dtype, own_master, kFloat32});
-  row.param = py::reinterpret_borrow<py::object>(param);
   objects_.push_back(std::move(row));
   return true;
 }
@@ -195,7 +208,7 @@ std::unique_ptr<AdamTable> table_of_params(const TensorReader& reader, const py:
   // The list is asked for its size each time, as reading a grad may run code of others.
   for (size_t i = 0; i < params.size(); ++i) {
     PyObject* const param = PyList_GET_ITEM(params.ptr(), static_cast<Py_ssize_t>(i));
-    if (!reader.is_plain(param)) return nullptr;
+    if (!reader.is_plain(param) && !reader.is_sharded(param)) return nullptr;
     auto grad = py::reinterpret_steal<py::object>(PyObject_GetAttr(param, names().grad));
     if (!grad) throw py::error_already_set();
     if (grad.is_none()) continue;
@@ -250,6 +263,7 @@ void bind_adam_table(py::module_& module) {
   // Each module has classes of its own: those of the other may be of another version.
   py::class_<TensorReader>(module, "TensorReader", "Reads plain tensors of a device through torch's DLPack table.",
                            py::module_local())
+      .def_readwrite("sharded_type", &TensorReader::sharded_type, "DTensor, once there are any; its local tensors are read.")
       .def(py::init<const py::object&, const std::array<py::type, 2>&, int32_t, int32_t>(), py::arg("capsule"),
            py::arg("types"), py::arg("device_type") = kDlCpu, py::arg("device_id") = 0);
   py::class_<AdamTable>(module, "AdamTable", "The tensors of a step, as addresses, and their step counts.",

@@ -45,7 +45,8 @@ class AdamTable {
   // Writes the step counts into the states that the table was made from, if it was; counts on the device are left.
   void count_steps() const;
 
-  // Takes one param with its grad and its state. False if something about them is out of the ordinary.
+  // Takes one param with its grad and its state, of a DTensor what this rank holds. False if something about them is out
+  // of the ordinary.
   bool add(const TensorReader& reader, PyObject* param, pybind11::object grad, PyObject* state, uint32_t stream);
 
   // Lets go of the tensors.
@@ -55,7 +56,7 @@ class AdamTable {
   // Notes a step count as the state has it. False if it is out of the ordinary, or kept elsewhere than those before.
   bool add_step(const TensorReader& reader, const pybind11::object& step);
 
-  // What Python owns and this table borrows the memory of, kept alive; a member a column.
+  // What Python owns and this table borrows the memory of, kept alive; a member a column. Of DTensors the local ones.
   struct Objects {
     pybind11::object param, grad, state, step, exp_avg, exp_avg_sq, max_exp_avg_sq, scales, master;
   };

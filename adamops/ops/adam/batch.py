@@ -24,6 +24,8 @@ MOST_STEPS = 2**53  # kMostSteps in csrc/adam/adam_table.h
 class AdamBatch:
     """Params with what belongs to each; every tensor of a row has the param's shape and lies in memory like it.
 
+    Of DTensors all is what this process holds; `owners` are the params as the optimizer has them.
+
     `states` holds each param's step count, before this step, and tensors in torch's form: ``{"step", "exp_avg", ...}``;
     `names` are for messages, as in "param group 0, param 3".
     """
@@ -35,11 +37,17 @@ class AdamBatch:
     states: list[dict[str, Any]]
     indices: list[int] = dataclasses.field(default_factory=list)  # of the params in their group
     lowp_outs: list[Tensor | None] | None = None  # where the step is to write params in 16 bits as well
+    owners: list[Tensor] = dataclasses.field(default_factory=list)
+
+    @property
+    def has_shards(self) -> bool:
+        """Whether there are DTensors among the params."""
+        return any(owner is not param for owner, param in zip(self.owners, self.params, strict=False))
 
     @property
     def has_all_defaults(self) -> bool:
-        """Whether the params alone say all: they are the first of their group, and are written nowhere else."""
-        return self.lowp_outs is None and self.indices == list(range(len(self.indices)))
+        """Whether the params alone say all: they are the first of their group, whole, and are written nowhere else."""
+        return self.lowp_outs is None and not self.has_shards and self.indices == list(range(len(self.indices)))
 
     def state_dtypes(self, param: Tensor) -> dict[str, torch.dtype]:
         """The names of the tensors that the state of a param must have, with the dtypes of new ones."""
@@ -65,8 +73,9 @@ class AdamBatch:
         """The scales of states in codes; None for other states."""
         return [state.get(SCALES) if is_coded(state) else None for state in self.states]
 
-    def append(self, index: int, name: str, param: Tensor, grad: Tensor, state: dict[str, Any]) -> None:
+    def append(self, index: int, name: str, param: Tensor, grad: Tensor, state: dict[str, Any], owner: Tensor) -> None:
         """Adds a param with what belongs to it."""
+        self.owners.append(owner)
         self.indices.append(index)
         self.names.append(name)
         self.params.append(param)

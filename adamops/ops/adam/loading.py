@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 from torch.optim import Optimizer
 
-from . import remainders
+from . import remainders, sharding
 from .batch import check_state, is_coded, is_dense, like_param, same_layout
 from .coded_states import coded_states, float_states
 from .precision import AVERAGES, MASTER, REMAINDER, SCALES, STATE_TENSORS, Precision
@@ -53,6 +53,8 @@ def adopted_states(states: dict[Any, Any], groups: list[dict[str, Any]], precisi
             adopted[key] = entry
             continue
         state = {name: value.tensor if isinstance(value, _Shielded) else value for name, value in entry.items()}
+        # torch.distributed.checkpoint gives an empty dict for what we have and a flattened checkpoint has not.
+        state = {name: value for name, value in state.items() if not (isinstance(value, dict) and not value)}
         if state and "step" not in state and group_steps.get(key) is not None:
             state["step"] = group_steps[key]
         if "step" in state:
@@ -62,9 +64,11 @@ def adopted_states(states: dict[Any, Any], groups: list[dict[str, Any]], precisi
             for name in (MASTER, REMAINDER):
                 if not master or name != master.key:
                     state.pop(name, None)
-            converted = _converted_tensors(state, key, names.get(key, "a param"), precision)
+            name = names.get(key, "a param")
+            held = sharding.local_state(state, key, name)
+            converted = _converted_tensors(held, sharding.local(key), name, precision)
             state.pop(SCALES, None)
-            state.update(converted)
+            state.update(sharding.owned_state(converted, key, state))
         adopted[key] = state
     return adopted
 

@@ -9,7 +9,8 @@ import torch
 from torch import Tensor
 
 from .hyper import AdamHyper
-from .table_backend import PLAIN_TYPES, TableBackend, addresses, columns_of_grads, has_norm
+from .sharding import PLAIN_TYPES
+from .table_backend import TableBackend, addresses, columns_of_grads, has_norm
 
 
 def _empty_like(params: Sequence[Tensor], dtypes: Sequence[torch.dtype]) -> list[Tensor]:

@@ -17,7 +17,8 @@ from torch.optim import Optimizer
 from torch.optim.optimizer import _global_optimizer_post_hooks
 
 from ... import op_builder
-from . import remainders
+from . import remainders, sharding
+from .amp import UnscalesInStep
 from .backend import Backend
 from .background import AsyncStep
 from .batch import (
@@ -27,15 +28,15 @@ from .batch import (
     check_no_overlap,
     check_param,
     check_params_and_grads,
-    is_coded,
     is_dense,
     like_param,
 )
-from .coded_states import float_states
 from .hyper import AdamHyper
 from .loading import adopted_states, shield_states
 from .native_backend import NativeBackend
-from .precision import AVERAGES, MASTER, REMAINDER, SCALES, STATE_TENSORS, Master, Precision, scales_shape
+from .precision import MASTER, REMAINDER, SCALES, STATE_TENSORS, Master, Precision, scales_shape
+from .saving import in_fp32, portable
+from .shared import Shared
 from .torch_adam import TorchBackend
 from .uncompiled import uncompiled
 
@@ -88,10 +89,10 @@ class AdamOptimizer(Optimizer):
     Under torch.amp.GradScaler the grads are unscaled inside the step, which reads them and does not write them.
     """
 
-    _grad_factor: float | Tensor = 1.0  # what clip_grad_norm_() has the next step multiply the grads by
-    _running: AsyncStep | None = None  # the step in the background
-    _preparing: AsyncStep | None = None  # where step() is to leave its work instead of doing it
-    _step_supports_amp_scaling = True  # what GradScaler asks: it then leaves unscaling and skipping to step()
+    _grad_factor = Shared[float | Tensor](1.0)  # what clip_grad_norm_() has the next step multiply the grads by
+    _running = Shared[AsyncStep | None](None)  # the step in the background
+    _preparing = Shared[AsyncStep | None](None)  # where step() is to leave its work instead of doing it
+    _step_supports_amp_scaling = UnscalesInStep()  # by the name that GradScaler asks for
 
     def __init__(
         self,
@@ -105,6 +106,7 @@ class AdamOptimizer(Optimizer):
         stochastic_rounding: bool = False,
         **defaults: Any,
     ) -> None:
+        self._shared: dict[str, Any] = {}
         self.adam_w_mode = adam_w_mode
         self.fp32_optimizer_states = fp32_optimizer_states
         self.master_weights = master_weights
@@ -137,8 +139,11 @@ class AdamOptimizer(Optimizer):
             # Elsewhere than in host memory a param may wait: ZeRO-Offload takes an optimizer made for the model on the
             # GPU, and puts its own shards in host memory into the groups. Those of lazy layers have no shape yet.
             # step() checks again.
-            if isinstance(param, Tensor) and not is_lazy(param) and param.device.type == "cpu":
-                check_param(param, f"{where}, param {i}")
+            if not isinstance(param, Tensor) or is_lazy(param):
+                continue
+            sharding.check_placed(param, f"{where}, param {i}")
+            if param.device.type == "cpu":
+                check_param(sharding.local(param), f"{where}, param {i}")
         param_group["params"] = params
         _unguarded(Optimizer.add_param_group)(self, param_group)  # which keeps the dict itself, as others rely on
 
@@ -171,24 +176,32 @@ class AdamOptimizer(Optimizer):
 
         Returns
         -------
-        The norm before clipping, a 0-dim float32 tensor.
+        The norm before clipping, a 0-dim float32 tensor. With DTensors it is that of all processes: each must call
+        this, and gets the same bits.
 
         Raises
         ------
         RuntimeError
-            If the norm is not finite and `error_if_nonfinite`; nothing is clipped then.
+            If the norm is not finite and `error_if_nonfinite`; nothing is clipped then. Or if params are shards of
+            FullyShardedDataParallel, which has a clip_grad_norm_() of its own.
         """
         max_norm, norm_type = float(max_norm), float(norm_type)
+        params = [param for group in self.param_groups for param in group["params"]]
+        sharding.check_norm_is_known(params)
         named = [
-            (name, param, grad)
+            (name, group["params"][index], param, grad)
             for i, group in enumerate(self.param_groups)
-            for _, name, param, grad in with_grads(group, f"param group {i}")
+            for index, name, param, grad in with_grads(group, f"param group {i}")
         ]
-        if len({grad.device for _, _, grad in named}) > 1:
-            params = [param for _, param, _ in named]
+        if len({grad.device for *_, grad in named}) > 1:
             return torch.nn.utils.clip_grad_norm_(params, max_norm, norm_type, error_if_nonfinite)
-        backend = self._backend_of(named[0][1], named[0][0]) if named else self._backends[_HOST]
-        norm = _norm_of(backend, [grad for _, _, grad in named], norm_type)
+        backend = self._backend_of(named[0][2], named[0][0]) if named else self._backends[_HOST]
+        # By all params, not by those with a grad in this process: each process must add up the same parts.
+        parts: dict[sharding.Spread, list[Tensor]] = {sharding.spread(param): [] for param in params} or {None: []}
+        for _, owner, _, grad in named:
+            parts[sharding.spread(owner)].append(grad)
+        norms = {spread: _norm_of(backend, grads, norm_type) for spread, grads in parts.items()}
+        norm = sharding.add_up_norms(norms, norm_type)
         scale = getattr(self, "grad_scale", None)
         if scale is not None:
             norm = norm / torch.as_tensor(scale, dtype=torch.float64, device=norm.device).reshape(()).abs()
@@ -315,10 +328,10 @@ class AdamOptimizer(Optimizer):
         outs = {}
         for (name, param), out in zip(named, lowp_out, strict=True):
             if out is not None:
-                check_lowp_out(out, param, name)
-                outs[param] = out
+                check_lowp_out(sharding.local_like(out, param, f"{name}: its lowp_out"), sharding.local(param), name)
+                outs[param] = sharding.local(out)
         names = {f"the lowp_out of {name}": outs[param] for name, param in named if param in outs}
-        check_no_overlap({**dict(named), **names})
+        check_no_overlap({**{name: sharding.local(param) for name, param in named}, **names})
         return outs
 
     def _prepare(
@@ -341,7 +354,7 @@ class AdamOptimizer(Optimizer):
         left = {param: lowp_outs[param] for param in params if param in lowp_outs}
         for backend, batch in batches:
             if left and backend.writes_copies:
-                batch.lowp_outs = [left.pop(param, None) for param in batch.params]
+                batch.lowp_outs = [left.pop(owner, None) for owner in batch.owners]
         prepared = [self._prepare_batch(*batch) for batch in batches]
         read = {id(grad) for _, batch in batches for grad in batch.grads}  # others were copied first, or are skipped
         unread = [grad for _, _, _, grad in with_grads(group, where) if id(grad) not in read]
@@ -353,7 +366,7 @@ class AdamOptimizer(Optimizer):
                 for grad in unread:
                     grad.zero_()
             for param, out in left.items():
-                out.copy_(self._fp32_param(param))
+                out.copy_(sharding.local(self._fp32_param(param)))
 
         return update_all, any(states_are_new for _, states_are_new in prepared)
 
@@ -372,23 +385,28 @@ class AdamOptimizer(Optimizer):
         for index, name, param, grad in with_grads(group, where):
             if param.device not in batches:
                 batches[param.device] = self._backend_of(param, name), AdamBatch([], hyper, [], [], [])
-            batches[param.device][1].append(index, name, param, grad, self.state.get(param) or {})
+            owner = group["params"][index]
+            state = sharding.local_state(self.state.get(owner) or {}, owner, name)
+            batches[param.device][1].append(index, name, param, grad, state, owner)
         return [(backend, batch) for backend, batch in batches.values() if not backend.skips(hyper)]
 
     def _prepare_batch(self, backend: Backend, batch: AdamBatch) -> tuple[Callable[[], None], bool]:
         """As _prepare(), for a batch."""
         needed = [{"step", *batch.state_dtypes(param)} for param in batch.params]
-        if all(state.keys() >= keys for state, keys in zip(batch.states, needed, strict=True)):
-            return backend.prepare(batch), False
-        check_params_and_grads(batch)
-        self._complete_states(backend, batch)
+        complete = all(state.keys() >= keys for state, keys in zip(batch.states, needed, strict=True))
+        if not complete:
+            check_params_and_grads(batch)
+            self._complete_states(backend, batch)
         update = backend.prepare(batch)
+        if complete and not batch.has_shards:
+            return update, False
 
         def update_and_keep_states() -> None:
             update()
-            self.state.update(zip(batch.params, batch.states, strict=True))
+            for owner, state in zip(batch.owners, batch.states, strict=True):
+                self.state[owner] = sharding.owned_state(state, owner, self.state.get(owner))
 
-        return update_and_keep_states, True
+        return update_and_keep_states, not complete
 
     def _backend_of(self, param: Tensor, name: str) -> Backend:
         """What updates the param. Raises ValueError if that can be nothing."""
@@ -438,36 +456,50 @@ class AdamOptimizer(Optimizer):
         """The state and settings, as torch.optim.Optimizer gives them.
 
         With `dequantize`, states are float32 whatever they are here, without what belongs to the params' precision:
-        torch.optim.AdamW loads that.
+        torch.optim.AdamW loads that. Of DTensors all states are DTensors that torch.distributed.checkpoint can cut
+        anew, float32 in the place of codes; see portable_state_dicts().
         """
         state_dict = super().state_dict()
-        if dequantize:
-            state_dict["state"] = {
-                key: _in_fp32(entry) if isinstance(entry, dict) else entry for key, entry in state_dict["state"].items()
-            }
-        return state_dict
+
+        def saved(entry: Any) -> Any:
+            if not isinstance(entry, dict):
+                return entry
+            entry = portable(entry) if sharding.is_sharded(entry.get("exp_avg")) else entry
+            return in_fp32(entry) if dequantize else entry
+
+        return {**state_dict, "state": {key: saved(entry) for key, entry in state_dict["state"].items()}}
 
     @waits
     @torch.no_grad()
     def fp32_params(self) -> list[Tensor]:
-        """The params of all groups in order, in float32: new tensors, of the masters where there are any."""
+        """The params of all groups in order, in float32: new tensors, of the masters where there are any.
+
+        Of DTensors they are DTensors placed alike.
+        """
         return [self._fp32_param(param) for group in self.param_groups for param in group["params"]]
 
     def _fp32_param(self, param: Tensor) -> Tensor:
         master, state = self._precision.master_of(param), self.state.get(param) or {}
+        held = sharding.local(param)
         if master is Master.NONE or master.key not in state:
-            return param.detach().float().clone()
-        return state[MASTER].clone() if master is Master.FP32 else remainders.join(param, state[REMAINDER])
+            values = held.detach().float().clone()
+        elif master is Master.FP32:
+            values = sharding.local(state[MASTER]).clone()
+        else:
+            values = remainders.join(held.detach(), sharding.local(state[REMAINDER]))
+        return sharding.like_param_placed(values, param)
 
     @waits
     @torch.no_grad()
     def load_fp32_params(self, params: Sequence[Tensor]) -> None:
         """Sets the params of all groups, in order, and their masters from float32 tensors, as of a checkpoint.
 
+        Of DTensors they must be DTensors placed alike.
+
         Raises
         ------
-        ValueError
-            If there are too few or too many, or a shape differs; the params are then as they were.
+        ValueError, TypeError
+            If there are too few or too many, or a shape or placement differs; the params are then as they were.
         """
         own = [param for group in self.param_groups for param in group["params"]]
         if len(own) != len(params):
@@ -475,18 +507,23 @@ class AdamOptimizer(Optimizer):
         for i, (param, value) in enumerate(zip(own, params, strict=True)):
             if param.shape != value.shape:
                 raise ValueError(f"param {i} has shape {tuple(param.shape)}, and {tuple(value.shape)} was given")
-        for param, value in zip(own, params, strict=True):
-            master = self._precision.master_of(param)
+        values = [
+            sharding.local_like(value, param, f"param {i}: what was given")
+            for i, (param, value) in enumerate(zip(own, params, strict=True))
+        ]
+        for param, value in zip(own, values, strict=True):
+            master, held = self._precision.master_of(param), sharding.local(param)
             if master in (Master.REMAINDER_8, Master.REMAINDER_16):
                 upper, rest = remainders.split(
-                    like_param(value.to(param.device, torch.float32), param), param.dtype, master.dtype
+                    like_param(value.to(held.device, torch.float32), held), held.dtype, master.dtype
                 )
-                param.copy_(upper)
+                held.copy_(upper)
+                rest = sharding.like_param_placed(rest, param)
                 self.state[param] = {**(self.state.get(param) or {}), REMAINDER: rest}
             else:
-                param.copy_(value)
+                held.copy_(value)
                 if master is Master.FP32 and MASTER in (self.state.get(param) or {}):
-                    self.state[param][MASTER].copy_(value)
+                    sharding.local(self.state[param][MASTER]).copy_(value)
 
     @waits
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
@@ -509,6 +546,7 @@ class AdamOptimizer(Optimizer):
     def __setstate__(self, state: dict[str, Any]) -> None:
         """Called by unpickling and, with loaded state, by load_state_dict()."""
         state = {**state}
+        state.setdefault("_shared", self.__dict__.get("_shared", {}))
         state.setdefault("fp32_optimizer_states", getattr(self, "fp32_optimizer_states", True))
         state.setdefault("master_weights", getattr(self, "master_weights", False))
         own = getattr(self, "_precision", None) or _precision_of(
@@ -581,16 +619,11 @@ def _complete_scales(state: dict[str, Any], param: Tensor, amsgrad: bool) -> Non
             state[SCALES][:, :columns] = scales[:, :columns]
 
 
-def _in_fp32(entry: dict[str, Any]) -> dict[str, Any]:
-    """The state of a param with its averages in float32, and nothing of the param itself."""
-    plain = {key: value for key, value in entry.items() if key not in (SCALES, MASTER, REMAINDER)}
-    if is_coded(entry):
-        return {**plain, **float_states(entry)}
-    return {key: value.float() if key in AVERAGES else value for key, value in plain.items()}
-
-
 def _norm_of(backend: Backend, grads: list[Tensor], norm_type: float) -> Tensor:
     """The norm of all elements of grads on one device, in float64 there."""
+    grads = [grad for grad in grads if grad.numel()]
+    if not grads:
+        return torch.tensor(sharding.norm_of_nothing(norm_type), dtype=torch.float64)
     if all(grad.layout == torch.strided for grad in grads):
         dense = [grad if is_dense(grad) else grad.contiguous() for grad in grads]
         norm = backend.grad_norm(dense, norm_type)
@@ -609,11 +642,12 @@ def evaluate(closure: Callable[[], Any] | None) -> Any:
 
 
 def with_grads(group: dict[str, Any], where: str) -> list[tuple[int, str, Tensor, Tensor]]:
-    """The index in the group, the name, the param and the grad of each param that has a grad."""
+    """The index in the group, the name, the param and the grad of each that has one; of DTensors the local tensors."""
     return [
-        (i, f"{where}, param {i}", param, param.grad)
+        (i, name, sharding.local(param), sharding.local(sharding.grad_like(param, param.grad, name)))
         for i, param in enumerate(group["params"])
         if param.grad is not None
+        for name in [f"{where}, param {i}"]
     ]
 
 

@@ -15,13 +15,12 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.nn import Parameter
 
 from .batch import AdamBatch, check_params_and_grads, check_states
 from .hyper import AdamHyper
 from .precision import DTYPES, Master
+from .sharding import PLAIN_TYPES, dtensor_class
 
-PLAIN_TYPES = (Parameter, Tensor)  # subclasses may keep their data elsewhere
 _CODE = {dtype: code for code, dtype in enumerate((*DTYPES, torch.int8))}  # enum Dtype in csrc/dtype.h; codes last
 _DLPACK_DEVICE_TYPE = {"cpu": 1, "cuda": 2}
 _dtype = attrgetter("dtype")
@@ -68,6 +67,8 @@ class TableBackend:
         return lambda: self._step(table, hyper)
 
     def prepare(self, batch: AdamBatch) -> Callable[[], None]:
+        if batch.has_shards and self._reader is not None:
+            self._reader.sharded_type = dtensor_class()  # from now on prepare_group() takes them
         states = dict(zip(batch.params, batch.states, strict=True))
         table = self._table_of_params(batch.hyper, batch.params, states) if batch.has_all_defaults else None
         if table is not None:

@@ -1,0 +1,56 @@
+"""States as checkpoints hold them: what another optimizer, or the same one on other processes, can go on with.
+
+The way back is loading.py. Must not know how a step is done.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+from torch.optim import Optimizer
+
+from . import sharding
+from .batch import is_coded
+from .coded_states import float_states
+from .precision import AVERAGES, MASTER, REMAINDER, SCALES
+
+
+def in_fp32(entry: Mapping[str, Any]) -> dict[str, Any]:
+    """The state of a param with its averages in float32, and nothing of the param itself."""
+    plain = {key: value for key, value in without_codes(entry).items() if key not in (MASTER, REMAINDER)}
+    return {key: value.float() if key in AVERAGES else value for key, value in plain.items()}
+
+
+def without_codes(entry: Mapping[str, Any]) -> dict[str, Any]:
+    """The state of a param with float32 in the place of codes and scales, and all else as it is."""
+    if not is_coded(entry):
+        return dict(entry)
+    exp_avg = entry["exp_avg"]
+    floats = float_states({key: sharding.local(value) for key, value in entry.items()})
+    decoded = {key: sharding.like_param_placed(value, exp_avg) for key, value in floats.items()}
+    return {key: decoded.get(key, value) for key, value in entry.items() if key != SCALES}
+
+
+def portable(entry: Mapping[str, Any]) -> dict[str, Any]:
+    """The state of a param as it can be cut anew: no codes, and the step count in a tensor, as torch.optim has it."""
+    step = entry.get("step")
+    counted = {"step": torch.tensor(float(step))} if isinstance(step, int) else {}
+    return {**without_codes(entry), **counted}
+
+
+def portable_state_dicts(optimizer: Optimizer) -> None:
+    """Has ``optimizer.state_dict()`` give states that torch.distributed.checkpoint can cut anew, also of plain params.
+
+    States are then float32 in the place of 8-bit codes, and step counts are 0-dim float32 tensors, as torch.optim.AdamW
+    has them. Of DTensors they always are. To be called on optimizers of plain params (of one process, or under
+    DistributedDataParallel) whose checkpoints are to be read by or come from sharded ones, or torch.optim.AdamW.
+    """
+
+    def hook(_: Optimizer, state_dict: dict[str, Any]) -> dict[str, Any]:
+        entries = state_dict["state"].items()
+        state = {key: portable(entry) if isinstance(entry, dict) else entry for key, entry in entries}
+        return {**state_dict, "state": state}
+
+    optimizer.register_state_dict_post_hook(hook)
