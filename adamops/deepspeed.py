@@ -111,7 +111,7 @@ class CPUAdamOp(_Op):
         self._adamw_modes: dict[int, bool] = {}  # by optimizer
 
     def create_adam(self, *arguments: Any) -> int:
-        """(optimizer_id, lr, beta1, beta2, eps, weight_decay, adamw_mode, should_log): only the mode is for all steps."""
+        """(optimizer_id, lr, beta1, beta2, eps, weight_decay, adamw_mode, should_log), of which the mode counts."""
         self._check_arguments("create_adam", arguments, 8)
         self._adamw_modes[arguments[0]] = bool(arguments[6])
         return 0
@@ -330,8 +330,8 @@ def _builder_and_registry(builders: Any, class_name: str, op_name: str) -> tuple
     registry = getattr(builder, "_loaded_ops", None)
     if builder is None or not isinstance(registry, dict) or getattr(builder, "NAME", None) != op_name:
         raise UnknownDeepSpeedError(
-            f"DeepSpeed {_version()} has no deepspeed.ops.op_builder.{class_name} that keeps loaded ops in _loaded_ops, "
-            f"as DeepSpeed {TESTED_VERSION} has, with which adamops.deepspeed was tested. "
+            f"DeepSpeed {_version()} has no deepspeed.ops.op_builder.{class_name} that keeps loaded ops in "
+            f"_loaded_ops, as DeepSpeed {TESTED_VERSION} has, with which adamops.deepspeed was tested. "
             "adamops.DeepSpeedCPUAdam and FusedAdam can be given to deepspeed.initialize(optimizer=) all the same"
         )
     return builder, registry
