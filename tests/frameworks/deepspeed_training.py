@@ -84,7 +84,7 @@ def new_engine(deepspeed: Any, settings: dict[str, Any], optimizer: str) -> Any:
 
 
 def train(engine: Any, rank: int, steps: range) -> list[float]:
-    """The mean loss of each of some steps, of two micro-batches each; every rank has four of its own, again and again."""
+    """The mean loss of each of some steps, of two micro-batches each; each rank has four, again and again."""
     losses = []
     dtype = next(engine.module.parameters()).dtype
     for step in steps:
@@ -119,7 +119,7 @@ def curves(rank: int, world_size: int, with_deepspeeds_own: bool) -> dict[tuple[
             handle = adamops.deepspeed.patch() if optimizer == "patched" else None
             name = "config" if optimizer in ("patched", "own") else optimizer
             engine = new_engine(deepspeed, config(*case), name)
-            found[*case, optimizer] = train(engine, rank, range(10)), type(engine.basic_optimizer).__name__
+            found[(*case, optimizer)] = train(engine, rank, range(10)), type(engine.basic_optimizer).__name__
             engine.destroy()
             if handle:
                 handle.undo()
@@ -129,8 +129,8 @@ def curves(rank: int, world_size: int, with_deepspeeds_own: bool) -> dict[tuple[
 def resumed_curves(
     rank: int, world_size: int, tasks: list[tuple[tuple[int, bool, str], str, str]], folder: str
 ) -> list[tuple[list[float], list[float], list[float]]]:
-    """For each case and pair of optimizers: the losses of a training that is saved after 4 steps; of 4 more steps of it;
-    and of these 4 steps as the other optimizer does them, from the checkpoint."""
+    """For each case and pair of optimizers: the losses of 4 steps, after which the training is saved; of 4 more steps;
+    and of these again, as the other optimizer does them from the checkpoint."""
     deepspeed = quiet_deepspeed()
     import adamops.deepspeed
 

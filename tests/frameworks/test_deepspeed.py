@@ -1,14 +1,15 @@
 """DeepSpeed's engine on CPUs: ZeRO, offload, checkpoints; with our optimizers, and with its own on our ops."""
 
-import importlib.util
 import os
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 
 pytest.importorskip("deepspeed")
 
+import adamops
 from frameworks.deepspeed_training import CASES, curves, resumed_curves
 from frameworks.pages import script_of
 from frameworks.processes import run_on_ranks
@@ -17,9 +18,7 @@ pytestmark = [pytest.mark.frameworks, pytest.mark.slow]
 
 # DeepSpeed's own op takes a minute to compile where it is not in its cache, on a machine with nothing else to do.
 WITH_OWN = os.environ.get("ADAMOPS_TEST_DEEPSPEEDS_OP", "") == "1"
-own = pytest.param(
-    "own", marks=pytest.mark.skipif(not WITH_OWN, reason="set ADAMOPS_TEST_DEEPSPEEDS_OP=1 to compile it")
-)
+own = pytest.param("own", marks=pytest.mark.skipif(not WITH_OWN, reason="without ADAMOPS_TEST_DEEPSPEEDS_OP=1"))
 
 # Masters are float32 in all cases, so losses differ by the rounding of float32; in bf16, by a unit of the last place of
 # a param where that makes it round to the other side.
@@ -39,8 +38,8 @@ def test_losses_are_those_of_torch(ranks, case, optimizer):
     if case[1] and optimizer == "ours-fused":
         pytest.skip("offloaded states are for the CPU optimizer")
     for by_case in ranks:
-        losses, _ = by_case[*case, optimizer]
-        reference, _ = by_case[*case, "torch"]
+        losses, _ = by_case[(*case, optimizer)]
+        reference, _ = by_case[(*case, "torch")]
         assert losses == pytest.approx(reference, rel=RTOL[case[2]])
         assert sum(losses[-2:]) < 0.9 * sum(losses[:2])
 
@@ -48,13 +47,13 @@ def test_losses_are_those_of_torch(ranks, case, optimizer):
 @pytest.mark.parametrize("case", CASES, ids=NAMES.get)
 def test_ours_and_the_patched_are_the_same_to_the_bit(ranks, case):
     for by_case in ranks:
-        assert by_case[*case, "patched"][0] == by_case[*case, "ours"][0]
+        assert by_case[(*case, "patched")][0] == by_case[(*case, "ours")][0]
 
 
 @pytest.mark.parametrize("case", CASES, ids=NAMES.get)
 def test_the_patched_config_makes_deepspeeds_classes(ranks, case):
     expected = "DeepSpeedCPUAdam" if case[1] else "FusedAdam"
-    assert {by_case[*case, "patched"][1] for by_case in ranks} == {expected}
+    assert {by_case[(*case, "patched")][1] for by_case in ranks} == {expected}
 
 
 PAIRS = [("ours", "ours"), ("torch", "ours"), ("ours", "torch"), ("ours", "patched"), ("patched", "ours")]
@@ -103,9 +102,7 @@ def run_script(tmp_path, script, *command, **environment):
 
 def _root():
     """The folder that adamops is imported from."""
-    import pathlib
-
-    return pathlib.Path(importlib.util.find_spec("adamops").origin).parents[1]
+    return Path(adamops.__file__).parents[1]
 
 
 LAUNCHER = ("-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2")
