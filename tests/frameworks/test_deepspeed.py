@@ -9,10 +9,11 @@ import pytest
 
 pytest.importorskip("deepspeed")
 
-import adamops
 from frameworks.deepspeed_training import CASES, curves, resumed_curves
 from frameworks.pages import script_of
 from frameworks.processes import run_on_ranks
+
+import adamops
 
 pytestmark = [pytest.mark.frameworks, pytest.mark.slow]
 
