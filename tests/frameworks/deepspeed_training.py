@@ -8,6 +8,7 @@ from __future__ import annotations
 import functools
 import itertools
 import os
+import time
 from typing import Any
 
 import torch
@@ -151,4 +152,116 @@ def resumed_curves(
         second.load_checkpoint(folder, tag=f"middle{i}")
         found.append((start, unbroken, train(second, rank, range(4, 8))))
         second.destroy()
+    return found
+
+
+LOW_PRECISION = {"enabled": True, "bf16_master_weights_and_grads": True, "bf16_optimizer_states": True}
+
+FURTHER = {
+    "many subgroups": config(3, True, "bf16", sub_group_size=1000),
+    "partly offloaded": config(3, True, "bf16", sub_group_size=1000, offload_optimizer={"ratio": 0.5}),
+    "bfloat16 masters, ZeRO-2": config(2, True, "bf16") | {"bf16": LOW_PRECISION},
+    "bfloat16 masters, ZeRO-3": config(3, True, "bf16") | {"bf16": LOW_PRECISION},
+}
+
+
+def further_curves(rank: int, world_size: int) -> dict[str, tuple[list[float], list[float]]]:
+    """The losses by settings that DeepSpeed's class alone takes, patched; and by torch with plain settings."""
+    deepspeed = quiet_deepspeed()
+    import adamops.deepspeed
+
+    found = {}
+    for name, settings in FURTHER.items():
+        with adamops.deepspeed.patch():
+            losses = train(new_engine(deepspeed, settings, "config"), rank, range(6))
+        takes_torch = name == "many subgroups"
+        reference = config(3, True, "bf16")
+        found[name] = (
+            losses,
+            train(new_engine(deepspeed, settings if takes_torch else reference, "torch"), rank, range(6)),
+        )
+    return found
+
+
+def refusals(rank: int, world_size: int) -> dict[str, str]:
+    """What DeepSpeed says to our class as a client optimizer where its config does not allow that."""
+    deepspeed = quiet_deepspeed()
+    found = {}
+    for name, settings, left_out in [
+        ("untested", config(2, False, "fp32"), "zero_allow_untested_optimizer"),
+        ("offload", config(2, True, "fp32"), "zero_force_ds_cpu_optimizer"),
+        ("masters", FURTHER["bfloat16 masters, ZeRO-2"], None),
+    ]:
+        settings = {key: value for key, value in settings.items() if key != left_out}
+        try:
+            new_engine(deepspeed, settings, "ours")
+        except Exception as error:
+            found[name] = str(error)
+    import adamops.deepspeed
+
+    with adamops.deepspeed.patch():  # knows our classes
+        settings = config(2, False, "fp32")
+        del settings["zero_allow_untested_optimizer"]
+        found["patched"] = type(new_engine(deepspeed, settings, "ours").basic_optimizer).__module__
+    return found
+
+
+def eight_bit_curves(rank: int, world_size: int, folder: str) -> dict[int, tuple[list[float], ...]]:
+    """As resumed_curves(), with 8-bit states, by ZeRO stage; and the losses with float32 states."""
+    deepspeed = quiet_deepspeed()
+
+    def engine_of(stage: int, **precision: Any) -> Any:
+        torch.manual_seed(7)
+        model = torch.nn.Sequential(torch.nn.Linear(WIDTH, 300), torch.nn.GELU(), torch.nn.Linear(300, WIDTH))
+        client = adamops.DeepSpeedCPUAdam(model.parameters(), **HYPER, **precision)
+        return deepspeed.initialize(model=model, optimizer=client, config=config(stage, True, "bf16"))[0]
+
+    found = {}
+    for stage in (2, 3):
+        first = engine_of(stage, state_dtype="8bit")
+        start = train(first, rank, range(4))
+        first.save_checkpoint(folder, tag=f"stage{stage}")
+        unbroken = train(first, rank, range(4, 8))
+        second = engine_of(stage, state_dtype="8bit")
+        second.load_checkpoint(folder, tag=f"stage{stage}")
+        dtypes = {state["exp_avg"].dtype for state in second.basic_optimizer.state.values()}
+        assert dtypes == {torch.int8}, dtypes
+        resumed = train(second, rank, range(4, 8))
+        found[stage] = start + unbroken, resumed, train(engine_of(stage), rank, range(8))
+    return found
+
+
+def superoffload_steps(rank: int, world_size: int, folder: str) -> list[tuple[torch.Tensor, torch.Tensor]]:
+    """What SuperOffload's process makes of a param in three steps and an undone one, and what our class does.
+
+    There is no compiler, and nothing was compiled before.
+    """
+    os.environ.update(PATH=folder, TORCH_EXTENSIONS_DIR=folder)
+    quiet_deepspeed()
+    from deepspeed.runtime.superoffload.superoffload_utils import ResultKeys, SuperOffloadCPUOptimizer
+
+    import adamops.deepspeed
+
+    torch.manual_seed(3)
+    param = torch.nn.Parameter(torch.randn(1000))
+    there = param.detach().clone()
+    ours = adamops.DeepSpeedCPUAdam([param], **HYPER)
+    found = []
+    with adamops.deepspeed.patch():
+        process = SuperOffloadCPUOptimizer(HYPER | {"amsgrad": False}, max_grad_numel=1000, pin_memory=False)
+    try:
+        for step in range(4):
+            rollback = step == 3
+            if not rollback:
+                param.grad = torch.randn(1000)
+            (ours.rollback_subgroup if rollback else ours.step_subgroup)(0)
+            process.async_step(0, 0, there, param.grad, rollback=rollback)
+            while (result := process.get_result()) is None:
+                if not process.cpuadam_process.is_alive():
+                    raise RuntimeError("SuperOffload's process has ended")
+                time.sleep(0.01)
+            there = result[ResultKeys.UPDATED_PARAM].clone()
+            found.append((there.clone(), param.detach().clone()))
+    finally:
+        process.close()
     return found

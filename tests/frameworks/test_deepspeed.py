@@ -6,10 +6,20 @@ import sys
 from pathlib import Path
 
 import pytest
+import torch
 
 pytest.importorskip("deepspeed")
 
-from frameworks.deepspeed_training import CASES, curves, resumed_curves
+from frameworks.deepspeed_training import (
+    CASES,
+    FURTHER,
+    curves,
+    eight_bit_curves,
+    further_curves,
+    refusals,
+    resumed_curves,
+    superoffload_steps,
+)
 from frameworks.pages import script_of
 from frameworks.processes import run_on_ranks
 
@@ -133,3 +143,37 @@ def test_a_script_that_knows_nothing_of_adamops_runs_through_the_module(tmp_path
 def test_without_the_patch_it_would_have_needed_a_compiler(tmp_path):
     done = run_script(tmp_path, without_patch(), *LAUNCHER, "train.py")
     assert done.returncode != 0 and "ninja" in done.stderr.lower()
+
+
+def test_subgroups_partial_offload_and_bfloat16_masters():
+    (found,) = run_on_ranks(further_curves, 1)
+    assert found.keys() == FURTHER.keys()
+    for name, (losses, reference) in found.items():
+        assert losses == pytest.approx(reference, rel=RTOL["bf16"]), name
+
+
+def test_what_deepspeed_says_to_our_class_as_a_client_optimizer():
+    (found,) = run_on_ranks(refusals, 1)
+    assert "untested ZeRO Optimizer" in found["untested"]
+    assert '"zero_force_ds_cpu_optimizer": false' in found["offload"]
+    assert "Master weights feature requires ZeRO-2 Offload with DeepSpeedCPUAdam" in found["masters"]
+    assert found["patched"].startswith("adamops.")
+
+
+@pytest.mark.parametrize("world_size", [1, 2])
+def test_8_bit_states_train_and_continue(tmp_path, world_size):
+    for by_stage in run_on_ranks(eight_bit_curves, world_size, str(tmp_path)):
+        for losses, resumed, reference in by_stage.values():
+            assert resumed == losses[4:]
+            assert losses == pytest.approx(reference, rel=0.02)
+            assert losses != reference
+
+
+def test_superoffloads_process_needs_no_compiler(tmp_path):
+    (found,) = run_on_ranks(superoffload_steps, 1, str(tmp_path))
+    for theirs, ours in found[:3]:
+        assert torch.equal(theirs, ours)
+    theirs, ours = found[3]
+    torch.testing.assert_close(theirs, ours, rtol=1e-6, atol=1e-7)
+    torch.testing.assert_close(theirs, found[1][0], rtol=1e-5, atol=1e-6)
+    assert not any(tmp_path.iterdir())
