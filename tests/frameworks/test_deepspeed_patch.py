@@ -205,3 +205,16 @@ def test_the_command_runs_a_script_with_its_own_arguments(tmp_path):
 def test_the_command_without_a_script_says_how_it_is_used(tmp_path):
     done = run(cwd=tmp_path)
     assert done.returncode == 1 and "usage: python -m adamops.deepspeed SCRIPT" in done.stderr
+
+
+@pytest.mark.slow
+def test_ds_report_says_what_it_said_before(capsys):
+    from deepspeed.env_report import op_report
+
+    reports = []
+    for _ in range(2):
+        op_report(verbose=False)
+        reports.append(capsys.readouterr().out)
+        patch()
+    assert reports[0] == reports[1]
+    assert "cpu_adam" in reports[0]
