@@ -43,6 +43,8 @@ class UnknownDeepSpeedError(RuntimeError):
 def _hyper(
     lr: float, beta1: float, beta2: float, eps: float, weight_decay: float, bias_correction: bool, adamw_mode: bool
 ) -> AdamHyper:
+    if not (0.0 <= beta1 < 1.0 and 0.0 <= beta2 < 1.0):
+        raise ValueError(f"Invalid betas: {(beta1, beta2)}; expected 0 <= beta < 1")
     return AdamHyper(
         lr=lr,
         beta1=beta1,

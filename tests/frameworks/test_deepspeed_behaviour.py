@@ -213,6 +213,51 @@ def test_a_grad_of_another_dtype_is_an_error_or_used_as_it_is(CPUAdam):
     torch.testing.assert_close(moment, 0.1 * param.grad, rtol=1e-6, atol=0)
 
 
+@pytest.mark.parametrize("kind", [0, 1], ids=["CPUAdam", "FusedAdam"])
+def test_tensors_out_of_the_ordinary(kind):
+    params = [torch.nn.Parameter(torch.ones(shape)) for shape in ((0,), (), (2, 3))]
+    params.append(torch.nn.Parameter(torch.ones(4, 5).t()))
+    expected = copy.deepcopy(params)
+    theirs = KINDS["DeepSpeed on our ops"][kind](params, lr=torch.tensor(0.1))
+    ours = adamops.DeepSpeedCPUAdam(expected, lr=0.1)
+    for _ in range(2):
+        for a, b in zip(params, expected, strict=True):
+            a.grad = torch.randn_like(a)
+            b.grad = a.grad.clone()
+        theirs.step()
+        ours.step()
+    assert all(torch.equal(a, b) for a, b in zip(params, expected, strict=True))
+
+
+@pytest.mark.parametrize(
+    ("settings", "dtype", "error", "message"),
+    [
+        ({"betas": (1.0, 0.9)}, torch.float32, ValueError, "beta"),
+        ({}, torch.float64, TypeError, "float64.*use float32, bfloat16 or float16"),
+    ],
+    ids=["betas", "dtype"],
+)
+def test_what_cannot_be_done_is_said_before_anything_is_written(CPUAdam, settings, dtype, error, message):
+    param = torch.nn.Parameter(torch.ones(3, dtype=dtype))
+    with pytest.raises(error, match=message):
+        optimizer = CPUAdam([param], **settings)
+        param.grad = torch.ones_like(param)
+        optimizer.step()
+    assert torch.equal(param, torch.ones(3, dtype=dtype))
+
+
+def test_a_state_of_another_shape_is_an_error(CPUAdam):
+    (param,) = params = new_params([5])
+    optimizer = CPUAdam(params)
+    set_grads(params)
+    optimizer.step()
+    former = param.detach().clone()
+    optimizer.state[param]["exp_avg"] = torch.zeros(6)
+    with pytest.raises(ValueError, match=r"'exp_avg' of shape \(6,\)"):
+        optimizer.step()
+    assert torch.equal(param, former)
+
+
 def test_a_param_that_is_not_in_host_memory_is_an_error(CPUAdam):
     here, there = torch.nn.Parameter(torch.ones(3)), torch.nn.Parameter(torch.ones(3, device="meta"))
     optimizer = CPUAdam([there, here])
