@@ -245,16 +245,20 @@ def test_checkpoints_go_both_ways(peer):
         assert all(int(target.state[param]["step"]) == 2 for param in own)
 
 
-def test_loads_checkpoints_that_count_steps_by_group():
-    """As DeepSpeed's and apex' FusedAdam write them."""
+@pytest.mark.parametrize("in_last_state", [False, True], ids=["apex", "DeepSpeed"])
+def test_loads_checkpoints_that_count_steps_by_group(in_last_state):
+    """As apex' FusedAdam writes them, and as DeepSpeed's does, whose count is that of the last param."""
     params, twin = new_params(), new_params()
     optimizer = FusedAdam(params)
     for _ in range(4):
         optimizer.step()
     checkpoint = copy.deepcopy(optimizer.state_dict())
-    for state in checkpoint["state"].values():
+    states = list(checkpoint["state"].values())
+    for state in states:
         del state["step"]
-    checkpoint["param_groups"][0]["step"] = 4
+        if in_last_state:
+            state["step"] = 4 if state is states[-1] else 0
+    checkpoint["param_groups"][0]["step"] = 0 if in_last_state else 4
     with torch.no_grad():
         for a, b in zip(twin, params, strict=True):
             a.copy_(b)

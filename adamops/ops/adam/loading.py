@@ -44,7 +44,7 @@ def adopted_states(states: dict[Any, Any], groups: list[dict[str, Any]], precisi
     adopted: defaultdict[Any, Any] = defaultdict(dict)
     names, group_steps = {}, {}
     for g, group in enumerate(groups):
-        group_step = group.pop("step", None)  # FusedAdam of DeepSpeed and apex counts steps by group
+        group_step = _group_step(states, group)
         for i, param in enumerate(group["params"]):
             names[param] = f"param group {g}, param {i}"
             group_steps[param] = group_step
@@ -55,7 +55,7 @@ def adopted_states(states: dict[Any, Any], groups: list[dict[str, Any]], precisi
         state = {name: value.tensor if isinstance(value, _Shielded) else value for name, value in entry.items()}
         # torch.distributed.checkpoint gives an empty dict for what we have and a flattened checkpoint has not.
         state = {name: value for name, value in state.items() if not (isinstance(value, dict) and not value)}
-        if state and "step" not in state and group_steps.get(key) is not None:
+        if state and group_steps.get(key) is not None:
             state["step"] = group_steps[key]
         if "step" in state:
             state["step"] = int(state["step"])
@@ -71,6 +71,19 @@ def adopted_states(states: dict[Any, Any], groups: list[dict[str, Any]], precisi
             state.update(sharding.owned_state(converted, key, state))
         adopted[key] = state
     return adopted
+
+
+def _group_step(states: dict[Any, Any], group: dict[str, Any]) -> int | None:
+    """The step count of all params of a group, where FusedAdam of DeepSpeed or apex has counted; else None.
+
+    apex counts in the group. DeepSpeed's (0.19.8) leaves 0 there, and counts in the state of the last param that has
+    a grad, for all of the group; the others' counts stay at 0.
+    """
+    step = group.pop("step", None)
+    if step is None:
+        return None
+    entries = [states[param] for param in group["params"] if param in states]
+    return max([int(step), *(int(entry["step"]) for entry in entries if "step" in entry)])
 
 
 def _converted_tensors(state: dict[str, Any], param: Tensor, name: str, precision: Precision) -> dict[str, Tensor]:

@@ -1,0 +1,421 @@
+"""Has DeepSpeed use the prebuilt ops in place of those that it compiles at first use: patch(), unpatch().
+
+    import adamops.deepspeed
+    adamops.deepspeed.patch()  # before deepspeed.initialize()
+
+or, without a change to the script, `python -m adamops.deepspeed train.py`. DeepSpeed's optimizers stay its own: only
+what their builders load is another. Must not know how an update is computed, nor change what DeepSpeed computes.
+"""
+
+from __future__ import annotations
+
+import functools
+import os
+import runpy
+import shutil
+import sys
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from . import op_builder
+from .ops.adam import DeepSpeedCPUAdam, FusedAdam
+from .ops.adam.backend import Backend
+from .ops.adam.batch import AdamBatch, check_params_and_grads, check_states
+from .ops.adam.cuda_backend import CudaBackend
+from .ops.adam.hyper import AdamHyper
+from .ops.adam.native_backend import NativeBackend
+from .ops.adam.rollback import undo_step
+
+__all__ = ["TESTED_VERSION", "Patch", "UnknownDeepSpeedError", "patch", "unpatch"]
+
+TESTED_VERSION = "0.19.8"
+SHM_COMM = "deepspeed_shm_comm"  # the op by which ranks on CPUs add up activations when a model serves
+
+
+class UnknownDeepSpeedError(RuntimeError):
+    """DeepSpeed is not as patch() knows it. Nothing has been changed."""
+
+
+@functools.lru_cache(maxsize=256)
+def _hyper(
+    lr: float, beta1: float, beta2: float, eps: float, weight_decay: float, bias_correction: bool, adamw_mode: bool
+) -> AdamHyper:
+    if not (0.0 <= beta1 < 1.0 and 0.0 <= beta2 < 1.0):
+        raise ValueError(f"Invalid betas: {(beta1, beta2)}; expected 0 <= beta < 1")
+    return AdamHyper(
+        lr=lr,
+        beta1=beta1,
+        beta2=beta2,
+        eps=eps,
+        weight_decay=weight_decay,
+        bias_correction=bias_correction,
+        adamw_mode=adamw_mode,
+        amsgrad=False,
+        maximize=False,
+    )
+
+
+def _update(
+    backend: Backend,
+    hyper: AdamHyper,
+    names: list[str],
+    params: Sequence[Tensor],
+    grads: Sequence[Tensor],
+    states: list[dict[str, Any]],
+) -> None:
+    """Adam's update of some params, in place; states hold the step counts from before the step."""
+    batch = AdamBatch(names, hyper, list(params), list(grads), states, list(range(len(names))))
+    try:
+        for i, (param, grad) in enumerate(zip(params, grads, strict=True)):
+            if param.grad is not grad:  # where the op looks for grads
+                batch.params[i] = alias = param.detach()
+                alias.grad = grad
+    except RuntimeError:  # torch refuses: a shape or device is wrong, or the grad is float32 beside a 16-bit param
+        batch.lowp_outs = [None] * len(names)  # the batch then has more to say than its params
+    backend.prepare(batch)()
+
+
+class _Op:
+    """What a builder of DeepSpeed loads, with functions of the same names and arguments as DeepSpeed's own op."""
+
+    def __init__(self, builder: Any, registry: dict[str, Any]) -> None:
+        self._builder = builder
+        self._registry = registry
+
+    def __getattr__(self, name: str) -> Any:
+        """A function that is not here, such as ZenFlow's: that of DeepSpeed's own op, which is then compiled."""
+        if name.startswith("_"):
+            raise AttributeError(name)
+        ours = self._registry.pop(self._builder.NAME, None)
+        try:
+            return getattr(self._builder().load(), name)
+        finally:
+            self._registry[self._builder.NAME] = ours
+
+    def _check_arguments(self, function: str, arguments: Sequence[Any], expected: int) -> None:
+        if len(arguments) != expected:
+            raise UnknownDeepSpeedError(
+                f"DeepSpeed calls {function}() of its op {self._builder.NAME} with {len(arguments)} arguments; "
+                f"adamops.deepspeed knows {expected} of DeepSpeed {TESTED_VERSION}, and this is {_version()}. "
+                "Call adamops.deepspeed.unpatch(), and DeepSpeed compiles its own op"
+            )
+
+
+class CPUAdamOp(_Op):
+    """DeepSpeed's op cpu_adam: what its DeepSpeedCPUAdam calls for each param."""
+
+    def __init__(self, builder: Any, registry: dict[str, Any], backend: Backend) -> None:
+        super().__init__(builder, registry)
+        self._backend = backend
+        self._adamw_modes: dict[int, bool] = {}  # by optimizer
+
+    def create_adam(self, *arguments: Any) -> int:
+        """(optimizer_id, lr, beta1, beta2, eps, weight_decay, adamw_mode, should_log), of which the mode counts."""
+        self._check_arguments("create_adam", arguments, 8)
+        self._adamw_modes[arguments[0]] = bool(arguments[6])
+        return 0
+
+    def destroy_adam(self, optimizer_id: int) -> int:
+        """Forgets the optimizer."""
+        self._adamw_modes.pop(optimizer_id, None)
+        return 0
+
+    def adam_update(self, *arguments: Any) -> int:
+        """Takes the arguments of _unpacked(), and updates param, exp_avg and exp_avg_sq."""
+        self._check_arguments("adam_update", arguments, 12)
+        hyper, step, param, grad, state = self._unpacked(*arguments)
+        state["step"] = step - 1
+        _update(self._backend, hyper, ["a param of DeepSpeedCPUAdam"], [param], [grad], [state])
+        return 0
+
+    def adam_rollback(self, *arguments: Any) -> int:
+        """Undoes an adam_update() with the same arguments."""
+        self._check_arguments("adam_rollback", arguments, 12)
+        hyper, step, param, grad, state = self._unpacked(*arguments)
+        state["step"] = step
+        batch = AdamBatch(["a param of DeepSpeedCPUAdam"], hyper, [param], [grad], [state])
+        check_params_and_grads(batch)
+        check_states(batch)
+        undo_step(param, batch.grads[0], state, hyper)
+        return 0
+
+    def _unpacked(
+        self,
+        optimizer_id: int,
+        step: int,
+        lr: float,
+        beta1: float,
+        beta2: float,
+        eps: float,
+        weight_decay: float,
+        bias_correction: bool,
+        param: Tensor,
+        grad: Tensor,
+        exp_avg: Tensor,
+        exp_avg_sq: Tensor,
+    ) -> tuple[AdamHyper, int, Tensor, Tensor, dict[str, Any]]:
+        hyper = _hyper(
+            float(lr),
+            float(beta1),
+            float(beta2),
+            float(eps),
+            float(weight_decay),
+            bool(bias_correction),
+            self._adamw_modes[optimizer_id],
+        )
+        return hyper, int(step), param, grad, {"exp_avg": exp_avg, "exp_avg_sq": exp_avg_sq}
+
+
+class FusedAdamOp(_Op):
+    """DeepSpeed's op fused_adam: what its FusedAdam calls once for each param group and dtype."""
+
+    def __init__(self, builder: Any, registry: dict[str, Any], backend_of: Callable[[torch.device], Backend]) -> None:
+        super().__init__(builder, registry)
+        self._backend_of = functools.cache(backend_of)
+
+    def multi_tensor_adam(self, *arguments: Any) -> None:
+        """(chunk_size, noop_flag, [grads, params, exp_avgs, exp_avg_sqs], lr, ..., step, adam_w_mode, ...)."""
+        self._check_arguments("multi_tensor_adam", arguments, 11)
+        (_, _, lists, lr, beta1, beta2, eps, step, adam_w_mode, bias_correction, weight_decay) = arguments
+        hyper = _hyper(
+            float(lr),
+            float(beta1),
+            float(beta2),
+            float(eps),
+            float(weight_decay),
+            bool(bias_correction),
+            bool(adam_w_mode),
+        )
+        grads, params, exp_avgs, exp_avg_sqs = lists
+        states = [
+            {"step": int(step) - 1, "exp_avg": exp_avg, "exp_avg_sq": exp_avg_sq}
+            for exp_avg, exp_avg_sq in zip(exp_avgs, exp_avg_sqs, strict=True)
+        ]
+        names = [f"param {i} of FusedAdam" for i in range(len(params))]
+        _update(self._backend_of(params[0].device), hyper, names, params, grads, states)
+
+
+class Patch:
+    """What a patch() has changed, to be undone by undo(), or at the end of a `with` block.
+
+    Attributes
+    ----------
+    replaced
+        The names of DeepSpeed's ops that adamops stands in for.
+    left
+        Those that DeepSpeed still compiles, with the reason.
+    """
+
+    def __init__(self) -> None:
+        self.replaced: list[str] = []
+        self.left: dict[str, str] = {}
+        self._undo: list[Callable[[], object]] = []
+
+    def undo(self) -> None:
+        """Puts everything back. Optimizers that exist keep the op that they have."""
+        global _patch
+        while self._undo:
+            self._undo.pop()()
+        if _patch is self:
+            _patch = None
+
+    def __enter__(self) -> Patch:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.undo()
+
+    # For patch() ------------------------------------------------------------------------------------------------------
+
+    def set_entry(self, mapping: dict[Any, Any], key: Any, value: Any) -> None:
+        """Sets an entry of a dict, until it is undone."""
+        if key in mapping:
+            self._undo.append(functools.partial(mapping.__setitem__, key, mapping[key]))
+        else:
+            self._undo.append(functools.partial(mapping.pop, key, None))
+        mapping[key] = value
+
+    def set_attribute(self, owner: Any, name: str, value: Any) -> Any:
+        """Sets an attribute, until it is undone. Returns what it was."""
+        former = getattr(owner, name)
+        self._undo.append(functools.partial(setattr, owner, name, former))
+        setattr(owner, name, value)
+        return former
+
+    def add(self, sequence: list[Any], value: Any) -> None:
+        """Adds to a list, until it is undone."""
+        if value not in sequence:
+            sequence.append(value)
+            self._undo.append(functools.partial(sequence.remove, value))
+
+
+_patch: Patch | None = None
+_deepspeeds_superoffload_worker: Callable[..., None] | None = None
+
+
+def patch(*, shm_comm: bool | None = None) -> Patch:
+    """Has DeepSpeed's DeepSpeedCPUAdam and FusedAdam use the ops of adamops, in this process, until unpatch().
+
+    They stay DeepSpeed's classes, so its engine, its config and its checkpoints work as before; no compiler is needed
+    for them. Where params are on GPUs, FusedAdam is left to DeepSpeed unless the CUDA op is there. The classes of
+    adamops are put on the list of optimizers that ZeRO accepts as client optimizers.
+
+    A second call changes nothing, and undoing its result neither. Call it in each process that trains, before
+    ``deepspeed.initialize()``; SuperOffload's worker process is taken care of.
+
+    Parameters
+    ----------
+    shm_comm
+        Whether DeepSpeed may compile its op for adding up in shared memory, as it does when it starts on CPUs. It
+        serves inference only. None: if there is a compiler, and ninja; without them DeepSpeed could not start.
+
+    Raises
+    ------
+    ImportError
+        If DeepSpeed cannot be imported.
+    UnknownDeepSpeedError
+        If it lacks what this builds on, as may be in another version than TESTED_VERSION.
+    adamops.op_builder.OpUnavailableError
+        If adamops has no compiled CPU op here.
+    """
+    global _patch
+    if _patch is not None:
+        return Patch()
+    try:
+        import deepspeed
+        import deepspeed.ops.op_builder as builders
+    except ImportError as error:
+        raise ImportError(
+            f"adamops.deepspeed.patch() needs DeepSpeed, which cannot be imported ({error}); pip install deepspeed"
+        ) from error
+    cpu_builder, registry = _builder_and_registry(builders, "CPUAdamBuilder", "cpu_adam")
+    fused_builder, _ = _builder_and_registry(builders, "FusedAdamBuilder", "fused_adam")
+    backend = NativeBackend(op_builder.get("cpu_adam").load())
+
+    new = Patch()
+    try:
+        _replace(new, cpu_builder, registry, CPUAdamOp(cpu_builder, registry, backend))
+        device_type = deepspeed.accelerator.get_accelerator().device_name()
+        reason = _why_not_fused(fused_builder, device_type)
+        if reason is None:
+            _replace(new, fused_builder, registry, FusedAdamOp(fused_builder, registry, _backends(backend)))
+        else:
+            new.left[fused_builder.NAME] = reason
+        _serve_superoffload(new)
+        _accept_as_client_optimizers(new)
+        if device_type == "cpu" and not (_can_compile() if shm_comm is None else shm_comm):
+            new.set_entry(deepspeed.ops.__compatible_ops__, SHM_COMM, False)
+    except BaseException:
+        new.undo()
+        raise
+    _patch = new
+    return new
+
+
+def unpatch() -> None:
+    """Undoes patch(); does nothing if nothing is patched."""
+    if _patch is not None:
+        _patch.undo()
+
+
+def _version() -> str:
+    deepspeed = sys.modules.get("deepspeed")
+    return getattr(deepspeed, "__version__", "of unknown version")
+
+
+def _builder_and_registry(builders: Any, class_name: str, op_name: str) -> tuple[Any, dict[str, Any]]:
+    """A builder class, and the dict in which all builders look for a loaded op before they do anything else."""
+    builder = getattr(builders, class_name, None)
+    registry = getattr(builder, "_loaded_ops", None)
+    if builder is None or not isinstance(registry, dict) or getattr(builder, "NAME", None) != op_name:
+        raise UnknownDeepSpeedError(
+            f"DeepSpeed {_version()} has no deepspeed.ops.op_builder.{class_name} that keeps loaded ops in "
+            f"_loaded_ops, as DeepSpeed {TESTED_VERSION} has, with which adamops.deepspeed was tested. "
+            "adamops.DeepSpeedCPUAdam and FusedAdam can be given to deepspeed.initialize(optimizer=) all the same"
+        )
+    return builder, registry
+
+
+def _replace(new: Patch, builder: Any, registry: dict[str, Any], op: _Op) -> None:
+    new.set_entry(registry, builder.NAME, op)
+    if builder().load() is not op:
+        raise UnknownDeepSpeedError(
+            f"DeepSpeed {_version()} does not take its op {builder.NAME} from where {TESTED_VERSION} does"
+        )
+    new.replaced.append(builder.NAME)
+
+
+def _why_not_fused(builder: Any, device_type: str) -> str | None:
+    """Why FusedAdam is left to DeepSpeed; None if adamops has an op for it."""
+    if device_type == "cpu":
+        return None
+    if device_type != "cuda" or torch.version.hip:
+        return f"adamops has no op for {'AMD GPUs' if torch.version.hip else device_type}"
+    try:
+        op_builder.get("fused_adam").load()
+    except op_builder.OpUnavailableError as error:
+        return str(error)
+    return None
+
+
+def _backends(host: Backend) -> Callable[[torch.device], Backend]:
+    def backend_of(device: torch.device) -> Backend:
+        if device.type == "cpu":
+            return host
+        builder: Any = op_builder.get("fused_adam")
+        return CudaBackend(builder.load_for_device(device.index), device)
+
+    return backend_of
+
+
+def _can_compile() -> bool:
+    return bool(shutil.which(os.environ.get("CXX", "c++")) and shutil.which("ninja"))
+
+
+def _serve_superoffload(new: Patch) -> None:
+    """SuperOffload steps in a process that it spawns, which must be patched too."""
+    global _deepspeeds_superoffload_worker
+    try:
+        from deepspeed.runtime.superoffload import superoffload_utils
+    except ImportError:  # older than SuperOffload
+        return
+    _deepspeeds_superoffload_worker = new.set_attribute(
+        superoffload_utils, "superoffload_optimizer_worker", superoffload_worker
+    )
+
+
+def superoffload_worker(*arguments: Any, **named: Any) -> None:
+    """What SuperOffload's process runs in place of DeepSpeed's function of nearly that name: that, patched."""
+    patch()
+    assert _deepspeeds_superoffload_worker is not None
+    _deepspeeds_superoffload_worker(*arguments, **named)
+
+
+def _accept_as_client_optimizers(new: Patch) -> None:
+    from deepspeed.runtime.zero import utils
+
+    supported = getattr(utils, "ZERO_SUPPORTED_OPTIMIZERS", None)
+    if isinstance(supported, list):
+        new.add(supported, DeepSpeedCPUAdam)
+        new.add(supported, FusedAdam)
+
+
+def main(arguments: list[str]) -> None:
+    """Runs a script with DeepSpeed patched: ``[options for it] script.py [arguments]``, as launchers put them."""
+    at = next((i for i, argument in enumerate(arguments) if not argument.startswith("-")), None)
+    if at is None:
+        sys.exit("usage: python -m adamops.deepspeed SCRIPT [ARGUMENT ...]")
+    script = arguments.pop(at)
+    patch()
+    sys.argv = [script, *arguments]
+    sys.path[0] = os.path.dirname(os.path.abspath(script))  # noqa: PTH100, PTH120 - as Python itself does
+    runpy.run_path(script, run_name="__main__")
+
+
+if __name__ == "__main__":
+    from adamops.deepspeed import main as _main  # not this copy of the module, which is named __main__
+
+    _main(sys.argv[1:])

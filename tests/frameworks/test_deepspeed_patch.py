@@ -1,0 +1,220 @@
+"""adamops.deepspeed.patch(): what it changes, that it can be undone, and what it says where it cannot do it."""
+
+import builtins
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+os.environ["DS_ACCELERATOR"] = os.environ.get("DS_ACCELERATOR", "cpu")
+pytest.importorskip("deepspeed")
+
+import deepspeed
+from deepspeed.ops.op_builder import CPUAdamBuilder, FusedAdamBuilder
+from deepspeed.runtime.superoffload import superoffload_utils
+from deepspeed.runtime.zero.utils import ZERO_SUPPORTED_OPTIMIZERS
+
+import adamops
+import adamops.deepspeed
+from adamops.deepspeed import TESTED_VERSION, UnknownDeepSpeedError, patch, unpatch
+
+pytestmark = pytest.mark.frameworks
+
+
+@pytest.fixture(autouse=True)
+def nothing_patched():
+    """Each test begins and ends with DeepSpeed as it is."""
+    unpatch()
+    with pytest.MonkeyPatch.context() as changed:
+        changed.setitem(deepspeed.ops.__dict__, "__compatible_ops__", {})  # found by running compilers, for a long time
+        before = everything()
+        yield
+        unpatch()
+        assert everything() == before
+
+
+def everything():
+    """What patch() may change."""
+    return (
+        dict(CPUAdamBuilder._loaded_ops),
+        list(ZERO_SUPPORTED_OPTIMIZERS),
+        superoffload_utils.superoffload_optimizer_worker,
+        dict(deepspeed.ops.__compatible_ops__),
+    )
+
+
+def test_builders_load_our_ops_until_it_is_undone():
+    handle = patch()
+    assert handle.replaced == ["cpu_adam", "fused_adam"] and handle.left == {}
+    assert isinstance(CPUAdamBuilder().load(), adamops.deepspeed.CPUAdamOp)
+    assert isinstance(FusedAdamBuilder().load(), adamops.deepspeed.FusedAdamOp)
+    handle.undo()
+    assert "cpu_adam" not in CPUAdamBuilder._loaded_ops
+
+
+def test_a_second_patch_changes_nothing_and_undoing_it_neither():
+    patch()
+    before = everything()
+    with patch() as second:
+        assert second.replaced == []
+        assert everything() == before
+    assert everything() == before
+    unpatch()
+    unpatch()
+
+
+def test_it_lasts_for_a_with_block_and_may_be_done_again():
+    for _ in range(2):
+        with patch():
+            assert "cpu_adam" in CPUAdamBuilder._loaded_ops
+        assert "cpu_adam" not in CPUAdamBuilder._loaded_ops
+
+
+def test_an_op_that_deepspeed_has_loaded_comes_back(monkeypatch):
+    monkeypatch.setitem(CPUAdamBuilder._loaded_ops, "cpu_adam", "DeepSpeed's own")
+    with patch():
+        assert CPUAdamBuilder().load() != "DeepSpeed's own"
+    assert CPUAdamBuilder().load() == "DeepSpeed's own"
+
+
+@pytest.mark.parametrize("ours", [adamops.DeepSpeedCPUAdam, adamops.FusedAdam])
+def test_zero_knows_our_classes(ours):
+    assert ours not in ZERO_SUPPORTED_OPTIMIZERS
+    with patch():
+        assert ours in ZERO_SUPPORTED_OPTIMIZERS
+
+
+@pytest.mark.parametrize(("shm_comm", "left"), [(True, True), (False, False)])
+def test_the_op_for_shared_memory_is_compiled_only_if_wanted(monkeypatch, shm_comm, left):
+    monkeypatch.setitem(deepspeed.ops.__compatible_ops__, "deepspeed_shm_comm", True)
+    with patch(shm_comm=shm_comm):
+        assert deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] is left
+
+
+def test_the_op_for_shared_memory_is_left_out_where_there_is_no_compiler(monkeypatch, tmp_path):
+    monkeypatch.setitem(deepspeed.ops.__compatible_ops__, "deepspeed_shm_comm", True)
+    monkeypatch.setenv("PATH", str(tmp_path))
+    with patch():
+        assert not deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"]
+
+
+def test_functions_that_we_lack_are_those_of_deepspeeds_op(monkeypatch):
+    """ZenFlow's worker is such a function."""
+
+    class Own:
+        zenflow_adam_ctrl_size = staticmethod(lambda: 128)
+
+    monkeypatch.setattr(CPUAdamBuilder, "jit_load", lambda self, verbose=False: Own)
+    with patch():
+        op = CPUAdamBuilder().load()
+        assert op.zenflow_adam_ctrl_size() == 128
+        assert CPUAdamBuilder().load() is op
+        with pytest.raises(AttributeError):
+            op._not_there  # noqa: B018
+
+
+def test_ours_stays_in_place_if_deepspeeds_op_cannot_be_built(monkeypatch):
+    def fails(self, verbose=False):
+        raise RuntimeError("no ninja")
+
+    monkeypatch.setattr(CPUAdamBuilder, "jit_load", fails)
+    with patch():
+        op = CPUAdamBuilder().load()
+        with pytest.raises(RuntimeError, match="no ninja"):
+            op.zenflow_adam_create(0, [0])
+        assert CPUAdamBuilder().load() is op
+
+
+# Errors ------------------------------------------------------------------------------------------------------------
+
+
+def test_without_deepspeed_it_says_so(monkeypatch):
+    real = builtins.__import__
+
+    def fails(name, *args, **kwargs):
+        if name.split(".")[0] == "deepspeed" and not (len(args) > 3 and args[3]):
+            raise ModuleNotFoundError("No module named 'deepspeed'")
+        return real(name, *args, **kwargs)
+
+    monkeypatch.setattr(builtins, "__import__", fails)
+    with pytest.raises(ImportError, match=r"needs DeepSpeed.*No module named 'deepspeed'.*pip install deepspeed"):
+        patch()
+
+
+@pytest.mark.parametrize(
+    ("attribute", "value"),
+    [("_loaded_ops", None), ("NAME", "another"), ("load", lambda self, verbose=False: "another")],
+)
+def test_another_deepspeed_is_refused_and_left_as_it_is(monkeypatch, attribute, value):
+    with monkeypatch.context() as changed:
+        changed.setattr(CPUAdamBuilder, attribute, value)
+        with pytest.raises(UnknownDeepSpeedError, match=rf"DeepSpeed {deepspeed.__version__} .*{TESTED_VERSION}"):
+            patch()
+    with patch():  # nothing has been left half done
+        pass
+
+
+def test_other_arguments_of_another_deepspeed_are_an_error_before_anything_is_written():
+    with patch():
+        cpu_adam, fused_adam = CPUAdamBuilder().load(), FusedAdamBuilder().load()
+    for call, count in ((cpu_adam.create_adam, 9), (cpu_adam.adam_update, 13), (cpu_adam.adam_rollback, 11)):
+        with pytest.raises(UnknownDeepSpeedError, match=rf"with {count} arguments.*unpatch\(\)"):
+            call(*range(count))
+    with pytest.raises(UnknownDeepSpeedError, match="multi_tensor_adam"):
+        fused_adam.multi_tensor_adam(1)
+
+
+def test_a_gpu_without_the_cuda_op_leaves_fused_adam_to_deepspeed(monkeypatch):
+    accelerator = deepspeed.accelerator.get_accelerator()
+    monkeypatch.setattr(type(accelerator), "device_name", lambda self, index=None: "xpu")
+    with patch() as handle:
+        assert handle.replaced == ["cpu_adam"]
+        assert handle.left == {"fused_adam": "adamops has no op for xpu"}
+
+
+# The module as a command -------------------------------------------------------------------------------------------
+
+
+def run(*arguments, cwd):
+    return subprocess.run(
+        [sys.executable, "-m", "adamops.deepspeed", *arguments],
+        cwd=cwd,
+        env=os.environ | {"PYTHONPATH": str(Path(adamops.__file__).parents[1])},
+        capture_output=True,
+        text=True,
+        timeout=200,
+    )
+
+
+def test_the_command_runs_a_script_with_its_own_arguments(tmp_path):
+    (tmp_path / "folder").mkdir()
+    (tmp_path / "folder" / "beside.py").write_text("value = 5\n")
+    (tmp_path / "folder" / "train.py").write_text(
+        "import sys, beside\n"
+        "from deepspeed.ops.op_builder import CPUAdamBuilder\n"
+        "print(sys.argv, __name__, beside.value, type(CPUAdamBuilder().load()).__module__)\n"
+    )
+    done = run("--local_rank=0", "folder/train.py", "--lr", "1", cwd=tmp_path)  # as DeepSpeed's launcher puts it
+    assert done.returncode == 0, done.stderr
+    last = done.stdout.splitlines()[-1]
+    assert last == "['folder/train.py', '--local_rank=0', '--lr', '1'] __main__ 5 adamops.deepspeed"
+
+
+def test_the_command_without_a_script_says_how_it_is_used(tmp_path):
+    done = run(cwd=tmp_path)
+    assert done.returncode == 1 and "usage: python -m adamops.deepspeed SCRIPT" in done.stderr
+
+
+@pytest.mark.slow
+def test_ds_report_says_what_it_said_before(capsys):
+    from deepspeed.env_report import op_report
+
+    reports = []
+    for _ in range(2):
+        op_report(verbose=False)
+        reports.append(capsys.readouterr().out)
+        patch()
+    assert reports[0] == reports[1]
+    assert "cpu_adam" in reports[0]
