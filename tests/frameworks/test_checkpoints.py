@@ -62,7 +62,7 @@ def steps(model, optimizer, start, stop):
         loss.backward()
         optimizer.step()
         optimizer.zero_grad()
-        losses.append(float(loss))
+        losses.append(loss.item())
     return losses
 
 
@@ -143,7 +143,7 @@ def _load(rank, world_size, path, kinds, options):
 
 @pytest.mark.parametrize("options", [{}, {"flatten_optimizer_state_dict": True}], ids=["nested", "flattened"])
 @pytest.mark.parametrize("world_size", [4, 2, 1])
-def test_training_goes_on_on_as_many_or_fewer_ranks(ranks, tmp_path, world_size, options):
+def test_training_continues_on_as_many_or_fewer_ranks(ranks, tmp_path, world_size, options):
     kinds = list(STATE_KINDS)
     saved = ranks.run(_save, 4, str(tmp_path), kinds, options)[0]
     for loaded in ranks.run(_load, world_size, str(tmp_path), kinds, options):
