@@ -127,8 +127,9 @@ class AdamOptimizer(Optimizer):
             param = entry[1] if isinstance(entry, tuple) else entry  # named_parameters() gives pairs
             # Elsewhere than in host memory a param may wait: ZeRO-Offload takes an optimizer made for the model on the
             # GPU, and puts its own shards in host memory into the groups. step() checks again.
-            if isinstance(param, Tensor) and param.device.type == "cpu":
+            if isinstance(param, Tensor):
                 sharding.check_placed(param, f"{where}, param {i}")
+            if isinstance(param, Tensor) and param.device.type == "cpu":
                 check_param(sharding.local(param), f"{where}, param {i}")
         _unguarded(Optimizer.add_param_group)(self, {**param_group, "params": params})
 
