@@ -167,7 +167,11 @@ def test_training_continues_on_as_many_or_fewer_ranks(ranks, tmp_path, world_siz
 
 def _save_and_load_in_whole(rank, world_size, options):
     """A checkpoint of whole tensors, as rank 0 gets it, goes back into shards."""
-    from torch.distributed.checkpoint.state_dict import StateDictOptions, set_state_dict
+    from torch.distributed.checkpoint.state_dict import (
+        StateDictOptions,
+        set_model_state_dict,
+        set_optimizer_state_dict,
+    )
 
     for kind in STATE_KINDS:
         dtype, settings = STATE_KINDS[kind]
@@ -180,13 +184,10 @@ def _save_and_load_in_whole(rank, world_size, options):
         steps(model, optimizer, 3, 5)
         other = new_model(dtype)
         other_optimizer = new_optimizer(other, settings)
-        set_state_dict(
-            other,
-            other_optimizer,
-            model_state_dict=checkpoint["model"],
-            optim_state_dict=checkpoint["optimizer"],
-            options=StateDictOptions(full_state_dict=True, **options),
-        )
+        # By two calls: set_state_dict() takes the empty dicts of other ranks for a load of the optimizer alone.
+        whole_in = StateDictOptions(full_state_dict=True, **options)
+        set_model_state_dict(other, checkpoint["model"], options=whole_in)
+        set_optimizer_state_dict(other, other_optimizer, checkpoint["optimizer"], options=whole_in)
         steps(other, other_optimizer, 3, 5)
         assert all(map(torch.equal, whole_params(other), whole_params(model))), kind
 
