@@ -142,6 +142,7 @@ def _load(rank, world_size, path, kinds, options):
     return loaded
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("options", [{}, {"flatten_optimizer_state_dict": True}], ids=["nested", "flattened"])
 @pytest.mark.parametrize("world_size", [4, 2, 1])
 def test_training_continues_on_as_many_or_fewer_ranks(ranks, tmp_path, world_size, options):
