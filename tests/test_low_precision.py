@@ -8,7 +8,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from adamops import DeepSpeedCPUAdam, op_builder
+from adamops import DeepSpeedCPUAdam, op_builder, portable_state_dicts
 from adamops.ops.adam import block_codes, remainders
 from adamops.ops.adam.coded_states import coded_states, float_states
 from adamops.ops.adam.precision import SCALES
@@ -266,6 +266,44 @@ def test_dequantized_states_load_into_torch(seed):
     optimizer.step()
     theirs.step()
     assert (optimizer.fp32_params()[0] - plain[0]).abs().max() < 1e-4
+
+
+@pytest.mark.parametrize("amsgrad", [False, True])
+@pytest.mark.parametrize("steps", [1, 30])
+def test_dequantized_states_load_into_the_same_codes(seed, amsgrad, steps):
+    """Saved without codes, training goes on to the same bits."""
+    param = torch.nn.Parameter(torch.randn(70_001))
+    optimizer = DeepSpeedCPUAdam([param], state_dtype="8bit", amsgrad=amsgrad)
+    sparse = torch.rand(70_001) < 0.3  # elements, and with them blocks at the end, whose grads are zero
+    sparse[60_000:] = True
+    for _ in range(steps):
+        param.grad = wide_range(70_001).masked_fill(sparse, 0.0)
+        optimizer.step()
+    other = DeepSpeedCPUAdam([torch.nn.Parameter(param.detach().clone())], state_dtype="8bit", amsgrad=amsgrad)
+    other.load_state_dict({**optimizer.state_dict(), "state": optimizer.state_dict(dequantize=True)["state"]})
+    (state,), (loaded,) = optimizer.state.values(), other.state.values()
+    for name in state.keys() - {"step"}:
+        assert_same(loaded[name], state[name], name)
+
+
+@pytest.mark.parametrize("bits_after", [24, 32])
+@pytest.mark.parametrize("bits_before", [24, 32])
+@pytest.mark.parametrize("dtype", HALVES)
+def test_portable_states_load_as_those_of_the_optimizer(seed, dtype, bits_before, bits_after):
+    (param,), optimizer = trained([torch.randn(5000, dtype=dtype)], 3, seed, master_weight_bits=bits_before)
+    states = [copy.deepcopy(optimizer.state_dict())]
+    portable_state_dicts(optimizer)
+    states.append(optimizer.state_dict())
+    assert states[1]["state"][0]["param_remainder"].dtype == torch.int32  # what gloo and NCCL can send
+    assert states[1]["state"][0]["step"].dtype == torch.float32
+    loaded = []
+    for state in states:
+        other = DeepSpeedCPUAdam([torch.nn.Parameter(param.clone())], master_weight_bits=bits_after)
+        other.load_state_dict(state)
+        loaded += other.state.values()
+    for name in loaded[0].keys() - {"step"}:
+        assert_same(loaded[1][name], loaded[0][name], name)
+    assert loaded[0]["step"] == loaded[1]["step"] == 3
 
 
 def test_a_shard_cut_anywhere_loads_from_dequantized_states(seed):

@@ -152,7 +152,8 @@ bool AdamTable::add(const TensorReader& reader, PyObject* param, py::object grad
     return read(row.exp_avg, m) && read(row.exp_avg_sq, v) && (!amsgrad || read(row.max_exp_avg_sq, max_v));
   };
 
-  if (!reader.read(row.param.ptr(), p) || !read(row.grad, g) || (g.dtype != p.dtype && g.dtype != kFloat32)) return false;
+  if (!reader.read(row.param.ptr(), p) || !read(row.grad, g) || (g.dtype != p.dtype && g.dtype != kFloat32))
+    return false;
   if (read_states(read)) {
     if (v.dtype != m.dtype || (amsgrad && max_v.dtype != m.dtype)) return false;
   } else {
@@ -263,7 +264,8 @@ void bind_adam_table(py::module_& module) {
   // Each module has classes of its own: those of the other may be of another version.
   py::class_<TensorReader>(module, "TensorReader", "Reads plain tensors of a device through torch's DLPack table.",
                            py::module_local())
-      .def_readwrite("sharded_type", &TensorReader::sharded_type, "DTensor, once there are any; its local tensors are read.")
+      .def_readwrite("sharded_type", &TensorReader::sharded_type,
+                     "DTensor, once there are any; its local tensors are read.")
       .def(py::init<const py::object&, const std::array<py::type, 2>&, int32_t, int32_t>(), py::arg("capsule"),
            py::arg("types"), py::arg("device_type") = kDlCpu, py::arg("device_id") = 0);
   py::class_<AdamTable>(module, "AdamTable", "The tensors of a step, as addresses, and their step counts.",

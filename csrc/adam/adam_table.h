@@ -45,8 +45,8 @@ class AdamTable {
   // Writes the step counts into the states that the table was made from, if it was; counts on the device are left.
   void count_steps() const;
 
-  // Takes one param with its grad and its state, of a DTensor what this rank holds. False if something about them is out
-  // of the ordinary.
+  // Takes one param with its grad and its state, of a DTensor what this rank holds. False if something about them is
+  // out of the ordinary.
   bool add(const TensorReader& reader, PyObject* param, pybind11::object grad, PyObject* state, uint32_t stream);
 
   // Lets go of the tensors.

@@ -6,6 +6,7 @@ It must not know what is being tested.
 import importlib.util
 import inspect
 import os
+import pickle
 import sys
 import tempfile
 import time
@@ -91,7 +92,7 @@ class Ranks:
                     raise RuntimeError(f"the process of rank {pipes.index(pipe)} died") from None
                 if failure:
                     raise RuntimeError(f"rank {pipes.index(pipe)} failed:\n{failure}")
-        return [results[pipe] for pipe in pipes]
+        return [pickle.loads(results[pipe]) for pipe in pipes]
 
 
 def _rank(rank, pipe):
@@ -103,7 +104,8 @@ def _rank(rank, pipe):
         os.environ.update(RANK=str(rank), LOCAL_RANK=str(rank), WORLD_SIZE=size, LOCAL_WORLD_SIZE=size)
         try:
             dist.init_process_group("gloo", init_method=f"file://{folder}/store", rank=rank, world_size=world_size)
-            result = _function_at(address)(rank, world_size, *args)
+            # As bytes: the pipe would pass each tensor as a file descriptor, of which there are not enough.
+            result = pickle.dumps(_function_at(address)(rank, world_size, *args))
             dist.barrier()  # nobody leaves while others talk to it
             if dist.is_initialized():  # the function may have ended it
                 dist.destroy_process_group()

@@ -25,10 +25,11 @@ class Code:
     power: int  # the bits are shifted by so much
     shrink: float
     top_expanded: float
+    top: int
 
 
-SIGNED = Code(torch.int8, 1, 2.0**-64, 8064.0)
-UNSIGNED = Code(torch.uint8, 2, 2.0**-96, 528482304.0)
+SIGNED = Code(torch.int8, 1, 2.0**-64, 8064.0, 127)
+UNSIGNED = Code(torch.uint8, 2, 2.0**-96, 528482304.0, 255)
 CODES = {"exp_avg": SIGNED, "exp_avg_sq": UNSIGNED, "max_exp_avg_sq": UNSIGNED}  # in the order of their scales
 
 
@@ -49,11 +50,37 @@ def encode(values: Tensor, code: Code, noise: Tensor | int = 0x8000) -> tuple[Te
     bfloat16 scale for each block.
     """
     blocks = _in_blocks(values)
-    bits = blocks.view(torch.int32)
-    magnitude = bits & _MAGNITUDE
-    largest = magnitude.amax(1) if len(blocks) else magnitude.sum(1, dtype=torch.int32)
-    scale_bits = ((largest + (0x2000 + 0xFFFF)) >> 16).clamp(_LEAST_SCALE, _MOST_SCALE)
+    scale_bits = ((_largest(blocks).view(torch.int32) + (0x2000 + 0xFFFF)) >> 16).clamp(_LEAST_SCALE, _MOST_SCALE)
     scales = scale_bits.to(torch.int16).view(torch.bfloat16)
+    return _codes(values, scales, code, noise), scales
+
+
+def encode_again(values: Tensor, code: Code) -> tuple[Tensor, Tensor]:
+    """As encode(), to the nearest, but what decode() gave gets the codes and scales that it came from.
+
+    encode() chooses a scale somewhat above the largest value, so that what has gone through it once would get another.
+    After a step the largest of a block has one of the two highest codes: the scales of these are tried.
+    """
+    codes, scales = encode(values, code)
+    codes, largest = _in_blocks(codes), _largest(_in_blocks(values))
+    for top in (code.top, code.top - 1):
+        tried = (largest / decode(largest.new_tensor([top]), largest.new_ones(1), code)).to(torch.bfloat16)
+        again = _codes(values, tried, code)
+        same = (_in_blocks(decode(again, tried, code)) == _in_blocks(values)).all(1) & (largest > 0)
+        codes, scales = torch.where(same[:, None], _in_blocks(again), codes), torch.where(same, tried, scales)
+    return codes.flatten()[: values.numel()], scales
+
+
+def _largest(blocks: Tensor) -> Tensor:
+    """The largest magnitude of each block."""
+    magnitude = blocks.abs()
+    return magnitude.amax(1) if len(blocks) else magnitude.sum(1)
+
+
+def _codes(values: Tensor, scales: Tensor, code: Code, noise: Tensor | int = 0x8000) -> Tensor:
+    """The codes of a line of finite float32 values for given scales of its blocks."""
+    blocks = _in_blocks(values)
+    magnitude = blocks.view(torch.int32) & _MAGNITUDE
     inverse = (code.top_expanded / scales.float())[:, None]
     relative = (magnitude.view(torch.float32) * inverse).view(torch.int32)
     fixed_point = (relative >> code.power).view(torch.float32) * (2.0**16 / code.shrink)
@@ -63,7 +90,7 @@ def encode(values: Tensor, code: Code, noise: Tensor | int = 0x8000) -> tuple[Te
         codes = (torch.copysign(fixed_point, blocks).to(torch.int32) + noise) >> 16
     else:
         codes = torch.maximum((fixed_point.to(torch.int32) + noise) >> 16, magnitude.clamp(max=1))
-    return codes.to(code.dtype).flatten()[: values.numel()], scales
+    return codes.to(code.dtype).flatten()[: values.numel()]
 
 
 def decode(codes: Tensor, scales: Tensor, code: Code) -> Tensor:
@@ -78,20 +105,21 @@ def decode(codes: Tensor, scales: Tensor, code: Code) -> Tensor:
 def encode_states(states: dict[str, Tensor], step: int | None = None) -> tuple[dict[str, Tensor], Tensor]:
     """Codes of the float32 states of a param, all lines of one length, and their scales, of shape (blocks, states).
 
-    With a step the rounding is that of a step, otherwise to the nearest. An element of which a state is infinite or NaN
-    is marked in exp_avg.
+    With a step the rounding is that of a step; otherwise it is to the nearest, and what decode_states() gave gets the
+    codes that it came from. An element of which a state is infinite or NaN is marked in exp_avg.
     """
     finite = torch.stack([state.isfinite() for state in states.values()]).all(0)
     all_finite = bool(finite.all())
     index = torch.arange(finite.numel(), device=finite.device)
     codes, scales = {}, []
     for name, state in states.items():
-        code, rounding = CODES[name], torch.tensor(0x8000, device=finite.device)
-        if step is not None:
-            noise = noise_of(index, step)
-            rounding = noise >> 16 if code is SIGNED else noise & 0xFFFF
+        code = CODES[name]
         line = state if all_finite else torch.where(finite, state, 0.0)
-        codes[name], scale = encode(line, code, rounding if step is not None else 0x8000)
+        if step is None:
+            codes[name], scale = encode_again(line, code)
+        else:
+            noise = noise_of(index, step)
+            codes[name], scale = encode(line, code, noise >> 16 if code is SIGNED else noise & 0xFFFF)
         scales.append(scale)
     if not all_finite:
         codes["exp_avg"][~finite] = NOT_FINITE

@@ -65,7 +65,7 @@ def adopted_states(states: dict[Any, Any], groups: list[dict[str, Any]], precisi
                 if not master or name != master.key:
                     state.pop(name, None)
             name = names.get(key, "a param")
-            held = sharding.local_state(state, key, name)
+            held = _narrow_remainder(sharding.local_state(state, key, name))
             converted = _converted_tensors(held, sharding.local(key), name, precision)
             state.pop(SCALES, None)
             state.update(sharding.owned_state(converted, key, state))
@@ -84,6 +84,14 @@ def _group_step(states: dict[Any, Any], group: dict[str, Any]) -> int | None:
         return None
     entries = [states[param] for param in group["params"] if param in states]
     return max([int(step), *(int(entry["step"]) for entry in entries if "step" in entry)])
+
+
+def _narrow_remainder(state: dict[str, Any]) -> dict[str, Any]:
+    """The state with a remainder as saving.portable() wrote it in the dtype that it has in an optimizer."""
+    rest = state.get(REMAINDER)
+    if isinstance(rest, Tensor) and rest.dtype == torch.int32:
+        return {**state, REMAINDER: rest.to(torch.int16)}
+    return state
 
 
 def _converted_tensors(state: dict[str, Any], param: Tensor, name: str, precision: Precision) -> dict[str, Tensor]:

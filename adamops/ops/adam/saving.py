@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch.optim import Optimizer
 
-from . import sharding
+from . import remainders, sharding
 from .batch import is_coded
 from .coded_states import float_states
 from .precision import AVERAGES, MASTER, REMAINDER, SCALES
@@ -34,10 +34,18 @@ def without_codes(entry: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def portable(entry: Mapping[str, Any]) -> dict[str, Any]:
-    """The state of a param as it can be cut anew: no codes, and the step count in a tensor, as torch.optim has it."""
-    step = entry.get("step")
-    counted = {"step": torch.tensor(float(step))} if isinstance(step, int) else {}
-    return {**without_codes(entry), **counted}
+    """The state of a param as it can be cut anew: no codes, and the step count in a tensor, as torch.optim has it.
+
+    What a param lacks of its master is in int32, of which the lower 16 bits count, however many the optimizer keeps:
+    gloo and NCCL cannot send int16, and torch.distributed.checkpoint converts dtypes by value.
+    """
+    saved, step, rest = without_codes(entry), entry.get("step"), entry.get(REMAINDER)
+    if isinstance(step, int):
+        saved["step"] = torch.tensor(float(step))
+    if rest is not None and rest.dtype != torch.int32:
+        wide = remainders.converted(sharding.local(rest), torch.int16).to(torch.int32)
+        saved[REMAINDER] = sharding.like_param_placed(wide, rest)
+    return saved
 
 
 def portable_state_dicts(optimizer: Optimizer) -> None:
