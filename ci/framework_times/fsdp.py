@@ -43,7 +43,7 @@ def _params(sizes: list[int], sharded: bool) -> list[nn.Parameter]:
 
 
 def measure() -> dict[str, dict[str, float]]:
-    """Median milliseconds of a step, by case and contestant. DeepSpeed's optimizers do not take DTensors."""
+    """Median milliseconds of a step, by case and contestant. DeepSpeed's optimizers have not been tried on DTensors."""
     medians = {}
     with tempfile.TemporaryDirectory() as folder:
         dist.init_process_group("gloo", init_method=f"file://{folder}/store", rank=0, world_size=1)
