@@ -10,6 +10,7 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from twins import assert_close, assert_equal, same_grads
 
 import adamops
 from adamops import CPUAdam, DeepSpeedCPUAdam
@@ -24,24 +25,6 @@ def new_params(shapes=SHAPES, dtype=torch.float32):
 
 def twins(params):
     return [torch.nn.Parameter(p.detach().clone()) for p in params]
-
-
-def set_grads(*lists):
-    for group in zip(*lists, strict=True):
-        grad = torch.randn_like(group[0])
-        for param in group:
-            param.grad = grad.clone()
-
-
-def assert_equal(ours, theirs):
-    for a, b in zip(ours, theirs, strict=True):
-        assert torch.equal(a, b)
-
-
-def assert_close(ours, theirs, steps, lr=1e-2):
-    """Our rule and torch's round differently, some ulps a step; an update is at most about lr, a param about 4 here."""
-    for a, b in zip(ours, theirs, strict=True):
-        torch.testing.assert_close(a, b, rtol=steps * 2.0**-23, atol=steps * lr * 2.0**-20)
 
 
 def test_names_of_deepspeed():
@@ -63,7 +46,7 @@ def test_follows_torch_over_200_steps(Adam, adamw_mode, weight_decay, amsgrad, m
     a = Adam(ours, adamw_mode=adamw_mode, **settings_)
     b = (torch.optim.AdamW if adamw_mode else torch.optim.Adam)(theirs, **settings_)
     for _ in range(200):
-        set_grads(ours, theirs)
+        same_grads(ours, theirs)
         a.step()
         b.step()
     assert_close(ours, theirs, 200)
@@ -83,7 +66,7 @@ def test_without_bias_correction(Adam):
 def test_state_names_and_dtypes(dtype, fp32_states, amsgrad):
     params = new_params(dtype=dtype)
     optimizer = DeepSpeedCPUAdam(params, amsgrad=amsgrad, fp32_optimizer_states=fp32_states)
-    set_grads(params)
+    same_grads(params)
     optimizer.step()
     for param in params:
         state = optimizer.state[param]
@@ -99,7 +82,7 @@ def test_16_bit_params_follow_fp32_arithmetic(dtype):
     """A step of a 16-bit param is the step of its fp32 value, rounded once."""
     (half,) = new_params([(1000,)], dtype)
     full = torch.nn.Parameter(half.detach().float())
-    set_grads([half])
+    same_grads([half])
     full.grad = half.grad.float()
     DeepSpeedCPUAdam([half], lr=0.1).step()
     DeepSpeedCPUAdam([full], lr=0.1).step()
@@ -122,7 +105,7 @@ def test_fp32_grads_of_16_bit_params(dtype):
 def test_params_of_mixed_dtypes_in_one_group(Adam):
     params = [torch.nn.Parameter(torch.randn(50).to(dtype)) for dtype in DTYPES]
     alone = twins(params)
-    set_grads(params, alone)
+    same_grads(params, alone)
     Adam(params).step()
     for param in alone:
         Adam([param]).step()
@@ -149,7 +132,7 @@ def test_one_optimizer_of_many_params_equals_many_of_one(Adam, data):
     optimizers = [Adam([param], **hyper) for param in alone]
     optimizer = Adam(together, **hyper)
     for _ in range(3):
-        set_grads(together, alone)
+        same_grads(together, alone)
         optimizer.step()
         for single in optimizers:
             single.step()
@@ -164,7 +147,7 @@ def test_groups_have_their_own_settings(Adam):
     together = Adam(groups, lr=0.1)
     apart = [Adam([p], **{"lr": 0.1, **extra}) for p, extra in zip(alone, overrides, strict=True)]
     for _ in range(3):
-        set_grads(params, alone)
+        same_grads(params, alone)
         together.step()
         for optimizer in apart:
             optimizer.step()
@@ -180,7 +163,7 @@ def test_step_counts_of_late_and_idle_params(Adam):
     for i in range(6):
         if i == 3:
             ours.add_param_group({"params": [late]})
-        set_grads([first, idle, late], expected)
+        same_grads([first, idle, late], expected)
         if i % 2:
             idle.grad = expected[1].grad = None
         if i < 3:
@@ -226,7 +209,7 @@ def test_closure(Adam):
 
 def test_hooks(Adam):
     params = new_params()
-    set_grads(params)
+    same_grads(params)
     optimizer, calls = Adam(params), []
     optimizer.register_step_pre_hook(lambda *_: calls.append("pre"))
     optimizer.register_step_post_hook(lambda *_: calls.append("post"))
@@ -244,7 +227,7 @@ def test_lr_schedulers(Adam, tensor_lr):
         cosine = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, 15)
         pairs.append((optimizer, torch.optim.lr_scheduler.SequentialLR(optimizer, [warmup, cosine], [5])))
     for _ in range(20):
-        set_grads(ours, theirs)
+        same_grads(ours, theirs)
         for optimizer, scheduler in pairs:
             optimizer.step()
             scheduler.step()
@@ -355,7 +338,7 @@ def test_loads_a_deepspeed_checkpoint(Adam):
             "param_groups": [{**reference.state_dict()["param_groups"][0]}],
         }
     )
-    set_grads(params, expected)
+    same_grads(params, expected)
     optimizer.step()
     reference.step()
     assert_close(params, expected, 1, lr=2.5)  # random averages make updates of several lr
@@ -434,7 +417,7 @@ def test_data_of_a_param_may_be_replaced(Adam):
     param, twin = (p := new_params([(50,)])[0]), twins([p])[0]
     a, b = Adam([param]), Adam([twin])
     for _ in range(3):
-        set_grads([param], [twin])
+        same_grads([param], [twin])
         a.step()
         b.step()
         param.data = param.data.clone()

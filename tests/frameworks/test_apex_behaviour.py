@@ -5,9 +5,9 @@ import functools
 
 import pytest
 import torch
-from frameworks.twins import assert_close, assert_equal, assert_trained_alike, same_grads, twin_models, twin_params
 from optimizers import EmulatedFusedAdam
 from torch import nn
+from twins import assert_close, assert_equal, assert_trained_alike, same_grads, twin_models, twin_params
 
 from adamops import FusedAdam
 

@@ -8,7 +8,7 @@ import warnings
 
 import pytest
 import torch
-from frameworks.twins import assert_equal, assert_trained_alike, twin_models
+from twins import assert_equal, assert_trained_alike, twin_models
 
 import adamops
 from adamops import DeepSpeedCPUAdam, FusedAdam

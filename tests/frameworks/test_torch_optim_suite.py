@@ -12,10 +12,10 @@ import warnings
 
 import pytest
 import torch
-from frameworks.twins import assert_close, assert_equal, same_grads, twin_models, twin_params
 from optimizers import MAKERS, by_deepspeeds_names
 from torch.optim.optimizer import register_optimizer_step_post_hook, register_optimizer_step_pre_hook
 from torch.utils._python_dispatch import TorchDispatchMode
+from twins import assert_close, assert_equal, same_grads, twin_models, twin_params
 
 from adamops import DeepSpeedCPUAdam, FusedAdam
 

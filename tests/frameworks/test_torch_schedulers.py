@@ -5,8 +5,8 @@ import warnings
 
 import pytest
 import torch
-from frameworks.twins import assert_close, assert_equal, same_grads, twin_params
 from torch.optim import lr_scheduler
+from twins import assert_close, assert_equal, same_grads, twin_params
 
 pytestmark = pytest.mark.frameworks
 

@@ -5,12 +5,12 @@ import warnings
 
 import pytest
 import torch
-from frameworks.twins import assert_equal, assert_trained_alike, same_grads, twin_models, twin_params
 from torch import nn
 from torch.nn.utils import parametrizations, parametrize
 from torch.optim.swa_utils import SWALR, AveragedModel, get_ema_multi_avg_fn, update_bn
 from torch.utils.checkpoint import checkpoint
 from torch.utils.data import DataLoader, TensorDataset
+from twins import assert_equal, assert_trained_alike, same_grads, twin_models, twin_params
 
 from adamops import DeepSpeedCPUAdam, FusedAdam
 

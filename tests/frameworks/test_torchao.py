@@ -9,8 +9,8 @@ import copy
 
 import pytest
 import torch
-from frameworks.twins import assert_equal, assert_trained_alike, twin_models
 from torch import nn
+from twins import assert_equal, assert_trained_alike, twin_models
 
 from adamops import DeepSpeedCPUAdam, FusedAdam
 
