@@ -11,6 +11,7 @@ import sys
 import tempfile
 import time
 import traceback
+import types
 from multiprocessing.connection import wait
 from pathlib import Path
 
@@ -52,7 +53,8 @@ class Ranks:
         if not self._processes:
             self._start()
         with tempfile.TemporaryDirectory() as folder:
-            work = _address(function), world_size, folder, int(torch.randint(2**31, ())), args
+            # The arguments may hold functions of the module, which the process has to load first.
+            work = _address(function), world_size, folder, int(torch.randint(2**31, ())), pickle.dumps(args)
             pipes = self._pipes[:world_size]
             for pipe in pipes:
                 pipe.send(work)
@@ -105,7 +107,8 @@ def _rank(rank, pipe):
         try:
             dist.init_process_group("gloo", init_method=f"file://{folder}/store", rank=rank, world_size=world_size)
             # As bytes: the pipe would pass each tensor as a file descriptor, of which there are not enough.
-            result = pickle.dumps(_function_at(address)(rank, world_size, *args))
+            run = _function_at(address)
+            result = pickle.dumps(run(rank, world_size, *pickle.loads(args)))
             dist.barrier()  # nobody leaves while others talk to it
             if dist.is_initialized():  # the function may have ended it
                 dist.destroy_process_group()
@@ -122,6 +125,10 @@ def _address(function):
 def _function_at(address):
     module_name, path, name = address
     if module_name not in sys.modules:
+        parent = module_name.rpartition(".")[0]
+        while parent:  # pickle wants those too
+            sys.modules.setdefault(parent, types.ModuleType(parent))
+            parent = parent.rpartition(".")[0]
         spec = importlib.util.spec_from_file_location(module_name, path)
         sys.modules[module_name] = importlib.util.module_from_spec(spec)
         spec.loader.exec_module(sys.modules[module_name])
