@@ -89,11 +89,14 @@ class _Op:
         """A function that is not here, such as ZenFlow's: that of DeepSpeed's own op, which is then compiled."""
         if name.startswith("_"):
             raise AttributeError(name)
-        ours = self._registry.pop(self._builder.NAME, None)
+        patched = self._registry.get(self._builder.NAME) is self
+        if patched:
+            del self._registry[self._builder.NAME]
         try:
             return getattr(self._builder().load(), name)
         finally:
-            self._registry[self._builder.NAME] = ours
+            if patched:
+                self._registry[self._builder.NAME] = self
 
     def _check_arguments(self, function: str, arguments: Sequence[Any], expected: int) -> None:
         if len(arguments) != expected:

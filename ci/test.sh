@@ -32,4 +32,5 @@ git ls-files 'csrc/*.cpp' 'csrc/*.h' 'csrc/*.cu' 'csrc/*.cuh' 'tests/*.h' 'tests
   xargs "$bin/clang-format" --dry-run --Werror
 
 (cd / && "$python" -m adamops.report)
-exec "$bin/pytest" "$@"
+# What takes long under frameworks, and frameworks that are not torch's, are for ci/frameworks.sh.
+exec "$bin/pytest" -m "not (frameworks and slow)" "$@"

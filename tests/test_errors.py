@@ -51,6 +51,21 @@ def test_hyper_parameters_out_of_range(Adam, setting, value, message):
     assert len(optimizer.param_groups) == 1
 
 
+def test_loaded_betas_out_of_range_change_nothing(Adam):
+    param = torch.nn.Parameter(torch.ones(10))
+    param.grad = torch.ones(10)
+    optimizer = Adam([param])
+    optimizer.step()
+    before = optimizer.state_dict()
+    loaded = copy.deepcopy(before)
+    loaded["param_groups"][0]["betas"] = (1.5, 0.9)
+    loaded["state"][0]["step"] = 77
+    with pytest.raises(ValueError, match="Invalid beta parameter at index 0: 1.5 in param group 0"):
+        optimizer.load_state_dict(loaded)
+    after = optimizer.state_dict()
+    assert after["param_groups"] == before["param_groups"] and int(after["state"][0]["step"]) == 1
+
+
 def test_betas_changed_out_of_range_after_construction(Adam):
     param = torch.nn.Parameter(torch.ones(3))
     param.grad = torch.ones(3)

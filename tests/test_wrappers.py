@@ -1,5 +1,7 @@
 """Wrappers of an optimizer's class without its attributes, as Lightning makes them: methods work through them."""
 
+import copy
+
 import pytest
 import torch
 
@@ -61,3 +63,21 @@ def test_clipping_through_a_wrapper_counts_for_one_step(Adam):
     params[1].grad.copy_(params[0].grad)
     optimizers[1].step()
     torch.testing.assert_close(*params)
+
+
+def test_loading_into_a_wrapper_leaves_it_tied_to_the_optimizer(Adam):
+    """The states go to the wrapper alone, as with torch's classes; what methods set still reaches the optimizer."""
+    params, optimizers = twin_optimizers(Adam)
+    optimizers[0].load_state_dict(optimizers[0].state_dict())
+    for optimizer in optimizers:
+        optimizer.clip_grad_norm_(0.1)
+        optimizer.step()
+    assert torch.equal(*params)
+
+
+def test_wrappers_can_be_copied(Adam):
+    (param, _), (wrapper, _) = twin_optimizers(Adam)
+    wrapper.step()
+    copied = copy.deepcopy(wrapper)
+    assert copied.state_dict()["state"][0]["step"] == wrapper.state_dict()["state"][0]["step"] == 1
+    assert copied.param_groups[0]["params"][0] is not param

@@ -113,6 +113,8 @@ def test_functions_that_we_lack_are_those_of_deepspeeds_op(monkeypatch):
         assert CPUAdamBuilder().load() is op
         with pytest.raises(AttributeError):
             op._not_there  # noqa: B018
+    assert op.zenflow_adam_ctrl_size() == 128  # an optimizer may keep our op after the patch has been undone
+    assert CPUAdamBuilder().load() is Own
 
 
 def test_ours_stays_in_place_if_deepspeeds_op_cannot_be_built(monkeypatch):

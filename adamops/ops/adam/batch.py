@@ -16,6 +16,7 @@ from torch import Tensor
 from .block_codes import CODES, blocks_of
 from .hyper import AdamHyper
 from .precision import AVERAGES, DTYPES, MASTER, REMAINDER, SCALES, STATE_TENSORS, scales_shape
+from .sharding import PLAIN_TYPES
 
 MOST_STEPS = 2**53  # kMostSteps in csrc/adam/adam_table.h
 
@@ -105,6 +106,7 @@ def check_params_and_grads(batch: AdamBatch) -> None:
 def check_param(param: Tensor, name: str) -> None:
     """Raises for a param that cannot be updated whatever its grad."""
     described = _described(param, name)
+    _check_has_memory(param, described)
     if param.layout != torch.strided:
         raise TypeError(f"{described} has layout {param.layout}; only dense (strided) params are supported")
     if param.dtype not in DTYPES:
@@ -114,6 +116,14 @@ def check_param(param: Tensor, name: str) -> None:
             f"{described} has strides {param.stride()}, which overlap or leave gaps; use a param that owns its memory, "
             "such as param.detach().clone()"
         )
+
+
+def _check_has_memory(tensor: Tensor, what: str) -> None:
+    """Raises TypeError for a subclass of Tensor whose elements are in other tensors, of which an op has no address."""
+    if type(tensor) in PLAIN_TYPES or tensor.layout != torch.strided or tensor.device.type == "meta":
+        return
+    if tensor.numel() and not tensor.data_ptr():
+        raise TypeError(f"{what} is a {type(tensor).__name__}, which has no memory of its own; use a plain tensor")
 
 
 def check_in_host_memory(param: Tensor, name: str) -> None:
@@ -131,6 +141,7 @@ def _checked_grad(param: Tensor, grad: Tensor, name: str) -> Tensor:
             f"{described} has a grad of layout {grad.layout}; sparse grads are not supported: "
             "use torch.optim.SparseAdam, or an Embedding with sparse=False"
         )
+    _check_has_memory(grad, f"{described}: its grad")
     if grad.shape != param.shape:
         raise ValueError(f"{described} has a grad of shape {tuple(grad.shape)}; the shapes must be equal")
     if grad.device != param.device:
@@ -200,6 +211,7 @@ def check_lowp_out(out: Tensor, param: Tensor, name: str) -> None:
         raise ValueError(
             f"{described} has a lowp_out of shape {tuple(out.shape)} on {out.device}; both must be the param's"
         )
+    _check_has_memory(out, f"{described}: its lowp_out")
     if not is_dense(out) or not same_layout(out, param):
         raise ValueError(f"{described} has strides {param.stride()}, its lowp_out {out.stride()}; they must be equal")
 
@@ -254,6 +266,7 @@ def check_state(state: Mapping[str, Any], param: Tensor, name: str, elsewhere: b
         value = state[key]
         if not isinstance(value, Tensor) or value.layout != torch.strided:
             raise TypeError(f"{described} has a {type(value).__name__} as state {key!r}; expected a dense tensor")
+        _check_has_memory(value, f"{described}: its state {key!r}")
         if key != SCALES and value.shape != param.shape:
             raise ValueError(
                 f"{described} has state {key!r} of shape {tuple(value.shape)}; it belongs to another model or shard"

@@ -11,6 +11,7 @@ from torch import Tensor
 from ... import op_builder
 from .backend import Backend
 from .cuda_backend import CudaBackend
+from .hyper import AdamHyper
 from .optimizer import AdamOptimizer, torch_calls
 
 
@@ -147,7 +148,7 @@ class FusedAdam(AdamOptimizer):
 
     def _place_step_counts(self, group: dict[str, Any], where: str) -> None:
         """Moves loaded step counts to where a captured step will look for them."""
-        hyper = self._hyper(group, where)
+        hyper = AdamHyper.of_group(group, adamw_mode=self.adam_w_mode)
         for i, param in enumerate(group["params"]):
             state = self.state.get(param)
             if state and "step" in state:

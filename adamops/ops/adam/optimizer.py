@@ -200,7 +200,8 @@ class AdamOptimizer(Optimizer):
         parts: dict[sharding.Spread, list[Tensor]] = {sharding.spread(param): [] for param in params} or {None: []}
         for _, owner, _, grad in named:
             parts[sharding.spread(owner)].append(grad)
-        norms = {spread: _norm_of(backend, grads, norm_type) for spread, grads in parts.items()}
+        device = named[0][3].device if named else _HOST
+        norms = {spread: _norm_of(backend, device, grads, norm_type) for spread, grads in parts.items()}
         norm = sharding.add_up_norms(norms, norm_type)
         scale = getattr(self, "grad_scale", None)
         if scale is not None:
@@ -261,6 +262,7 @@ class AdamOptimizer(Optimizer):
         self._grad_factor = 1.0
         return loss
 
+    @uncompiled
     def step_async(
         self, *, threads: int | None = None, zero_grads: bool = False, lowp_out: Sequence[Tensor | None] | None = None
     ) -> AsyncStep:
@@ -546,15 +548,17 @@ class AdamOptimizer(Optimizer):
     def __setstate__(self, state: dict[str, Any]) -> None:
         """Called by unpickling and, with loaded state, by load_state_dict()."""
         state = {**state}
-        state.setdefault("_shared", self.__dict__.get("_shared", {}))
-        state.setdefault("fp32_optimizer_states", getattr(self, "fp32_optimizer_states", True))
-        state.setdefault("master_weights", getattr(self, "master_weights", False))
-        own = getattr(self, "_precision", None) or _precision_of(
-            state["fp32_optimizer_states"], state["master_weights"]
-        )
-        state.setdefault("_precision", own)
+        if "defaults" in state:  # a whole optimizer, perhaps of an older version
+            state.setdefault("_shared", {})
+            state.setdefault("_backends", {_HOST: _load_host_backend()})
+            state.setdefault("fp32_optimizer_states", True)
+            state.setdefault("master_weights", False)
+            state.setdefault("_precision", _precision_of(state["fp32_optimizer_states"], state["master_weights"]))
         if "state" in state and "param_groups" in state:
-            state["state"] = adopted_states(state["state"], state["param_groups"], state["_precision"])
+            for i, group in enumerate(state["param_groups"]):
+                _check_betas(*map(float, group["betas"]), f" in param group {i}")
+            precision = state.get("_precision") or self._precision
+            state["state"] = adopted_states(state["state"], state["param_groups"], precision)
         super().__setstate__(state)
         for group in self.param_groups:
             group.setdefault("bias_correction", True)
@@ -562,8 +566,6 @@ class AdamOptimizer(Optimizer):
             group.setdefault("maximize", False)
             if "stochastic_rounding_seed" in self.defaults:
                 group.setdefault("stochastic_rounding_seed", self.defaults["stochastic_rounding_seed"])
-        if not hasattr(self, "_backends"):
-            self._backends = {_HOST: _load_host_backend()}
 
     @waits
     def __getstate__(self) -> dict[str, Any]:
@@ -619,11 +621,11 @@ def _complete_scales(state: dict[str, Any], param: Tensor, amsgrad: bool) -> Non
             state[SCALES][:, :columns] = scales[:, :columns]
 
 
-def _norm_of(backend: Backend, grads: list[Tensor], norm_type: float) -> Tensor:
-    """The norm of all elements of grads on one device, in float64 there."""
+def _norm_of(backend: Backend, device: torch.device, grads: list[Tensor], norm_type: float) -> Tensor:
+    """The norm of all elements of grads on the device, in float64 there."""
     grads = [grad for grad in grads if grad.numel()]
     if not grads:
-        return torch.tensor(sharding.norm_of_nothing(norm_type), dtype=torch.float64)
+        return torch.full((), sharding.norm_of_nothing(norm_type), dtype=torch.float64, device=device)
     if all(grad.layout == torch.strided for grad in grads):
         dense = [grad if is_dense(grad) else grad.contiguous() for grad in grads]
         norm = backend.grad_norm(dense, norm_type)

@@ -6,6 +6,7 @@ DTensors, it has been, and where there are none, it would cost each import of ad
 
 from __future__ import annotations
 
+import dataclasses
 import math
 import sys
 from collections.abc import Iterable, Mapping
@@ -42,9 +43,8 @@ def is_sharded(tensor: object) -> bool:
 
 def local(tensor: Any) -> Any:
     """What this process holds of a DTensor, in the DTensor's own memory; anything else as it is."""
-    if not is_sharded(tensor):
-        return tensor
-    held = tensor._local_tensor  # to_local() would make a view of a param, at each call
+    # to_local() would make a view of a param, at each call
+    held = tensor._local_tensor if is_sharded(tensor) else tensor
     if type(held) not in PLAIN_TYPES and hasattr(held, "wait"):
         return held.wait()  # what a collective is still bringing
     return held
@@ -108,7 +108,7 @@ def local_state(state: Mapping[str, Any], param: Tensor, name: str) -> Any:
                 f"one of shape {tuple(value.shape)} placed as {_placements(value)}; "
                 "torch.distributed.checkpoint loads what was cut otherwise"
             )
-    return {key: local(value) for key, value in state.items()}
+    return {key: local(value) if key in STATE_TENSORS else value for key, value in state.items()}
 
 
 def local_like(tensor: Tensor, param: Tensor, what: str) -> Tensor:
@@ -143,14 +143,11 @@ def like_param_placed(tensor: Tensor, param: Tensor) -> Tensor:
     """A DTensor placed like the param, of the same memory as this local tensor; the tensor itself of a plain param."""
     if not is_sharded(param):
         return tensor
-    return dtensor_class().from_local(
-        tensor,
-        param.device_mesh,  # type: ignore[attr-defined]
-        _placements(param),
-        run_check=False,
-        shape=param.shape,
-        stride=param.stride(),
-    )
+    # Not from_local(), which moves what is elsewhere than the mesh: CPUOffloadPolicy has shards in host memory, cut
+    # over a mesh of GPUs. fully_shard() makes its DTensors so too.
+    spec = param._spec  # type: ignore[attr-defined]
+    meta = spec.tensor_meta._replace(dtype=tensor.dtype)
+    return dtensor_class()(tensor, dataclasses.replace(spec, tensor_meta=meta), requires_grad=False)
 
 
 # Norms over all processes -----------------------------------------------------------------------------------------
@@ -184,11 +181,9 @@ def add_up_norms(parts: Mapping[Spread, Tensor], norm_type: float) -> Tensor:
     if norm_type == 0.0:
         raise ValueError("The norm of order 0 of DTensors is not supported; use one of another order")
     device = next(iter(parts.values())).device
-    totals = [
-        _over_processes(_summand(norm, norm_type), norm_type, where).to(device) if where else _summand(norm, norm_type)
-        for where, norm in parts.items()
-    ]
-    total = _joined(torch.stack(totals), norm_type)
+    summands = {where: _summand(norm, norm_type) for where, norm in parts.items()}
+    totals = [_over_processes(value, norm_type, where) if where else value for where, value in summands.items()]
+    total = _joined(torch.stack([value.to(device) for value in totals]), norm_type)
     return total if math.isinf(norm_type) else total ** (1.0 / norm_type)
 
 
