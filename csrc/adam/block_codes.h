@@ -69,8 +69,7 @@ ADAMOPS_HOST_DEVICE inline typename Ops::Number decode(typename Ops::Integers co
   const auto number = Ops::to_number(code);
   const auto shrunk = Ops::bits(Ops::mul(number, Ops::set(Code::kShrink)));
   if constexpr (Code::kSigned) {
-    static_assert(Code::kPower == 1, "the shift drops the sign");
-    const auto magnitude = Ops::mul(Ops::from_bits(shrunk << Code::kPower), unit);
+    const auto magnitude = Ops::mul(Ops::from_bits((shrunk & kMagnitudeBits) << Code::kPower), unit);
     return Ops::from_bits(Ops::bits(magnitude) | (shrunk & ~kMagnitudeBits));
   } else {
     return Ops::mul(Ops::from_bits(shrunk << Code::kPower), unit);
