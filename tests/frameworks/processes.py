@@ -68,7 +68,7 @@ class Ranks:
         context = mp.get_context("spawn")
         for rank in range(self._most):
             ours, theirs = context.Pipe()
-            self._processes.append(context.Process(target=_rank, args=(rank, theirs), daemon=True))
+            self._processes.append(context.Process(target=_rank, args=(rank, theirs)))  # may start others
             self._processes[-1].start()
             self._pipes.append(ours)
             theirs.close()
@@ -100,7 +100,10 @@ class Ranks:
 def _rank(rank, pipe):
     torch.set_num_threads(1)
     while True:
-        address, world_size, folder, seed, args = pipe.recv()
+        try:
+            address, world_size, folder, seed, args = pipe.recv()
+        except EOFError:  # whoever started this process is gone
+            return
         torch.manual_seed(seed)
         size = str(world_size)
         os.environ.update(RANK=str(rank), LOCAL_RANK=str(rank), WORLD_SIZE=size, LOCAL_WORLD_SIZE=size)
