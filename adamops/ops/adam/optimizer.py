@@ -556,7 +556,8 @@ class AdamOptimizer(Optimizer):
             state.setdefault("_precision", _precision_of(state["fp32_optimizer_states"], state["master_weights"]))
         if "state" in state and "param_groups" in state:
             for i, group in enumerate(state["param_groups"]):
-                _check_betas(*map(float, group["betas"]), f" in param group {i}")
+                beta1, beta2 = group["betas"]
+                _check_betas(float(beta1), float(beta2), f" in param group {i}")
             precision = state.get("_precision") or self._precision
             state["state"] = adopted_states(state["state"], state["param_groups"], precision)
         super().__setstate__(state)
