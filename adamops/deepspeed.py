@@ -40,7 +40,7 @@ class UnknownDeepSpeedError(RuntimeError):
 
 
 @functools.lru_cache(maxsize=256)
-def _hyper(
+def _hyper_of_numbers(
     lr: float, beta1: float, beta2: float, eps: float, weight_decay: float, bias_correction: bool, adamw_mode: bool
 ) -> AdamHyper:
     if not (0.0 <= beta1 < 1.0 and 0.0 <= beta2 < 1.0):
@@ -56,6 +56,14 @@ def _hyper(
         amsgrad=False,
         maximize=False,
     )
+
+
+def _hyper(
+    lr: Any, beta1: Any, beta2: Any, eps: Any, weight_decay: Any, bias_correction: Any, adamw_mode: Any
+) -> AdamHyper:
+    """From what DeepSpeed hands over, which may be 0-dim tensors or numbers in the place of truth values."""
+    rates = (float(rate) for rate in (lr, beta1, beta2, eps, weight_decay))
+    return _hyper_of_numbers(*rates, bias_correction=bool(bias_correction), adamw_mode=bool(adamw_mode))
 
 
 def _update(
@@ -160,15 +168,7 @@ class CPUAdamOp(_Op):
         exp_avg: Tensor,
         exp_avg_sq: Tensor,
     ) -> tuple[AdamHyper, int, Tensor, Tensor, dict[str, Any]]:
-        hyper = _hyper(
-            float(lr),
-            float(beta1),
-            float(beta2),
-            float(eps),
-            float(weight_decay),
-            bool(bias_correction),
-            self._adamw_modes[optimizer_id],
-        )
+        hyper = _hyper(lr, beta1, beta2, eps, weight_decay, bias_correction, self._adamw_modes[optimizer_id])
         return hyper, int(step), param, grad, {"exp_avg": exp_avg, "exp_avg_sq": exp_avg_sq}
 
 
@@ -183,15 +183,7 @@ class FusedAdamOp(_Op):
         """(chunk_size, noop_flag, [grads, params, exp_avgs, exp_avg_sqs], lr, ..., step, adam_w_mode, ...)."""
         self._check_arguments("multi_tensor_adam", arguments, 11)
         (_, _, lists, lr, beta1, beta2, eps, step, adam_w_mode, bias_correction, weight_decay) = arguments
-        hyper = _hyper(
-            float(lr),
-            float(beta1),
-            float(beta2),
-            float(eps),
-            float(weight_decay),
-            bool(bias_correction),
-            bool(adam_w_mode),
-        )
+        hyper = _hyper(lr, beta1, beta2, eps, weight_decay, bias_correction, adam_w_mode)
         grads, params, exp_avgs, exp_avg_sqs = lists
         states = [
             {"step": int(step) - 1, "exp_avg": exp_avg, "exp_avg_sq": exp_avg_sq}
