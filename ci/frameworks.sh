@@ -21,4 +21,4 @@ export PATH=$(dirname "$python"):$PATH  # DeepSpeed and torch.compile look for n
 if [[ ${1:-} = times ]]; then
     exec "$python" ci/framework_times
 fi
-exec "$python" -m pytest -m frameworks "$@"
+exec pytest -m frameworks "$@"  # not python -m pytest, which would import the checkout and not what is installed
