@@ -481,6 +481,10 @@ def test_state_dicts_of_other_optimizers_are_refused(Adam):
     with pytest.raises(ValueError, match="momentum_buffer.*this is not the state of an Adam optimizer"):
         optimizer.load_state_dict(copy.deepcopy(sgd.state_dict()))
     assert not optimizer.state
+    before_its_first_step = torch.optim.SGD(params, lr=0.1).state_dict()
+    with pytest.raises(ValueError, match="param group 0 has no betas; this is not the state of an Adam optimizer"):
+        optimizer.load_state_dict(before_its_first_step)
+    assert optimizer.param_groups[0]["betas"] == (0.9, 0.999)
 
 
 def test_state_dicts_of_other_params_are_refused(Adam):

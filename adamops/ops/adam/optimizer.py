@@ -555,11 +555,13 @@ class AdamOptimizer(Optimizer):
             state.setdefault("master_weights", False)
             state.setdefault("_precision", _precision_of(state["fp32_optimizer_states"], state["master_weights"]))
         if "state" in state and "param_groups" in state:
-            for i, group in enumerate(state["param_groups"]):
-                beta1, beta2 = group["betas"]
-                _check_betas(float(beta1), float(beta2), f" in param group {i}")
             precision = state.get("_precision") or self._precision
             state["state"] = adopted_states(state["state"], state["param_groups"], precision)
+            for i, group in enumerate(state["param_groups"]):
+                if "betas" not in group:
+                    raise ValueError(f"param group {i} has no betas; this is not the state of an Adam optimizer")
+                beta1, beta2 = group["betas"]
+                _check_betas(float(beta1), float(beta2), f" in param group {i}")
         super().__setstate__(state)
         for group in self.param_groups:
             group.setdefault("bias_correction", True)
