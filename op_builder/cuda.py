@@ -99,15 +99,31 @@ class ArchitectureChoice:
     requested: str
     enabled: tuple[str, ...]
     dropped: tuple[tuple[str, str], ...]
+    from_one_ptx: bool = False  # the machine code for all is made from the PTX of the oldest
+
+    def by_one_ptx(self) -> ArchitectureChoice:
+        """The same from one PTX, which also takes the place of any newer PTX: it runs wherever that would."""
+        plain = [name for name in self.enabled if name.removesuffix("+PTX").isdigit()]  # not "90a", which has its own
+        if not plain:
+            return self
+        numbers = [name.removesuffix("+PTX") for name in plain]
+        renamed = dict(zip(plain, numbers, strict=True))
+        if numbers != plain:
+            renamed[plain[numbers.index(min(numbers, key=int))]] += "+PTX"
+        enabled = tuple(renamed.get(name, name) for name in self.enabled)
+        return dataclasses.replace(self, enabled=enabled, from_one_ptx=True)
 
     def nvcc_flags(self) -> list[str]:
         """The flags that make nvcc compile for them."""
-        flags = []
-        for name in self.enabled:
-            number = name.removesuffix("+PTX")
-            codes = [f"sm_{number}"] + ([f"compute_{number}"] if name != number else [])
-            flags += [f"-gencode=arch=compute_{number},code=[{','.join(codes)}]"]
-        return flags
+        numbers = [name.removesuffix("+PTX") for name in self.enabled]
+        plain = [number for number in numbers if number.isdigit()]
+        codes: dict[str, list[str]] = {}  # by the PTX that they are made from
+        for name, number in zip(self.enabled, numbers, strict=True):
+            ptx = min(plain, key=int) if self.from_one_ptx and number in plain else number
+            codes.setdefault(ptx, []).append(f"sm_{number}")
+            if name != number:
+                codes[ptx].append(f"compute_{ptx}")
+        return [f"-gencode=arch=compute_{ptx},code=[{','.join(names)}]" for ptx, names in codes.items()]
 
 
 @functools.cache
@@ -163,6 +179,10 @@ class CUDAOpBuilder(OpBuilder):
 
     HELP = "Install the CUDA toolkit (nvcc), or a wheel that was built with CUDA."
 
+    # Whether the kernels use nothing that only newer architectures have. Then they are compiled to PTX once, for the
+    # oldest, and from that to the machine code of each, which takes much less time.
+    FROM_ONE_PTX = False
+
     # IEEE arithmetic and no fusing, so that GPUs give the bits of CPUs. Compressed, as code for many architectures is
     # large.
     NVCC_FLAGS = (
@@ -193,13 +213,17 @@ class CUDAOpBuilder(OpBuilder):
             raise BuildError("no nvcc found")
         return nvcc
 
+    def _architectures(self) -> ArchitectureChoice:
+        choice = choose_architectures(self._nvcc())
+        return choice.by_one_ptx() if self.FROM_ONE_PTX else choice
+
     def compile_units(self) -> list[CompileUnit]:
         nvcc, compiler = self._nvcc(), Compiler.find()
         host = (f"-ccbin={compiler.command[0]}",) if compiler else ()
         flags = (
             *self.NVCC_FLAGS,
             *self.nvcc_args(),
-            *choose_architectures(nvcc).nvcc_flags(),
+            *self._architectures().nvcc_flags(),
             *host,
         )
         units = [CompileUnit(source, flags, command=(nvcc.path, "--threads={jobs}")) for source in self.cuda_sources()]
@@ -210,7 +234,7 @@ class CUDAOpBuilder(OpBuilder):
         return [f"-L{folder}", "-lcudart_static", "-ldl", "-lrt", "-lpthread"]
 
     def record(self) -> dict[str, Any]:
-        choice = choose_architectures(self._nvcc())
+        choice = self._architectures()
         return {
             "nvcc": self._nvcc().version,
             "architectures_requested": choice.requested,

@@ -10,6 +10,7 @@ class FusedAdamBuilder(CUDAOpBuilder):
 
     NAME = "fused_adam"
     MODULE = "adamops._native.fused_adam"
+    FROM_ONE_PTX = True
 
     def sources(self) -> list[str]:
         return ["adam/fused_adam.cpp", "adam/adam_table.cpp", "adam/launch_plan.cpp"]

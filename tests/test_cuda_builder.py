@@ -76,6 +76,23 @@ def test_without_settings_or_gpus_the_wheels_list_is_built():
     assert choice.nvcc_flags()[-1] == "-gencode=arch=compute_120,code=[sm_120,compute_120]"
 
 
+@pytest.mark.parametrize(
+    ("enabled", "by_one", "flags"),
+    [
+        (("80", "75", "120+PTX"), ("80", "75+PTX", "120"), ["75,code=[sm_80,sm_75,compute_75,sm_120]"]),
+        (("90+PTX", "80+PTX"), ("90", "80+PTX"), ["80,code=[sm_90,sm_80,compute_80]"]),
+        (("80", "90"), ("80", "90"), ["80,code=[sm_80,sm_90]"]),
+        (("90", "100a+PTX"), ("90", "100a+PTX"), ["90,code=[sm_90]", "100a,code=[sm_100a,compute_100a]"]),
+        (("90a",), ("90a",), ["90a,code=[sm_90a]"]),
+        ((), (), []),
+    ],
+)
+def test_all_machine_code_from_one_ptx(enabled, by_one, flags):
+    choice = ArchitectureChoice("a list", enabled, ()).by_one_ptx()
+    assert choice.enabled == by_one
+    assert choice.nvcc_flags() == [f"-gencode=arch=compute_{words}" for words in flags]
+
+
 def test_visible_gpus_are_built_for(monkeypatch):
     monkeypatch.setattr(cuda, "visible_gpus", lambda: ("80", "90"))
     assert choose_architectures(NVCC) == ArchitectureChoice("the visible GPUs", ("80", "90+PTX"), ())
@@ -127,7 +144,7 @@ def test_nvcc_of_cuda_home_is_taken_and_described(monkeypatch, tmp_path):
     assert builder.compatibility().reason.startswith("nvcc 12.4 on ")
     (unit,) = [unit for unit in builder.compile_units() if unit.command]
     assert unit.command[0] == nvcc.path
-    assert {"-fmad=false", "-gencode=arch=compute_90,code=[sm_90,compute_90]"} <= set(unit.flags)
+    assert {"-fmad=false", "-gencode=arch=compute_80,code=[sm_80,compute_80,sm_90]"} <= set(unit.flags)
     assert "-lcudart_static" in builder.extra_ldflags()
 
 
@@ -164,7 +181,7 @@ def test_the_op_is_compiled_by_nvcc_and_imports_without_a_gpu(monkeypatch, tmp_p
         output = tmp_path / name / "fused_adam.so"
         record = compile_op(FusedAdamBuilder(), output)
         builds.append(output.read_bytes())
-    assert record["architectures"] == ["80", "90+PTX"]
+    assert record["architectures"] == ["80+PTX", "90"]
     assert record["architectures_requested"] == "ADAMOPS_CUDA_ARCHS=8.0;9.0+PTX"
     assert builds[0] == builds[1], "the same sources gave other bytes"
     assert str(tmp_path) not in json.dumps(record)

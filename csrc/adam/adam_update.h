@@ -51,12 +51,12 @@ struct AdamConstants {
 };
 
 // One step for one Number of elements: param, exp_avg (m), exp_avg_sq (v) and, with Amsgrad, max_exp_avg_sq are updated
-// in place. L2 is a template parameter because fma(0, param, grad) is not grad for infinite params and negative zeros.
-template <bool L2, bool Amsgrad, class Ops, class Number>
-ADAMOPS_HOST_DEVICE inline void adam_update(const AdamConstants<Ops>& k, Number& param, Number grad, Number& m,
+// in place. L2 is asked because fma(0, param, grad) is not grad for infinite params and negative zeros.
+template <bool Amsgrad, class Ops, class Number>
+ADAMOPS_HOST_DEVICE inline void adam_update(const AdamConstants<Ops>& k, bool l2, Number& param, Number grad, Number& m,
                                             Number& v, Number& max_v) {
   grad = Ops::mul(grad, k.grad_scale);
-  if (L2) grad = Ops::fma(k.l2, param, grad);
+  if (l2) grad = Ops::fma(k.l2, param, grad);
   m = Ops::fma(k.beta1, m, Ops::mul(k.one_minus_beta1, grad));
   v = Ops::fma(k.beta2, v, Ops::mul(Ops::mul(k.one_minus_beta2, grad), grad));
   if (Amsgrad) max_v = Ops::max(max_v, v);

@@ -31,7 +31,7 @@ inline void update_block(const AdamConstants<Ops>& k, Param* param, const Grad* 
     load_two<kEvenOdd>(exp_avg_sq + i, v);
     if constexpr (Amsgrad) load_two<kEvenOdd>(max_exp_avg_sq + i, max_v);
     for (int half = 0; half < 2; ++half)
-      adam_update<L2, Amsgrad, Ops>(k, p[half], g[half], m[half], v[half], max_v[half]);
+      adam_update<Amsgrad, Ops>(k, L2, p[half], g[half], m[half], v[half], max_v[half]);
     store_two<kEvenOdd>(param + i, p);
     if constexpr (Master) store_two<kEvenOdd>(master + i, p);
     store_two<kEvenOdd>(exp_avg + i, m);

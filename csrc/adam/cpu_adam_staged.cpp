@@ -335,7 +335,7 @@ inline Largest update(const AdamConstants<Ops>& k, float* param, const float* gr
   for (int64_t i = 0; i < kCodeBlock; i += Ops::kWidth) {
     Number p = Ops::load(param + i), m = from.load_exp_avg(i), v = from.load_exp_avg_sq(i), max_v = {};
     if constexpr (Amsgrad) max_v = from.load_max_exp_avg_sq(i);
-    adam_update<L2, Amsgrad, Ops>(k, p, Ops::load(grad + i), m, v, max_v);
+    adam_update<Amsgrad, Ops>(k, L2, p, Ops::load(grad + i), m, v, max_v);
     Ops::store(param + i, p);
     Ops::store(to.exp_avg + i, m);
     Ops::store(to.exp_avg_sq + i, v);

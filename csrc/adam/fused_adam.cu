@@ -57,27 +57,24 @@ class DeviceGuard {
 using Kernel = void (*)(AdamLaunch);
 
 template <class Param, class Grad, class State, bool Master>
-Kernel kernel_of_mode(bool l2, bool amsgrad) {
-  if (l2)
-    return amsgrad ? adam_kernel<AdamKind<Param, Grad, State, Master, true, true>>
-                   : adam_kernel<AdamKind<Param, Grad, State, Master, true, false>>;
-  return amsgrad ? adam_kernel<AdamKind<Param, Grad, State, Master, false, true>>
-                 : adam_kernel<AdamKind<Param, Grad, State, Master, false, false>>;
+Kernel kernel_of_columns(bool amsgrad) {
+  return amsgrad ? adam_kernel<AdamKind<Param, Grad, State, Master, true>>
+                 : adam_kernel<AdamKind<Param, Grad, State, Master, false>>;
 }
 
 // Grads and states have the param's dtype or fp32; a master goes with 16-bit params and fp32 states.
 template <class Param>
-Kernel kernel_of_param(bool grad32, bool state32, bool master, bool l2, bool amsgrad) {
+Kernel kernel_of_param(bool grad32, bool state32, bool master, bool amsgrad) {
   if (master) {
     if (!state32) return nullptr;
-    return grad32 ? kernel_of_mode<Param, float, float, true>(l2, amsgrad)
-                  : kernel_of_mode<Param, Param, float, true>(l2, amsgrad);
+    return grad32 ? kernel_of_columns<Param, float, float, true>(amsgrad)
+                  : kernel_of_columns<Param, Param, float, true>(amsgrad);
   }
   if (state32)
-    return grad32 ? kernel_of_mode<Param, float, float, false>(l2, amsgrad)
-                  : kernel_of_mode<Param, Param, float, false>(l2, amsgrad);
-  return grad32 ? kernel_of_mode<Param, float, Param, false>(l2, amsgrad)
-                : kernel_of_mode<Param, Param, Param, false>(l2, amsgrad);
+    return grad32 ? kernel_of_columns<Param, float, float, false>(amsgrad)
+                  : kernel_of_columns<Param, Param, float, false>(amsgrad);
+  return grad32 ? kernel_of_columns<Param, float, Param, false>(amsgrad)
+                : kernel_of_columns<Param, Param, Param, false>(amsgrad);
 }
 
 // A kernel of one pass over registers, for what is most common; null for everything else.
@@ -86,17 +83,16 @@ Kernel direct_kernel(AdamDtypes dtypes, AdamMode mode) {
   if (dtypes.state != dtypes.param && dtypes.state != kFloat32) return nullptr;
   const bool grad32 = dtypes.grad == kFloat32, state32 = dtypes.state == kFloat32;
   const bool master = dtypes.master == kMasterFp32;
-  if (dtypes.param == kBfloat16) return kernel_of_param<bf16>(grad32, state32, master, mode.l2, mode.amsgrad);
-  if (dtypes.param == kFloat16) return kernel_of_param<fp16>(grad32, state32, master, mode.l2, mode.amsgrad);
-  return kernel_of_mode<float, float, float, false>(mode.l2, mode.amsgrad);
+  if (dtypes.param == kBfloat16) return kernel_of_param<bf16>(grad32, state32, master, mode.amsgrad);
+  if (dtypes.param == kFloat16) return kernel_of_param<fp16>(grad32, state32, master, mode.amsgrad);
+  return kernel_of_columns<float, float, float, false>(mode.amsgrad);
 }
 
 Kernel kernel_of(AdamDtypes dtypes, AdamMode mode, bool lowp_out) {
   const bool plain = !lowp_out && !mode.zero_grads && !mode.stochastic_rounding;
   const Kernel direct = plain ? direct_kernel(dtypes, mode) : nullptr;
   if (direct) return direct;
-  if (mode.l2) return mode.amsgrad ? adam_blocks_kernel<true, true> : adam_blocks_kernel<true, false>;
-  return mode.amsgrad ? adam_blocks_kernel<false, true> : adam_blocks_kernel<false, false>;
+  return mode.amsgrad ? adam_blocks_kernel<true> : adam_blocks_kernel<false>;
 }
 
 // What the tensors of a launch have in common, as one number.

@@ -329,7 +329,7 @@ __device__ inline bool is_aligned(const AdamTensor& tensor) {
 
 // One step for a launch's tensors, a block of threads a chunk, a warp a block of codes. Where the step is skipped,
 // grads are zeroed and params copied all the same.
-template <bool L2, bool Amsgrad>
+template <bool Amsgrad>
 __global__ void __launch_bounds__(kThreads, 2) adam_blocks_kernel(const __grid_constant__ AdamLaunch launch) {
   const bool skipped = launch.found_inf && *launch.found_inf != 0.0f;
   const uint32_t index = tensor_of_block(launch.first_block, launch.count, blockIdx.x);
@@ -352,8 +352,8 @@ __global__ void __launch_bounds__(kThreads, 2) adam_blocks_kernel(const __grid_c
       load_states<Amsgrad>(own, tensor, dtypes.state, scales, states);
 #pragma unroll
       for (int i = 0; i < kOwn; ++i)
-        adam_update<L2, Amsgrad, CudaOps>(k, param[i], grad[i], states.exp_avg[i], states.exp_avg_sq[i],
-                                          states.max_exp_avg_sq[i]);
+        adam_update<Amsgrad, CudaOps>(k, launch.mode.l2, param[i], grad[i], states.exp_avg[i], states.exp_avg_sq[i],
+                                      states.max_exp_avg_sq[i]);
       store_param(own, tensor, dtypes, param, launch.mode.stochastic_rounding, scalars.step);
       if (dtypes.state == kBlockCodes) {
         encode_states<Amsgrad>(own, tensor, noise_of(own.begin, scalars.step), scales, states);

@@ -135,20 +135,21 @@ __device__ inline void store(T* to, const float (&from)[Width]) {
   }
 }
 
-// The dtypes of a tensor and the mode of the step, which a kernel is compiled for.
-template <class Param, class Grad, class State, bool Master, bool L2, bool Amsgrad>
+// The columns of a tensor, which a kernel is compiled for. (Not for L2: that is one instruction, and would double what
+// there is to compile.)
+template <class Param, class Grad, class State, bool Master, bool Amsgrad>
 struct AdamKind {
   using ParamType = Param;
   using GradType = Grad;
   using StateType = State;
-  static constexpr bool kMaster = Master, kL2 = L2, kAmsgrad = Amsgrad;
+  static constexpr bool kMaster = Master, kAmsgrad = Amsgrad;
   // Elements that a thread takes at a time, so that the narrowest tensor is accessed by 16 bytes.
   static constexpr bool kAllFloats = sizeof(Param) == 4 && sizeof(Grad) == 4 && sizeof(State) == 4;
   static constexpr int kWidth = kAllFloats ? 4 : 8;
 };
 
 template <class Kind, int Width>
-__device__ inline void update_elements(const AdamTensor& tensor, int64_t i, const AdamConstants<CudaOps>& k) {
+__device__ inline void update_elements(const AdamTensor& tensor, int64_t i, const AdamConstants<CudaOps>& k, bool l2) {
   using State = typename Kind::StateType;
   auto* const param = static_cast<typename Kind::ParamType*>(tensor.param) + i;
   const auto* const grad = static_cast<const typename Kind::GradType*>(tensor.grad) + i;
@@ -165,7 +166,7 @@ __device__ inline void update_elements(const AdamTensor& tensor, int64_t i, cons
   load<Width>(exp_avg_sq, v);
   if constexpr (Kind::kAmsgrad) load<Width>(max_exp_avg_sq, max_v);
 #pragma unroll
-  for (int j = 0; j < Width; ++j) adam_update<Kind::kL2, Kind::kAmsgrad, CudaOps>(k, p[j], g[j], m[j], v[j], max_v[j]);
+  for (int j = 0; j < Width; ++j) adam_update<Kind::kAmsgrad, CudaOps>(k, l2, p[j], g[j], m[j], v[j], max_v[j]);
   store<Width>(param, p);
   if constexpr (Kind::kMaster) store<Width>(static_cast<float*>(tensor.master) + i, p);
   store<Width>(exp_avg, m);
@@ -204,8 +205,8 @@ __global__ void __launch_bounds__(kThreads, 2) adam_kernel(const __grid_constant
   constexpr int kWidth = Kind::kWidth;
   const int64_t whole = addresses % 16 == 0 ? begin + (end - begin) / kWidth * kWidth : begin;
   for (int64_t i = begin + threadIdx.x * kWidth; i < whole; i += kThreads * kWidth)
-    update_elements<Kind, kWidth>(tensor, i, k);
-  for (int64_t i = whole + threadIdx.x; i < end; i += kThreads) update_elements<Kind, 1>(tensor, i, k);
+    update_elements<Kind, kWidth>(tensor, i, k, launch.mode.l2);
+  for (int64_t i = whole + threadIdx.x; i < end; i += kThreads) update_elements<Kind, 1>(tensor, i, k, launch.mode.l2);
 }
 
 // The step counts of tensors that keep them on the device, as float32, each in memory of its own.
