@@ -51,17 +51,32 @@ struct AdamConstants {
 };
 
 // One step for one Number of elements: param, exp_avg (m), exp_avg_sq (v) and, with Amsgrad, max_exp_avg_sq are updated
-// in place. L2 is asked because fma(0, param, grad) is not grad for infinite params and negative zeros.
+// in place. In two parts, for loops that go on to the next elements while the divider takes the root of these.
+
+// Returns the root of v, or of max_v. L2 is asked because fma(0, param, grad) is not grad for infinite params and
+// negative zeros; without it, param is not used.
 template <bool Amsgrad, class Ops, class Number>
-ADAMOPS_HOST_DEVICE inline void adam_update(const AdamConstants<Ops>& k, bool l2, Number& param, Number grad, Number& m,
-                                            Number& v, Number& max_v) {
+ADAMOPS_HOST_DEVICE inline Number adam_update_states(const AdamConstants<Ops>& k, bool l2, Number param, Number grad,
+                                                     Number& m, Number& v, Number& max_v) {
   grad = Ops::mul(grad, k.grad_scale);
   if (l2) grad = Ops::fma(k.l2, param, grad);
   m = Ops::fma(k.beta1, m, Ops::mul(k.one_minus_beta1, grad));
   v = Ops::fma(k.beta2, v, Ops::mul(Ops::mul(k.one_minus_beta2, grad), grad));
   if (Amsgrad) max_v = Ops::max(max_v, v);
-  const Number denominator = Ops::fma(Ops::sqrt(Amsgrad ? max_v : v), k.inverse_sqrt_bias2, k.eps);
+  return Ops::sqrt(Amsgrad ? max_v : v);
+}
+
+template <class Ops, class Number>
+ADAMOPS_HOST_DEVICE inline void adam_update_param(const AdamConstants<Ops>& k, Number& param, Number m, Number root) {
+  const Number denominator = Ops::fma(root, k.inverse_sqrt_bias2, k.eps);
   param = Ops::fma(k.negative_step_size, Ops::div(m, denominator), Ops::mul(param, k.decay));
+}
+
+template <bool Amsgrad, class Ops, class Number>
+ADAMOPS_HOST_DEVICE inline void adam_update(const AdamConstants<Ops>& k, bool l2, Number& param, Number grad, Number& m,
+                                            Number& v, Number& max_v) {
+  const Number root = adam_update_states<Amsgrad, Ops>(k, l2, param, grad, m, v, max_v);
+  adam_update_param<Ops>(k, param, m, root);
 }
 
 }  // namespace adamops

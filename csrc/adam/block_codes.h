@@ -29,12 +29,12 @@ constexpr int64_t kCodeBlock = 256;
 struct SignedCode {  // of exp_avg: -127 to 127, as int8
   static constexpr bool kSigned = true;
   static constexpr int kPower = 1, kShrinkExponent = 64;
-  static constexpr float kShrink = 0x1p-64f, kTopExpanded = 8064.0f;
+  static constexpr float kShrink = 0x1p-64f, kTopExpanded = 8064.0f, kUnit = 1 / kTopExpanded;
 };
 struct UnsignedCode {  // of exp_avg_sq: 0 to 255, and 0 is for zero alone
   static constexpr bool kSigned = false;
   static constexpr int kPower = 2, kShrinkExponent = 96;
-  static constexpr float kShrink = 0x1p-96f, kTopExpanded = 528482304.0f;
+  static constexpr float kShrink = 0x1p-96f, kTopExpanded = 528482304.0f, kUnit = 1 / kTopExpanded;
 };
 
 // Stands in exp_avg for an element of which a state is not finite. A block that has one has a negative scale there.
@@ -52,47 +52,51 @@ ADAMOPS_HOST_DEVICE inline uint16_t block_scale(int32_t largest) {
   return static_cast<uint16_t>(scale < kLeast ? kLeast : scale > kMost ? kMost : scale);
 }
 
-// Sixteen random-looking bits a state for each element of a step, in two halves of an integer. Over the elements as
-// over the steps they fill their range evenly (sequences of Weyl, whose strides are near the golden ratio and the
-// plastic number in their halves), so that what is rounded off is made up for within a few steps.
-constexpr uint32_t kElementStride = 0x85EBCA6B, kStepStride = 0x9E37C13F;
-ADAMOPS_HOST_DEVICE inline uint32_t noise_of(int64_t index, uint32_t step) {
-  return static_cast<uint32_t>(index) * kElementStride + step * kStepStride;
+// Sixteen random-looking bits of noise for each element of a state in a step. Over the elements as over the steps they
+// fill their range evenly (sequences of Weyl, whose strides are near the golden ratio and the plastic number), so that
+// what is rounded off is made up for within a few steps.
+template <class Code>
+constexpr uint16_t kElementStride = Code::kSigned ? 0x85EB : 0xCA6B;
+template <class Code>
+ADAMOPS_HOST_DEVICE inline uint16_t noise_of(int64_t index, uint32_t step) {
+  constexpr uint32_t kStepStride = Code::kSigned ? 0x9E37 : 0xC13F;
+  return static_cast<uint16_t>(static_cast<uint32_t>(index) * kElementStride<Code> + step * kStepStride);
 }
+// Noise is added as a float: the bits of 128 and a fraction, as many as it has. The 128 make what is rounded positive,
+// so that to truncate it is to round down, and are taken off the codes.
+constexpr int32_t kNoiseBits = 0x43000000, kCodeOffset = 128;
 
 // The functions for elements are for floats one by one or for vectors of them, as `Ops` has it: Number and Integers of
 // 32 bits, each operation rounded once.
 
-// `unit` is scale / Code::kTopExpanded.
+// `unit` is scale * Code::kUnit.
 template <class Code, class Ops>
 ADAMOPS_HOST_DEVICE inline typename Ops::Number decode(typename Ops::Integers code, typename Ops::Number unit) {
   const auto number = Ops::to_number(code);
   const auto shrunk = Ops::bits(Ops::mul(number, Ops::set(Code::kShrink)));
-  if constexpr (Code::kSigned) {
-    const auto magnitude = Ops::mul(Ops::from_bits((shrunk & kMagnitudeBits) << Code::kPower), unit);
+  const auto magnitude = Ops::mul(Ops::from_bits(shrunk << Code::kPower), unit);  // the shift drops the sign
+  if constexpr (Code::kSigned)
     return Ops::from_bits(Ops::bits(magnitude) | (shrunk & ~kMagnitudeBits));
-  } else {
-    return Ops::mul(Ops::from_bits(shrunk << Code::kPower), unit);
-  }
+  else
+    return magnitude;
 }
 
-// `inverse` is Code::kTopExpanded / scale; `noise` is in [0, 65536). An unsigned x must not be negative.
+// Returns codes and kCodeOffset. `inverse` is Code::kTopExpanded / scale; `noise` is kNoiseBits | noise_of(), as a
+// number. An unsigned x must not be negative, and its code not be less than least_code().
 template <class Code, class Ops>
 ADAMOPS_HOST_DEVICE inline typename Ops::Integers encode(typename Ops::Number x, typename Ops::Number inverse,
-                                                         typename Ops::Integers noise) {
-  // Times 2^16 / Code::kShrink, by the exponent. Zero becomes so small a number that it is truncated to zero.
-  constexpr int32_t kToFixedPoint = (16 + Code::kShrinkExponent) << 23;
-  const auto bits = Ops::bits(x);
-  if constexpr (Code::kSigned) {
-    const auto relative = Ops::bits(Ops::mul(Ops::from_bits(bits & kMagnitudeBits), inverse));
-    const auto fixed_point = (relative >> Code::kPower) + kToFixedPoint;
-    return (Ops::truncated(Ops::from_bits(fixed_point | (bits & ~kMagnitudeBits))) + noise) >> 16;
-  } else {
-    const auto relative = Ops::bits(Ops::mul(x, inverse));
-    const auto code = (Ops::truncated(Ops::from_bits((relative >> Code::kPower) + kToFixedPoint)) + noise) >> 16;
-    // Not zero, or the next step would divide by nothing but eps.
-    return Ops::larger(code, Ops::smaller(bits, Ops::set_integers(1)));
-  }
+                                                         typename Ops::Number noise) {
+  const auto relative = Ops::bits(Ops::mul(x, inverse));
+  // The root, by shifting the exponent, and divided by Code::kShrink, by adding to it. The arithmetic shift doubles the
+  // sign, of which the lower one goes. Zero becomes so small a number that it adds nothing to the noise.
+  constexpr int32_t kAllButLowerSign = ~0x40000000, kGrowth = Code::kShrinkExponent << 23;
+  auto root = relative >> Code::kPower;
+  if constexpr (Code::kSigned) root = root & kAllButLowerSign;
+  return Ops::truncated(Ops::add(Ops::from_bits(root + kGrowth), noise));
+}
+// The unsigned code zero is for zero alone, or the next step would divide by nothing but eps. Given the bits of x.
+ADAMOPS_HOST_DEVICE inline int32_t least_code(int32_t bits) {
+  return bits > 0 ? 1 : 0;
 }
 
 }  // namespace

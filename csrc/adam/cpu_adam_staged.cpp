@@ -32,6 +32,7 @@ struct FloatOps {
 // Vectors, with integers as wide: those of GCC and Clang, whose operators are what the target has.
 struct VectorOps : Ops {
   typedef int32_t Integers __attribute__((vector_size(4 * kWidth)));
+  typedef int16_t Halves __attribute__((vector_size(4 * kWidth)));
   typedef float Floats __attribute__((vector_size(4 * kWidth)));
 
   template <class To, class From>
@@ -41,6 +42,9 @@ struct VectorOps : Ops {
     std::memcpy(&to, &from, sizeof to);
     return to;
   }
+  static Number add(Number a, Number b) { return cast<Number>(cast<Floats>(a) + cast<Floats>(b)); }
+  // Each half by itself.
+  static Integers add_halves(Integers a, Integers b) { return cast<Integers>(cast<Halves>(a) + cast<Halves>(b)); }
   static Integers bits(Number a) { return cast<Integers>(a); }
   static Number from_bits(Integers a) { return cast<Number>(a); }
   static Number to_number(Integers a) { return cast<Number>(__builtin_convertvector(a, Floats)); }
@@ -62,6 +66,28 @@ struct VectorOps : Ops {
 };
 using Integers = VectorOps::Integers;
 using Number = Ops::Number;
+
+// Vectors of unsigned integers, for magnitudes: the bits of floats without the sign. (As unsigned ones, negative NaN is
+// beyond infinity too.)
+template <int kLanes>
+struct Magnitudes {
+  typedef uint32_t Vector __attribute__((vector_size(4 * kLanes)));
+
+  static Vector larger(Vector a, Vector b) { return a > b ? a : b; }
+  static uint32_t largest_of(Vector a) {
+    if constexpr (kLanes <= 2) {
+      uint32_t lanes[kLanes];
+      std::memcpy(lanes, &a, sizeof a);
+      return lanes[0] > lanes[kLanes - 1] ? lanes[0] : lanes[kLanes - 1];
+    } else {
+      using Half = Magnitudes<kLanes / 2>;
+      typename Half::Vector halves[2];
+      std::memcpy(halves, &a, sizeof a);
+      return Half::largest_of(Half::larger(halves[0], halves[1]));
+    }
+  }
+};
+using VectorMagnitudes = Magnitudes<Ops::kWidth>;
 
 // A block of a column in memory. Where the tensor ends within it, a copy with zeros behind.
 template <class T>
@@ -114,7 +140,7 @@ template <class Code>
 class Decoder {
  public:
   Decoder(const Byte<Code>* codes, uint16_t scale)
-      : codes_(codes), unit_(Ops::set(scale_in_fp32(scale) / Code::kTopExpanded)) {}
+      : codes_(codes), unit_(Ops::set(scale_in_fp32(scale) * Code::kUnit)) {}
   Number load(int64_t i) const { return decode<Code, VectorOps>(VectorOps::load_bytes(codes_ + i), unit_); }
 
  private:
@@ -122,39 +148,56 @@ class Decoder {
   Number unit_;
 };
 
-inline int32_t largest_of(Integers magnitudes) {
-  int32_t largest = 0;
-  for (int i = 0; i < Ops::kWidth; ++i) largest = magnitudes[i] > largest ? magnitudes[i] : largest;
-  return largest;
-}
-
-// What the states of a block are encoded with: the bits of the largest magnitudes, found on the way.
+// What the states of a block are encoded with: the largest magnitudes, found on the way.
 struct Largest {
-  Integers exp_avg = {}, exp_avg_sq = {}, max_exp_avg_sq = {};
+  VectorMagnitudes::Vector exp_avg = {}, exp_avg_sq = {}, max_exp_avg_sq = {};
 
-  static void note(Integers& largest, Number x) {
-    largest = VectorOps::larger(largest, VectorOps::bits(x) & kMagnitudeBits);
+  static void note(VectorMagnitudes::Vector& largest, Integers bits) {
+    largest = VectorMagnitudes::larger(largest, VectorOps::cast<VectorMagnitudes::Vector>(bits));
   }
 };
 
+// Encodes a block of a state. Constructed ahead of its use, as what it needs of the block takes a division.
 template <class Code>
-inline void encode_block(const float* __restrict from, int32_t largest, uint32_t first_noise,
-                         Byte<Code>* __restrict codes, uint16_t* scale) {
-  *scale = block_scale(largest);
-  const Number inverse = Ops::set(Code::kTopExpanded / scale_in_fp32(*scale));
-  Integers lanes;  // a constant
-  for (int i = 0; i < Ops::kWidth; ++i) lanes[i] = static_cast<int32_t>(static_cast<uint32_t>(i) * kElementStride);
-  Integers noise = lanes + static_cast<int32_t>(first_noise);
-  constexpr auto kStride = static_cast<int32_t>(Ops::kWidth * kElementStride);
-  for (int64_t i = 0; i < kCodeBlock; i += 4 * Ops::kWidth) {
-    Integers four[4];
-    for (int j = 0; j < 4; ++j, noise += kStride) {
-      const Integers half = Code::kSigned ? (noise >> 16) & 0xFFFF : noise & 0xFFFF;
-      four[j] = encode<Code, VectorOps>(Ops::load(from + i + j * Ops::kWidth), inverse, half);
+class Encoder {
+ public:
+  Encoder(uint32_t largest, int64_t index, uint32_t step)
+      : scale_(block_scale(static_cast<int32_t>(largest))),
+        inverse_(Ops::set(Code::kTopExpanded / scale_in_fp32(scale_))),
+        noise_(VectorOps::add_halves(noise_of_lanes(), VectorOps::set_integers(noise_of<Code>(index, step)))) {}
+
+  uint16_t scale() const { return scale_; }
+
+  void encode_block(const float* __restrict from, Byte<Code>* __restrict codes) const {
+    const Integers stride = VectorOps::set_integers(static_cast<uint16_t>(Ops::kWidth * kElementStride<Code>));
+    Integers noise = noise_, least = VectorOps::set_integers(kInfinity);
+    for (int64_t i = 0; i < kCodeBlock; i += 4 * Ops::kWidth) {
+      Integers four[4];
+      for (int j = 0; j < 4; ++j, noise = VectorOps::add_halves(noise, stride)) {
+        four[j] = encode<Code, VectorOps>(Ops::load(from + i + j * Ops::kWidth), inverse_, VectorOps::from_bits(noise));
+        if (!Code::kSigned) least = VectorOps::smaller(least, four[j]);
+      }
+      VectorOps::store_bytes(codes + i, four);
     }
-    VectorOps::store_bytes(codes + i, four);
+    const auto most_below_zero = VectorOps::cast<VectorMagnitudes::Vector>(-least);
+    if (!Code::kSigned && VectorMagnitudes::largest_of(most_below_zero) == uint32_t{0} - kCodeOffset)  // seldom
+      for (int64_t i = 0; i < kCodeBlock; ++i)
+        if (codes[i] == 0)
+          codes[i] = static_cast<Byte<Code>>(least_code(static_cast<int32_t>(FloatOps::bits(from[i]))));
   }
-}
+
+ private:
+  static Integers noise_of_lanes() {  // a constant
+    Integers lanes;
+    for (int i = 0; i < Ops::kWidth; ++i)
+      lanes[i] = kNoiseBits | static_cast<uint16_t>(static_cast<uint32_t>(i) * kElementStride<Code>);
+    return lanes;
+  }
+
+  uint16_t scale_;
+  Number inverse_;
+  Integers noise_;
+};
 
 // Params and their masters --------------------------------------------------------------------------------------------
 
@@ -327,24 +370,35 @@ struct FloatStates {
   Number load_max_exp_avg_sq(int64_t i) const { return Ops::load(max_exp_avg_sq + i); }
 };
 
-// Updates a block: states come from `from`, and go as floats to `to`. Returns their largest magnitudes.
+// Updates a block: states come from `from`, and go as floats to `to`. Returns their largest magnitudes. While a param
+// waits for the divider, the states of the next elements are decoded; left to itself, a CPU looks ahead less far.
 template <bool L2, bool Amsgrad, class States>
 inline Largest update(const AdamConstants<Ops>& k, float* param, const float* grad, const States& from,
                       const FloatStates& to) {
   Largest largest;
-  for (int64_t i = 0; i < kCodeBlock; i += Ops::kWidth) {
-    Number p = Ops::load(param + i), m = from.load_exp_avg(i), v = from.load_exp_avg_sq(i), max_v = {};
+  Number m, root;  // of the elements whose param is still to be updated
+  const auto update_states = [&](int64_t i) {
+    Number v = from.load_exp_avg_sq(i), max_v = {};
+    m = from.load_exp_avg(i);
     if constexpr (Amsgrad) max_v = from.load_max_exp_avg_sq(i);
-    adam_update<Amsgrad, Ops>(k, L2, p, Ops::load(grad + i), m, v, max_v);
-    Ops::store(param + i, p);
+    const Number p = L2 ? Ops::load(param + i) : Number{};
+    root = adam_update_states<Amsgrad, Ops>(k, L2, p, Ops::load(grad + i), m, v, max_v);
     Ops::store(to.exp_avg + i, m);
     Ops::store(to.exp_avg_sq + i, v);
     if constexpr (Amsgrad) Ops::store(to.max_exp_avg_sq + i, max_v);
     if constexpr (!same_type<States, FloatStates>) {
-      Largest::note(largest.exp_avg, m);
-      Largest::note(largest.exp_avg_sq, v);
-      if constexpr (Amsgrad) Largest::note(largest.max_exp_avg_sq, max_v);
+      Largest::note(largest.exp_avg, VectorOps::bits(m) & kMagnitudeBits);
+      Largest::note(largest.exp_avg_sq, VectorOps::bits(v));
+      if constexpr (Amsgrad) Largest::note(largest.max_exp_avg_sq, VectorOps::bits(max_v));
     }
+  };
+  update_states(0);
+  for (int64_t i = 0; i < kCodeBlock; i += Ops::kWidth) {
+    const Number m_here = m, root_here = root;
+    if (i + Ops::kWidth < kCodeBlock) update_states(i + Ops::kWidth);
+    Number p = Ops::load(param + i);
+    adam_update_param<Ops>(k, p, m_here, root_here);
+    Ops::store(param + i, p);
   }
   return largest;
 }
@@ -385,15 +439,16 @@ struct CodedStates {
       if (exp_avg[i] == kNotFinite) to[i] = FloatOps::from_bits(0x7FC00000);
   }
 
-  void encode(const FloatStates& from, const Largest& largest, uint32_t noise) const {
-    int32_t most_m = largest_of(largest.exp_avg), most_v = largest_of(largest.exp_avg_sq);
-    int32_t most_max_v = largest_of(largest.max_exp_avg_sq);
+  void encode(const FloatStates& from, const Largest& largest, int64_t index, uint32_t step) const {
+    uint32_t most_m = VectorMagnitudes::largest_of(largest.exp_avg);
+    uint32_t most_v = VectorMagnitudes::largest_of(largest.exp_avg_sq);
+    uint32_t most_max_v = VectorMagnitudes::largest_of(largest.max_exp_avg_sq);
     bool not_finite[kCodeBlock];
     const bool all_finite = most_m < kInfinity && most_v < kInfinity && most_max_v < kInfinity;
     if (!all_finite) {
       most_m = most_v = most_max_v = 0;
-      const auto magnitude = [](float x) { return static_cast<int32_t>(FloatOps::bits(x)) & kMagnitudeBits; };
-      const auto larger = [](int32_t a, int32_t b) { return a > b ? a : b; };
+      const auto magnitude = [](float x) { return FloatOps::bits(x) & kMagnitudeBits; };
+      const auto larger = [](uint32_t a, uint32_t b) { return a > b ? a : b; };
       for (int64_t i = 0; i < kCodeBlock; ++i) {
         not_finite[i] = magnitude(from.exp_avg[i]) >= kInfinity || magnitude(from.exp_avg_sq[i]) >= kInfinity ||
                         (Amsgrad && magnitude(from.max_exp_avg_sq[i]) >= kInfinity);
@@ -406,9 +461,14 @@ struct CodedStates {
         if (Amsgrad) most_max_v = larger(most_max_v, magnitude(from.max_exp_avg_sq[i]));
       }
     }
-    encode_block<SignedCode>(from.exp_avg, most_m, noise, exp_avg, scales);
-    encode_block<UnsignedCode>(from.exp_avg_sq, most_v, noise, exp_avg_sq, scales + 1);
-    if (Amsgrad) encode_block<UnsignedCode>(from.max_exp_avg_sq, most_max_v, noise, max_exp_avg_sq, scales + 2);
+    const Encoder<SignedCode> encode_m(most_m, index, step);
+    const Encoder<UnsignedCode> encode_v(most_v, index, step), encode_max_v(most_max_v, index, step);
+    encode_m.encode_block(from.exp_avg, exp_avg);
+    encode_v.encode_block(from.exp_avg_sq, exp_avg_sq);
+    if (Amsgrad) encode_max_v.encode_block(from.max_exp_avg_sq, max_exp_avg_sq);
+    scales[0] = encode_m.scale();
+    scales[1] = encode_v.scale();
+    if (Amsgrad) scales[2] = encode_max_v.scale();
     if (!all_finite) {
       scales[0] |= kHasNotFinite;
       for (int64_t i = 0; i < kCodeBlock; ++i)
@@ -441,7 +501,7 @@ inline void update_coded_states(const AdamConstants<Ops>& k, const BlockOfTensor
   } else {
     largest = update<L2, Amsgrad>(k, param, grad, codes, states);
   }
-  codes.encode(states, largest, noise_of(block.begin, block.work.scalars.step));
+  codes.encode(states, largest, block.begin, block.work.scalars.step);
   m.write_back();
   v.write_back();
   if (Amsgrad) max_v.write_back();

@@ -142,7 +142,7 @@ template <class Code, class Byte>
 __device__ inline void decode_own(const OwnElements& own, const void* column, uint16_t scale, float (&to)[kOwn]) {
   int32_t codes[kOwn];
   own.load_numbers<Byte>(column, codes);
-  const float unit = __fdiv_rn(scale_in_fp32(scale), Code::kTopExpanded);
+  const float unit = __fmul_rn(scale_in_fp32(scale), Code::kUnit);
 #pragma unroll
   for (int i = 0; i < kOwn; ++i) {
     to[i] = decode<Code, CudaBitOps>(codes[i], unit);
@@ -152,16 +152,16 @@ __device__ inline void decode_own(const OwnElements& own, const void* column, ui
 
 // `not_finite` are the elements, as bits, of which a state is not.
 template <class Code, class Byte>
-__device__ inline void encode_own(const OwnElements& own, const float (&from)[kOwn], int32_t largest,
-                                  uint32_t first_noise, uint32_t not_finite, void* column, uint16_t* scale) {
+__device__ inline void encode_own(const OwnElements& own, const float (&from)[kOwn], int32_t largest, uint32_t step,
+                                  uint32_t not_finite, void* column, uint16_t* scale) {
   const uint16_t common = block_scale(largest);
   const float inverse = __fdiv_rn(Code::kTopExpanded, scale_in_fp32(common));
   int32_t codes[kOwn];
 #pragma unroll
   for (int i = 0; i < kOwn; ++i) {
-    const uint32_t noise = first_noise + static_cast<uint32_t>(i) * kElementStride;
-    const auto half = static_cast<int32_t>(Code::kSigned ? noise >> 16 : noise & 0xFFFFu);
-    codes[i] = encode<Code, CudaBitOps>(from[i], inverse, half);
+    const float noise = __uint_as_float(kNoiseBits | noise_of<Code>(own.begin + i, step));
+    codes[i] = encode<Code, CudaBitOps>(from[i], inverse, noise) - kCodeOffset;
+    if (!Code::kSigned) codes[i] = CudaBitOps::larger(codes[i], least_code(CudaBitOps::bits(from[i])));
     if (Code::kSigned && (not_finite >> i & 1u)) codes[i] = kNotFinite;
   }
   own.store_numbers<Byte>(column, codes);
@@ -189,7 +189,7 @@ __device__ inline void load_states(const OwnElements& own, const AdamTensor& ten
 }
 
 template <bool Amsgrad>
-__device__ inline void encode_states(const OwnElements& own, const AdamTensor& tensor, uint32_t noise, uint16_t* scales,
+__device__ inline void encode_states(const OwnElements& own, const AdamTensor& tensor, uint32_t step, uint16_t* scales,
                                      OwnStates& states) {
   int32_t most_m = largest_magnitude(states.exp_avg), most_v = largest_magnitude(states.exp_avg_sq), most_max_v = 0;
   if constexpr (Amsgrad) most_max_v = largest_magnitude(states.max_exp_avg_sq);
@@ -209,10 +209,10 @@ __device__ inline void encode_states(const OwnElements& own, const AdamTensor& t
     if constexpr (Amsgrad) most_max_v = largest_magnitude(states.max_exp_avg_sq);
   }
   uint16_t found[3];
-  encode_own<SignedCode, int8_t>(own, states.exp_avg, most_m, noise, not_finite, tensor.exp_avg, found);
-  encode_own<UnsignedCode, uint8_t>(own, states.exp_avg_sq, most_v, noise, 0, tensor.exp_avg_sq, found + 1);
+  encode_own<SignedCode, int8_t>(own, states.exp_avg, most_m, step, not_finite, tensor.exp_avg, found);
+  encode_own<UnsignedCode, uint8_t>(own, states.exp_avg_sq, most_v, step, 0, tensor.exp_avg_sq, found + 1);
   if constexpr (Amsgrad)
-    encode_own<UnsignedCode, uint8_t>(own, states.max_exp_avg_sq, most_max_v, noise, 0, tensor.max_exp_avg_sq,
+    encode_own<UnsignedCode, uint8_t>(own, states.max_exp_avg_sq, most_max_v, step, 0, tensor.max_exp_avg_sq,
                                       found + 2);
   if (threadIdx.x % kWarp == 0) {
     scales[0] = all_finite ? found[0] : found[0] | kHasNotFinite;
@@ -356,7 +356,7 @@ __global__ void __launch_bounds__(kThreads, 2) adam_blocks_kernel(const __grid_c
                                       states.max_exp_avg_sq[i]);
       store_param(own, tensor, dtypes, param, launch.mode.stochastic_rounding, scalars.step);
       if (dtypes.state == kBlockCodes) {
-        encode_states<Amsgrad>(own, tensor, noise_of(own.begin, scalars.step), scales, states);
+        encode_states<Amsgrad>(own, tensor, scalars.step, scales, states);
       } else {
         own.store_floats(dtypes.state, tensor.exp_avg, states.exp_avg);
         own.store_floats(dtypes.state, tensor.exp_avg_sq, states.exp_avg_sq);

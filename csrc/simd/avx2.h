@@ -51,15 +51,15 @@ struct Avx2 {
     _mm256_storeu_si256(reinterpret_cast<__m256i*>(to), _mm256_blend_epi16(low, high, 0xAA));
   }
 
-  // Bytes as integers, and integers as bytes, which they fit, four vectors at a time.
+  // Bytes as integers; and, four vectors at a time, integers that are 128 more than the bytes.
   using ByteSource = __m256i;
   static __m256i load_bytes(const int8_t* from) { return _mm256_cvtepi8_epi32(bytes(from)); }
   static __m256i load_bytes(const uint8_t* from) { return _mm256_cvtepu8_epi32(bytes(from)); }
   static void store_bytes(int8_t* to, const __m256i (&a)[4]) {
-    store_in_order(to, _mm256_packs_epi16(_mm256_packs_epi32(a[0], a[1]), _mm256_packs_epi32(a[2], a[3])));
+    store_in_order(to, _mm256_packs_epi16(words(a[0], a[1]), words(a[2], a[3])));
   }
   static void store_bytes(uint8_t* to, const __m256i (&a)[4]) {
-    store_in_order(to, _mm256_packus_epi16(_mm256_packs_epi32(a[0], a[1]), _mm256_packs_epi32(a[2], a[3])));
+    store_in_order(to, _mm256_packus_epi16(words(a[0], a[1]), words(a[2], a[3])));
   }
 
  private:
@@ -76,6 +76,9 @@ struct Avx2 {
     return _mm256_blendv_epi8(add_half_ulp(_mm256_castps_si256(a)), _mm256_castps_si256(a), is_nan);
   }
 
+  static __m256i words(__m256i a, __m256i b) {
+    return _mm256_sub_epi16(_mm256_packs_epi32(a, b), _mm256_set1_epi16(128));
+  }
   // Packing works within 128-bit lanes: each holds a quarter of each of four vectors.
   static void store_in_order(void* to, __m256i packed) {
     const __m256i order = _mm256_setr_epi32(0, 4, 1, 5, 2, 6, 3, 7);

@@ -49,15 +49,15 @@ struct Avx512 {
     _mm512_storeu_si512(to, _mm512_mask_blend_epi16(0xAAAAAAAA, low, add_half_ulp(_mm512_castps_si512(odd))));
   }
 
-  // Bytes as integers, and integers as bytes, which they fit, four vectors at a time.
+  // Bytes as integers; and, four vectors at a time, integers that are 128 more than the bytes.
   using ByteSource = __m512i;
   static __m512i load_bytes(const int8_t* from) { return _mm512_cvtepi8_epi32(bytes(from)); }
   static __m512i load_bytes(const uint8_t* from) { return _mm512_cvtepu8_epi32(bytes(from)); }
   static void store_bytes(int8_t* to, const __m512i (&a)[4]) {
-    store_in_order(to, _mm512_packs_epi16(_mm512_packs_epi32(a[0], a[1]), _mm512_packs_epi32(a[2], a[3])));
+    store_in_order(to, _mm512_packs_epi16(words(a[0], a[1]), words(a[2], a[3])));
   }
   static void store_bytes(uint8_t* to, const __m512i (&a)[4]) {
-    store_in_order(to, _mm512_packus_epi16(_mm512_packs_epi32(a[0], a[1]), _mm512_packs_epi32(a[2], a[3])));
+    store_in_order(to, _mm512_packus_epi16(words(a[0], a[1]), words(a[2], a[3])));
   }
 
  private:
@@ -77,6 +77,9 @@ struct Avx512 {
     return _mm512_mask_mov_epi32(add_half_ulp(bits), _mm512_cmp_ps_mask(a, a, _CMP_UNORD_Q), bits);
   }
 
+  static __m512i words(__m512i a, __m512i b) {
+    return _mm512_sub_epi16(_mm512_packs_epi32(a, b), _mm512_set1_epi16(128));
+  }
   // Packing works within 128-bit lanes: each holds a quarter of each of four vectors.
   static void store_in_order(void* to, __m512i packed) {
     const __m512i order = _mm512_setr_epi32(0, 4, 8, 12, 1, 5, 9, 13, 2, 6, 10, 14, 3, 7, 11, 15);

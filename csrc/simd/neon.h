@@ -48,7 +48,7 @@ struct Neon {
     vst1q_u16(&to->bits, vreinterpretq_u16_u32(vsriq_n_u32(high, low, 16)));  // high's upper halves, low's below
   }
 
-  // Bytes as integers, and integers as bytes, which they fit, four vectors at a time.
+  // Bytes as integers; and, four vectors at a time, integers that are 128 more than the bytes.
   using ByteSource = int32x4_t;
   static int32x4_t load_bytes(const int8_t* from) {
     return vmovl_s16(vget_low_s16(vmovl_s8(vreinterpret_s8_u32(four_bytes(from)))));
@@ -59,7 +59,7 @@ struct Neon {
   static void store_bytes(int8_t* to, const int32x4_t (&a)[4]) {
     const int16x8_t first = vcombine_s16(vmovn_s32(a[0]), vmovn_s32(a[1]));
     const int16x8_t second = vcombine_s16(vmovn_s32(a[2]), vmovn_s32(a[3]));
-    vst1q_s8(to, vcombine_s8(vmovn_s16(first), vmovn_s16(second)));
+    vst1q_s8(to, veorq_s8(vcombine_s8(vmovn_s16(first), vmovn_s16(second)), vdupq_n_s8(-128)));
   }
   static void store_bytes(uint8_t* to, const int32x4_t (&a)[4]) { store_bytes(reinterpret_cast<int8_t*>(to), a); }
 

@@ -57,15 +57,15 @@ struct Scalar {
     store(to + 1, odd);
   }
 
-  // Bytes as integers, and integers as bytes, which they fit, four vectors at a time.
+  // Bytes as integers; and, four vectors at a time, integers that are 128 more than the bytes.
   using ByteSource = int32_t;
   static int32_t load_bytes(const int8_t* from) { return *from; }
   static int32_t load_bytes(const uint8_t* from) { return *from; }
   static void store_bytes(int8_t* to, const int32_t (&a)[4]) {
-    for (int i = 0; i < 4; ++i) to[i] = static_cast<int8_t>(a[i]);
+    for (int i = 0; i < 4; ++i) to[i] = static_cast<int8_t>(a[i] - 128);
   }
   static void store_bytes(uint8_t* to, const int32_t (&a)[4]) {
-    for (int i = 0; i < 4; ++i) to[i] = static_cast<uint8_t>(a[i]);
+    for (int i = 0; i < 4; ++i) to[i] = static_cast<uint8_t>(a[i] - 128);
   }
 };
 

@@ -85,16 +85,16 @@ struct Sse2 {
     _mm_storeu_si128(reinterpret_cast<__m128i*>(to), _mm_or_si128(low, high));
   }
 
-  // Bytes as integers, and integers as bytes, which they fit, four vectors at a time.
+  // Bytes as integers; and, four vectors at a time, integers that are 128 more than the bytes.
   using ByteSource = __m128i;
   static __m128i load_bytes(const int8_t* from) { return _mm_srai_epi32(upper_bytes(from), 24); }
   static __m128i load_bytes(const uint8_t* from) { return _mm_srli_epi32(upper_bytes(from), 24); }
   static void store_bytes(int8_t* to, const __m128i (&a)[4]) {
-    const __m128i packed = _mm_packs_epi16(_mm_packs_epi32(a[0], a[1]), _mm_packs_epi32(a[2], a[3]));
+    const __m128i packed = _mm_packs_epi16(words(a[0], a[1]), words(a[2], a[3]));
     _mm_storeu_si128(reinterpret_cast<__m128i*>(to), packed);
   }
   static void store_bytes(uint8_t* to, const __m128i (&a)[4]) {
-    const __m128i packed = _mm_packus_epi16(_mm_packs_epi32(a[0], a[1]), _mm_packs_epi32(a[2], a[3]));
+    const __m128i packed = _mm_packus_epi16(words(a[0], a[1]), words(a[2], a[3]));
     _mm_storeu_si128(reinterpret_cast<__m128i*>(to), packed);
   }
 
@@ -132,6 +132,7 @@ struct Sse2 {
   static __m128i select(__m128i mask, __m128i yes, __m128i no) {
     return _mm_or_si128(_mm_and_si128(mask, yes), _mm_andnot_si128(mask, no));
   }
+  static __m128i words(__m128i a, __m128i b) { return _mm_sub_epi16(_mm_packs_epi32(a, b), _mm_set1_epi16(128)); }
   // Four bytes in the upper ends of the lanes.
   static __m128i upper_bytes(const void* from) {
     int four;

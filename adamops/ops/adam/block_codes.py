@@ -26,10 +26,12 @@ class Code:
     shrink: float
     top_expanded: float
     top: int
+    element_stride: int  # of the noise
+    step_stride: int
 
 
-SIGNED = Code(torch.int8, 1, 2.0**-64, 8064.0, 127)
-UNSIGNED = Code(torch.uint8, 2, 2.0**-96, 528482304.0, 255)
+SIGNED = Code(torch.int8, 1, 2.0**-64, 8064.0, 127, 0x85EB, 0x9E37)
+UNSIGNED = Code(torch.uint8, 2, 2.0**-96, 528482304.0, 255, 0xCA6B, 0xC13F)
 CODES = {"exp_avg": SIGNED, "exp_avg_sq": UNSIGNED, "max_exp_avg_sq": UNSIGNED}  # in the order of their scales
 
 
@@ -38,9 +40,9 @@ def blocks_of(numel: int) -> int:
     return -(-numel // BLOCK)
 
 
-def noise_of(index: Tensor, step: int) -> Tensor:
-    """The noise of elements in a step as int64: the upper 16 bits are exp_avg's, the lower those of its square."""
-    return (index * 0x85EBCA6B + step * 0x9E37C13F) & 0xFFFFFFFF
+def noise_of(index: Tensor, step: int, code: Code) -> Tensor:
+    """The noise of elements in a step, int64 in [0, 65536)."""
+    return (index * code.element_stride + step * code.step_stride) & 0xFFFF
 
 
 def encode(values: Tensor, code: Code, noise: Tensor | int = 0x8000) -> tuple[Tensor, Tensor]:
@@ -83,19 +85,17 @@ def _codes(values: Tensor, scales: Tensor, code: Code, noise: Tensor | int = 0x8
     magnitude = blocks.view(torch.int32) & _MAGNITUDE
     inverse = (code.top_expanded / scales.float())[:, None]
     relative = (magnitude.view(torch.float32) * inverse).view(torch.int32)
-    fixed_point = (relative >> code.power).view(torch.float32) * (2.0**16 / code.shrink)
-    if isinstance(noise, Tensor):
-        noise = _in_blocks(noise.to(torch.int32))
-    if code is SIGNED:
-        codes = (torch.copysign(fixed_point, blocks).to(torch.int32) + noise) >> 16
-    else:
-        codes = torch.maximum((fixed_point.to(torch.int32) + noise) >> 16, magnitude.clamp(max=1))
+    root = torch.copysign((relative >> code.power).view(torch.float32) / code.shrink, blocks)
+    rounding = _in_blocks(noise.float()) / 65536 + 128 if isinstance(noise, Tensor) else noise / 65536 + 128
+    codes = (root + rounding).to(torch.int32) - 128  # rounded down, since it was positive
+    if code is UNSIGNED:
+        codes = torch.maximum(codes, magnitude.clamp(max=1))
     return codes.to(code.dtype).flatten()[: values.numel()]
 
 
 def decode(codes: Tensor, scales: Tensor, code: Code) -> Tensor:
     """The float32 values of a line of codes. Those marked as not finite are not dealt with here."""
-    unit = (scales.float().abs() / code.top_expanded)[:, None]
+    unit = (scales.float().abs() * (1 / code.top_expanded))[:, None]
     number = _in_blocks(codes.to(torch.float32))
     shrunk = (number.abs() * code.shrink).view(torch.int32)
     magnitude = (shrunk << code.power).view(torch.float32) * unit
@@ -118,8 +118,7 @@ def encode_states(states: dict[str, Tensor], step: int | None = None) -> tuple[d
         if step is None:
             codes[name], scale = encode_again(line, code)
         else:
-            noise = noise_of(index, step)
-            codes[name], scale = encode(line, code, noise >> 16 if code is SIGNED else noise & 0xFFFF)
+            codes[name], scale = encode(line, code, noise_of(index, step, code))
         scales.append(scale)
     if not all_finite:
         codes["exp_avg"][~finite] = NOT_FINITE
