@@ -74,7 +74,7 @@ template <class Code, class Ops>
 ADAMOPS_HOST_DEVICE inline typename Ops::Number decode(typename Ops::Integers code, typename Ops::Number unit) {
   const auto number = Ops::to_number(code);
   const auto shrunk = Ops::bits(Ops::mul(number, Ops::set(Code::kShrink)));
-  const auto magnitude = Ops::mul(Ops::from_bits(shrunk << Code::kPower), unit);  // the shift drops the sign
+  const auto magnitude = Ops::mul(Ops::from_bits((shrunk & kMagnitudeBits) << Code::kPower), unit);
   if constexpr (Code::kSigned)
     return Ops::from_bits(Ops::bits(magnitude) | (shrunk & ~kMagnitudeBits));
   else

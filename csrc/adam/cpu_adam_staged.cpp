@@ -32,7 +32,7 @@ struct FloatOps {
 // Vectors, with integers as wide: those of GCC and Clang, whose operators are what the target has.
 struct VectorOps : Ops {
   typedef int32_t Integers __attribute__((vector_size(4 * kWidth)));
-  typedef int16_t Halves __attribute__((vector_size(4 * kWidth)));
+  typedef uint16_t Halves __attribute__((vector_size(4 * kWidth)));
   typedef float Floats __attribute__((vector_size(4 * kWidth)));
 
   template <class To, class From>
