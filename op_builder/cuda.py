@@ -21,7 +21,7 @@ from . import environment
 from .builder import Compatibility, OpBuilder, OpUnavailableError
 from .compile import BuildError, Compiler, CompileUnit, cannot_compile_extensions
 
-# What a wheel is built for, as compute capabilities times ten; and PTX of the newest, for whatever comes after.
+# What a wheel is built for, as compute capabilities times ten; with PTX, for whatever comes after.
 WHEEL_ARCHITECTURES = ("75", "80", "86", "89", "90", "100", "120")
 
 
@@ -101,25 +101,27 @@ class ArchitectureChoice:
     dropped: tuple[tuple[str, str], ...]
     from_one_ptx: bool = False  # the machine code for all is made from the PTX of the oldest
 
+    def _plain_numbers(self) -> dict[str, str]:
+        """The number of each name, without those of names like "90a", which always have PTX of their own."""
+        numbers = {name: name.removesuffix("+PTX") for name in self.enabled}
+        return {name: number for name, number in numbers.items() if number.isdigit()}
+
     def by_one_ptx(self) -> ArchitectureChoice:
         """The same from one PTX, which also takes the place of any newer PTX: it runs wherever that would."""
-        plain = [name for name in self.enabled if name.removesuffix("+PTX").isdigit()]  # not "90a", which has its own
-        if not plain:
-            return self
-        numbers = [name.removesuffix("+PTX") for name in plain]
-        renamed = dict(zip(plain, numbers, strict=True))
-        if numbers != plain:
-            renamed[plain[numbers.index(min(numbers, key=int))]] += "+PTX"
+        renamed = self._plain_numbers()
+        if any(name != number for name, number in renamed.items()):
+            renamed[min(renamed, key=lambda name: int(renamed[name]))] += "+PTX"
         enabled = tuple(renamed.get(name, name) for name in self.enabled)
         return dataclasses.replace(self, enabled=enabled, from_one_ptx=True)
 
     def nvcc_flags(self) -> list[str]:
         """The flags that make nvcc compile for them."""
-        numbers = [name.removesuffix("+PTX") for name in self.enabled]
-        plain = [number for number in numbers if number.isdigit()]
+        plain = self._plain_numbers()
+        oldest = min(plain.values(), key=int, default="")
         codes: dict[str, list[str]] = {}  # by the PTX that they are made from
-        for name, number in zip(self.enabled, numbers, strict=True):
-            ptx = min(plain, key=int) if self.from_one_ptx and number in plain else number
+        for name in self.enabled:
+            number = name.removesuffix("+PTX")
+            ptx = oldest if self.from_one_ptx and name in plain else number
             codes.setdefault(ptx, []).append(f"sm_{number}")
             if name != number:
                 codes[ptx].append(f"compute_{ptx}")

@@ -23,7 +23,8 @@ COMBINATIONS = [(FLOAT32, FLOAT32, FLOAT32)] + [
 SIZES = (1, 7, 31, 32, 33, 64, 130, 1000)
 CODES = 3  # the dtype of states in codes of 8 bits
 NO_MASTER, FP32_MASTER, REMAINDER_8, REMAINDER_16 = range(4)  # enum Master of csrc/adam/adam_tensor.h
-# What every wheel gives on every CPU. It changes with what is fed below, or with the update rule, and nothing else.
+# What every wheel gives on every CPU. It changes with what is fed below, the update rule
+# or the codes and their noise, and nothing else.
 DIGEST = "2ea78a721be0d21a015ce1674e5fd14bf82defbc18b8eb2cbce92d9d01703cc4"
 
 

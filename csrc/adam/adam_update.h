@@ -50,11 +50,8 @@ struct AdamConstants {
         l2(Ops::set(s.l2)) {}
 };
 
-// One step for one Number of elements: param, exp_avg (m), exp_avg_sq (v) and, with Amsgrad, max_exp_avg_sq are updated
-// in place. In two parts, for loops that go on to the next elements while the divider takes the root of these.
-
-// Returns the root of v, or of max_v. L2 is asked because fma(0, param, grad) is not grad for infinite params and
-// negative zeros; without it, param is not used.
+// The first part of adam_update(). Returns the root of v, or of max_v. L2 is asked because fma(0, param, grad) is not
+// grad for infinite params and negative zeros; without it, param is not used.
 template <bool Amsgrad, class Ops, class Number>
 ADAMOPS_HOST_DEVICE inline Number adam_update_states(const AdamConstants<Ops>& k, bool l2, Number param, Number grad,
                                                      Number& m, Number& v, Number& max_v) {
@@ -66,12 +63,15 @@ ADAMOPS_HOST_DEVICE inline Number adam_update_states(const AdamConstants<Ops>& k
   return Ops::sqrt(Amsgrad ? max_v : v);
 }
 
+// The second part, for loops that go on to the next elements while the divider takes the root of these.
 template <class Ops, class Number>
 ADAMOPS_HOST_DEVICE inline void adam_update_param(const AdamConstants<Ops>& k, Number& param, Number m, Number root) {
   const Number denominator = Ops::fma(root, k.inverse_sqrt_bias2, k.eps);
   param = Ops::fma(k.negative_step_size, Ops::div(m, denominator), Ops::mul(param, k.decay));
 }
 
+// One step for one Number of elements: param, exp_avg (m), exp_avg_sq (v) and, with Amsgrad, max_exp_avg_sq are updated
+// in place.
 template <bool Amsgrad, class Ops, class Number>
 ADAMOPS_HOST_DEVICE inline void adam_update(const AdamConstants<Ops>& k, bool l2, Number& param, Number grad, Number& m,
                                             Number& v, Number& max_v) {

@@ -53,8 +53,8 @@ ADAMOPS_HOST_DEVICE inline uint16_t block_scale(int32_t largest) {
 }
 
 // Sixteen random-looking bits of noise for each element of a state in a step. Over the elements as over the steps they
-// fill their range evenly (sequences of Weyl, whose strides are near the golden ratio and the plastic number), so that
-// what is rounded off is made up for within a few steps.
+// fill their range evenly (sequences of Weyl, whose strides over the steps are near the golden ratio and the plastic
+// number), so that what is rounded off is made up for within a few steps.
 template <class Code>
 constexpr uint16_t kElementStride = Code::kSigned ? 0x85EB : 0xCA6B;
 template <class Code>
@@ -62,8 +62,8 @@ ADAMOPS_HOST_DEVICE inline uint16_t noise_of(int64_t index, uint32_t step) {
   constexpr uint32_t kStepStride = Code::kSigned ? 0x9E37 : 0xC13F;
   return static_cast<uint16_t>(static_cast<uint32_t>(index) * kElementStride<Code> + step * kStepStride);
 }
-// Noise is added as a float: the bits of 128 and a fraction, as many as it has. The 128 make what is rounded positive,
-// so that to truncate it is to round down, and are taken off the codes.
+// Noise is added as the float 128 + noise / 2^16, whose lowest 16 bits are the noise. The 128 make what is rounded
+// positive, so that to truncate it is to round down, and are taken off the codes.
 constexpr int32_t kNoiseBits = 0x43000000, kCodeOffset = 128;
 
 // The functions for elements are for floats one by one or for vectors of them, as `Ops` has it: Number and Integers of
@@ -81,8 +81,8 @@ ADAMOPS_HOST_DEVICE inline typename Ops::Number decode(typename Ops::Integers co
     return magnitude;
 }
 
-// Returns codes and kCodeOffset. `inverse` is Code::kTopExpanded / scale; `noise` is kNoiseBits | noise_of(), as a
-// number. An unsigned x must not be negative, and its code not be less than least_code().
+// Returns the code plus kCodeOffset. `inverse` is Code::kTopExpanded / scale; `noise` is kNoiseBits | noise_of(), as a
+// number. An unsigned x must not be negative, and the caller raises its code to least_code().
 template <class Code, class Ops>
 ADAMOPS_HOST_DEVICE inline typename Ops::Integers encode(typename Ops::Number x, typename Ops::Number inverse,
                                                          typename Ops::Number noise) {

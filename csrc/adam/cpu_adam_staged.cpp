@@ -20,6 +20,7 @@ namespace {
 
 static_assert(kCodeBlock % kBlock == 0 && kBlock % Ops::kWidth == 0, "vectors fill blocks");
 static_assert(kCodeBlock % (4 * Ops::kWidth) == 0, "codes are stored by four vectors");
+static_assert(kCodeOffset == 128, "store_bytes takes it off");
 
 // Single floats, for loops that the compiler makes vectors of.
 struct FloatOps {
@@ -50,7 +51,6 @@ struct VectorOps : Ops {
   static Number to_number(Integers a) { return cast<Number>(__builtin_convertvector(a, Floats)); }
   static Integers truncated(Number a) { return __builtin_convertvector(cast<Floats>(a), Integers); }
   static Integers set_integers(int32_t a) { return Integers{} + a; }
-  static Integers larger(Integers a, Integers b) { return a > b ? a : b; }
   static Integers smaller(Integers a, Integers b) { return a < b ? a : b; }
 
   template <class Byte>
@@ -371,7 +371,7 @@ struct FloatStates {
 };
 
 // Updates a block: states come from `from`, and go as floats to `to`. Returns their largest magnitudes. While a param
-// waits for the divider, the states of the next elements are decoded; left to itself, a CPU looks ahead less far.
+// waits for the divider, the states of the next elements are updated; left to itself, a CPU looks ahead less far.
 template <bool L2, bool Amsgrad, class States>
 inline Largest update(const AdamConstants<Ops>& k, float* param, const float* grad, const States& from,
                       const FloatStates& to) {

@@ -21,9 +21,7 @@ struct CudaBitOps : CudaOps {
   static __device__ float from_bits(uint32_t bits) { return __uint_as_float(bits); }
   static __device__ float to_number(int32_t a) { return static_cast<float>(a); }
   static __device__ int32_t truncated(float a) { return static_cast<int32_t>(a); }
-  static __device__ int32_t set_integers(int32_t a) { return a; }
   static __device__ int32_t larger(int32_t a, int32_t b) { return a > b ? a : b; }
-  static __device__ int32_t smaller(int32_t a, int32_t b) { return a < b ? a : b; }
 };
 
 // Integers of 8 or 16 bits, as many as a thread has, in one access.

@@ -86,8 +86,9 @@ def _codes(values: Tensor, scales: Tensor, code: Code, noise: Tensor | int = 0x8
     inverse = (code.top_expanded / scales.float())[:, None]
     relative = (magnitude.view(torch.float32) * inverse).view(torch.int32)
     root = torch.copysign((relative >> code.power).view(torch.float32) / code.shrink, blocks)
-    rounding = _in_blocks(noise.float()) / 65536 + 128 if isinstance(noise, Tensor) else noise / 65536 + 128
-    codes = (root + rounding).to(torch.int32) - 128  # rounded down, since it was positive
+    if isinstance(noise, Tensor):
+        noise = _in_blocks(noise.float())
+    codes = (root + (noise / 65536 + 128)).to(torch.int32) - 128  # rounded down, since it was positive
     if code is UNSIGNED:
         codes = torch.maximum(codes, magnitude.clamp(max=1))
     return codes.to(code.dtype).flatten()[: values.numel()]
