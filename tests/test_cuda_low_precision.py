@@ -5,7 +5,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from optimizers import HOST, EmulatedBackend, EmulatedFusedAdam
-from test_low_precision import HALVES, assert_same, wide_range
+from test_low_precision import HALVES, assert_same, near_the_largest_float, wide_range
 
 from adamops import FusedAdam
 
@@ -117,6 +117,18 @@ def test_what_is_not_finite_stays_with_its_elements():
         theirs.step()
         assert_all_same(ours, theirs)
     assert params[0].isnan().nonzero().flatten().tolist() == [5, 300]
+
+
+def test_squares_beyond_the_largest_scale_have_the_bits_of_the_cpu_op(seed):
+    params, twins = params_and_twins([5000], torch.float32)
+    arguments = {"state_dtype": "8bit", "betas": (0.5, 0.0), "amsgrad": True}
+    ours, theirs = EmulatedFusedAdam(params, **arguments), FusedAdam(twins, **arguments)
+    for _ in range(3):
+        grad = near_the_largest_float(5000).abs().sqrt().clamp(max=1.8446743e19)
+        params[0].grad, twins[0].grad = grad.clone(), grad
+        ours.step()
+        theirs.step()
+        assert_all_same(ours, theirs)
 
 
 def test_checkpoints_in_codes_go_to_the_cpu_op_and_back():

@@ -76,6 +76,52 @@ def test_codes_are_those_of_the_definition(cpu_adam, target, amsgrad, size, seed
             assert_same(ours.state[coded][name], expected, f"{name} at step {step}")
 
 
+def near_the_largest_float(size):
+    """Numbers of either sign from 0.98 of the largest float, 3.4e38, to itself."""
+    factors = 1 - 0.02 * torch.rand(size) * (torch.rand(size) < 0.9)
+    return torch.finfo(torch.float32).max * factors * torch.randn(size).sign()
+
+
+@pytest.mark.parametrize("name", block_codes.CODES)
+@pytest.mark.parametrize("noise", [0, 0x8000, 0xFFFF])
+def test_no_magnitude_is_beyond_the_top_code(name, noise, seed):
+    code = block_codes.CODES[name]
+    values = near_the_largest_float(4096)
+    values = values if code is block_codes.SIGNED else values.abs()
+    codes, scales = block_codes.encode(values, code, noise)
+    assert codes.int().abs().max() <= code.top
+    decoded = block_codes.decode(codes, scales, code)
+    assert ((decoded / values - 1).abs() < 0.05).all()
+    for again, first in zip(block_codes.encode_again(decoded, code), (codes, scales), strict=True):
+        assert torch.equal(again, first)
+
+
+@pytest.mark.parametrize("target", TARGETS)
+def test_squares_beyond_the_largest_scale(cpu_adam, target, seed):
+    """They must not be taken for small ones, or the next step would divide by little but eps."""
+    cpu_adam.use_target(target)
+    param = torch.nn.Parameter(torch.zeros(5000))
+    optimizer = DeepSpeedCPUAdam([param], betas=(0.5, 0.0), amsgrad=True, state_dtype="8bit")
+    for step in range(1, 6):
+        param.grad = near_the_largest_float(5000).abs().sqrt().clamp(max=1.8446743e19)  # whose square is finite
+        optimizer.step()
+        expected, _ = block_codes.encode(
+            param.grad**2, block_codes.UNSIGNED, block_codes.noise_of(torch.arange(5000), step, block_codes.UNSIGNED)
+        )
+        assert_same(optimizer.state[param]["exp_avg_sq"], expected, f"exp_avg_sq at step {step}")
+        assert optimizer.state[param]["max_exp_avg_sq"].min() > 240
+        assert param.isfinite().all()
+
+
+@pytest.mark.parametrize("name", block_codes.CODES)
+def test_inverses_of_scales_are_rounded_once(name):
+    code = block_codes.CODES[name]
+    scales = torch.arange(block_codes._LEAST_SCALE, block_codes._MOST_SCALE, dtype=torch.int16).view(torch.bfloat16)
+    assert torch.equal(
+        block_codes._inverse(scales, code), (torch.full((1,), code.top_expanded).double() / scales.double()).float()
+    )
+
+
 @settings(max_examples=30, deadline=None)
 @given(data=st.data())
 def test_codes_do_not_depend_on_threads_or_targets(data):

@@ -44,12 +44,25 @@ constexpr uint16_t kHasNotFinite = 0x8000;
 constexpr int32_t kMagnitudeBits = 0x7FFFFFFF, kInfinity = 0x7F800000;
 
 // The scale of a block, as the bits of a bfloat16, given the bits of its largest magnitude, which is finite. There is
-// room for a thousandth more, so that rounding never gets beyond the top code; and no scale is less than 2^-90 or so
-// large that it would be infinite, so that its inverse fits a float.
+// room for a thousandth more, so that rounding never gets beyond the top code. No scale is less than 2^-90, so that its
+// inverse fits a float, and none is infinite.
+constexpr uint16_t kLeastScale = (127 - 90) << 7, kMostScale = 0x7F7F;
 ADAMOPS_HOST_DEVICE inline uint16_t block_scale(int32_t largest) {
-  constexpr uint32_t kLeast = (127 - 90) << 7, kMost = 0x7F7F;
   const uint32_t scale = (static_cast<uint32_t>(largest) + 0x2000 + 0xFFFF) >> 16;
-  return static_cast<uint16_t>(scale < kLeast ? kLeast : scale > kMost ? kMost : scale);
+  return static_cast<uint16_t>(scale < kLeastScale ? kLeastScale : scale > kMostScale ? kMostScale : scale);
+}
+template <class Ops>
+ADAMOPS_HOST_DEVICE inline float scale_in_fp32(uint16_t scale) {
+  return Ops::from_bits(static_cast<uint32_t>(scale & ~kHasNotFinite) << 16);
+}
+
+// What a state is multiplied by to be encoded. Magnitudes beyond the largest scale, up to that of the largest float,
+// would get beyond the top code: there it is 1.2 % less, the inverse of the bfloat16 that would come second after
+// kMostScale if infinity did not.
+template <class Code, class Ops>
+ADAMOPS_HOST_DEVICE inline float inverse_scale(uint16_t scale) {
+  constexpr float kLeast = static_cast<float>(Code::kTopExpanded * 0x1.fcp-129);
+  return scale == kMostScale ? kLeast : Ops::div(Code::kTopExpanded, scale_in_fp32<Ops>(scale));
 }
 
 // Sixteen random-looking bits of noise for each element of a state in a step. Over the elements as over the steps they
@@ -81,7 +94,7 @@ ADAMOPS_HOST_DEVICE inline typename Ops::Number decode(typename Ops::Integers co
     return magnitude;
 }
 
-// Returns the code plus kCodeOffset. `inverse` is Code::kTopExpanded / scale; `noise` is kNoiseBits | noise_of(), as a
+// Returns the code plus kCodeOffset. `inverse` is inverse_scale(); `noise` is kNoiseBits | noise_of(), as a
 // number. An unsigned x must not be negative, and the caller raises its code to least_code().
 template <class Code, class Ops>
 ADAMOPS_HOST_DEVICE inline typename Ops::Integers encode(typename Ops::Number x, typename Ops::Number inverse,

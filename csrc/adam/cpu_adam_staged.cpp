@@ -26,6 +26,7 @@ static_assert(kCodeOffset == 128, "store_bytes takes it off");
 struct FloatOps {
   static float mul(float a, float b) { return a * b; }
   static float add(float a, float b) { return a + b; }
+  static float div(float a, float b) { return a / b; }
   static uint32_t bits(float a) { return bits_of(a); }
   static float from_bits(uint32_t bits) { return float_of(bits); }
 };
@@ -131,16 +132,12 @@ struct CodeTypes<UnsignedCode> {
 template <class Code>
 using Byte = typename CodeTypes<Code>::Byte;
 
-inline float scale_in_fp32(uint16_t scale) {
-  return FloatOps::from_bits(static_cast<uint32_t>(scale & ~kHasNotFinite) << 16);
-}
-
 // Decodes a vector at a time.
 template <class Code>
 class Decoder {
  public:
   Decoder(const Byte<Code>* codes, uint16_t scale)
-      : codes_(codes), unit_(Ops::set(scale_in_fp32(scale) * Code::kUnit)) {}
+      : codes_(codes), unit_(Ops::set(scale_in_fp32<FloatOps>(scale) * Code::kUnit)) {}
   Number load(int64_t i) const { return decode<Code, VectorOps>(VectorOps::load_bytes(codes_ + i), unit_); }
 
  private:
@@ -163,7 +160,7 @@ class Encoder {
  public:
   Encoder(uint32_t largest, int64_t index, uint32_t step)
       : scale_(block_scale(static_cast<int32_t>(largest))),
-        inverse_(Ops::set(Code::kTopExpanded / scale_in_fp32(scale_))),
+        inverse_(Ops::set(inverse_scale<Code, FloatOps>(scale_))),
         noise_(VectorOps::add_halves(noise_of_lanes(), VectorOps::set_integers(noise_of<Code>(index, step)))) {}
 
   uint16_t scale() const { return scale_; }

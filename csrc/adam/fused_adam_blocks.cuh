@@ -132,15 +132,11 @@ __device__ inline int32_t largest_magnitude(const float (&x)[kOwn]) {
   return largest_of_warp(largest);
 }
 
-__device__ inline float scale_in_fp32(uint16_t scale) {
-  return __uint_as_float(static_cast<uint32_t>(scale & ~kHasNotFinite) << 16);
-}
-
 template <class Code, class Byte>
 __device__ inline void decode_own(const OwnElements& own, const void* column, uint16_t scale, float (&to)[kOwn]) {
   int32_t codes[kOwn];
   own.load_numbers<Byte>(column, codes);
-  const float unit = __fmul_rn(scale_in_fp32(scale), Code::kUnit);
+  const float unit = __fmul_rn(scale_in_fp32<CudaBitOps>(scale), Code::kUnit);
 #pragma unroll
   for (int i = 0; i < kOwn; ++i) {
     to[i] = decode<Code, CudaBitOps>(codes[i], unit);
@@ -153,7 +149,7 @@ template <class Code, class Byte>
 __device__ inline void encode_own(const OwnElements& own, const float (&from)[kOwn], int32_t largest, uint32_t step,
                                   uint32_t not_finite, void* column, uint16_t* scale) {
   const uint16_t common = block_scale(largest);
-  const float inverse = __fdiv_rn(Code::kTopExpanded, scale_in_fp32(common));
+  const float inverse = inverse_scale<Code, CudaBitOps>(common);
   int32_t codes[kOwn];
 #pragma unroll
   for (int i = 0; i < kOwn; ++i) {

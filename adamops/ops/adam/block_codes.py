@@ -54,7 +54,9 @@ def encode(values: Tensor, code: Code, noise: Tensor | int = 0x8000) -> tuple[Te
     blocks = _in_blocks(values)
     scale_bits = ((_largest(blocks).view(torch.int32) + (0x2000 + 0xFFFF)) >> 16).clamp(_LEAST_SCALE, _MOST_SCALE)
     scales = scale_bits.to(torch.int16).view(torch.bfloat16)
-    return _codes(values, scales, code, noise), scales
+    inverse = _inverse(scales, code)
+    inverse = torch.where(scale_bits == _MOST_SCALE, code.top_expanded * float.fromhex("0x1.fcp-129"), inverse)
+    return _codes(values, inverse, code, noise), scales
 
 
 def encode_again(values: Tensor, code: Code) -> tuple[Tensor, Tensor]:
@@ -67,7 +69,7 @@ def encode_again(values: Tensor, code: Code) -> tuple[Tensor, Tensor]:
     codes, largest = _in_blocks(codes), _largest(_in_blocks(values))
     for top in (code.top, code.top - 1):
         tried = (largest / decode(largest.new_tensor([top]), largest.new_ones(1), code)).to(torch.bfloat16)
-        again = _codes(values, tried, code)
+        again = _codes(values, _inverse(tried, code), code)
         same = (_in_blocks(decode(again, tried, code)) == _in_blocks(values)).all(1) & (largest > 0)
         codes, scales = torch.where(same[:, None], _in_blocks(again), codes), torch.where(same, tried, scales)
     return codes.flatten()[: values.numel()], scales
@@ -79,12 +81,16 @@ def _largest(blocks: Tensor) -> Tensor:
     return magnitude.amax(1) if len(blocks) else magnitude.sum(1)
 
 
-def _codes(values: Tensor, scales: Tensor, code: Code, noise: Tensor | int = 0x8000) -> Tensor:
-    """The codes of a line of finite float32 values for given scales of its blocks."""
+def _inverse(scales: Tensor, code: Code) -> Tensor:
+    """The top code's number by scales, rounded once: torch takes a number by a tensor as a product of its inverse."""
+    return torch.full_like(scales, code.top_expanded, dtype=torch.float32) / scales.float()
+
+
+def _codes(values: Tensor, inverse: Tensor, code: Code, noise: Tensor | int = 0x8000) -> Tensor:
+    """The codes of a line of finite float32 values, given what those of each block are multiplied by."""
     blocks = _in_blocks(values)
     magnitude = blocks.view(torch.int32) & _MAGNITUDE
-    inverse = (code.top_expanded / scales.float())[:, None]
-    relative = (magnitude.view(torch.float32) * inverse).view(torch.int32)
+    relative = (magnitude.view(torch.float32) * inverse[:, None]).view(torch.int32)
     root = torch.copysign((relative >> code.power).view(torch.float32) / code.shrink, blocks)
     if isinstance(noise, Tensor):
         noise = _in_blocks(noise.float())
