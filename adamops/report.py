@@ -245,7 +245,9 @@ def _rows_of_build(build: dict[str, Any]) -> list[tuple[str, str]]:
         rows.append(("SIMD targets enabled", " ".join(build["targets"])))
         rows += [("SIMD target dropped", f"{name} ({why})") for name, why in build["targets_dropped"].items()]
     if "architectures" in build:
-        rows.append(("CUDA architectures", f"{' '.join(build['architectures'])} ({build['architectures_requested']})"))
+        how = "; all from the oldest's PTX" if build.get("from_one_ptx") else ""
+        wanted = f"{build['architectures_requested']}{how}"
+        rows.append(("CUDA architectures", f"{' '.join(build['architectures'])} ({wanted})"))
         rows.append(("nvcc", build["nvcc"]))
         rows += [("CUDA architecture dropped", f"{n} ({why})") for n, why in build["architectures_dropped"].items()]
     return rows

@@ -242,6 +242,7 @@ class CUDAOpBuilder(OpBuilder):
             "architectures_requested": choice.requested,
             "architectures": list(choice.enabled),
             "architectures_dropped": dict(choice.dropped),
+            "from_one_ptx": choice.from_one_ptx,
         }
 
     def unneeded(self) -> str:

@@ -183,6 +183,7 @@ def test_the_op_is_compiled_by_nvcc_and_imports_without_a_gpu(monkeypatch, tmp_p
         builds.append(output.read_bytes())
     assert record["architectures"] == ["80+PTX", "90"]
     assert record["architectures_requested"] == "ADAMOPS_CUDA_ARCHS=8.0;9.0+PTX"
+    assert record["from_one_ptx"] is True
     assert builds[0] == builds[1], "the same sources gave other bytes"
     assert str(tmp_path) not in json.dumps(record)
     code = f"import sys; sys.path[:0] = [{str(output.parent)!r}]; import fused_adam, json;"

@@ -5,12 +5,7 @@
 
 #include <cstdint>
 
-// Lets CUDA compile the rule for the device as well.
-#if defined(__CUDACC__)
-#define ADAMOPS_HOST_DEVICE __host__ __device__
-#else
-#define ADAMOPS_HOST_DEVICE
-#endif
+#include "host_device.h"
 
 namespace adamops {
 

@@ -1,55 +1,71 @@
 // The norm of a piece of a grad: compiled once per SIMD target, as cpu_adam_kernel.cpp is, and with the same bits.
+#include <cstring>
+
 #include "cpu_adam_kernel.h"
 
 #include ADAMOPS_SIMD_HEADER
 
 #include "../simd/blocks.h"
 #include "../simd/float_bits.h"
+#include "grad_norm.h"
 
 namespace adamops {
 namespace ADAMOPS_TARGET {
 namespace {
 
+static_assert(kBlock == kNormLanes, "a block has an element for each lane");
+
+// Calls add(block) for the blocks of a chunk, in the order of grad_norm.h.
+template <class T, class Add>
+inline void for_each_block_of_chunk(const T* grad, int64_t count, const Add& add) {
+  if (count < kNormChunk) return for_each_block(count, 0, add, grad);
+  for (int64_t turn = 0; turn < kNormChunk; turn += kBlock) add(grad + norm_turn(turn));
+}
+
+// A block as floats: where it lies, or in `room`.
+inline const float* widened(const float* block, float*) {
+  return block;
+}
+template <class T>
+inline const float* widened(const T* block, float* room) {
+  for (int64_t i = 0; i < kBlock; i += Ops::kWidth) Ops::store(room + i, Ops::load(block + i));
+  return room;
+}
+
+using Doubles = Ops::Doubles;
+constexpr int64_t kDoubles = sizeof(Doubles) / sizeof(double);
+
 // Sums are kept in as many lanes as a block has elements, each element in the lane of its place. In double the square
 // of a float is exact, and 32768 of them in 32 lanes lose less than 2^-43 of their sum.
-struct Sums {
-  double lanes[kBlock] = {};
-
-  double total() const {
-    double total = 0.0;
-    for (const double lane : lanes) total += lane;
-    return total;
-  }
-};
-
-template <class T>
-double sum_of(const T* grad, int64_t count, bool squares) {
-  Sums sums;
-  const auto add = [&](const T* from) {
-    alignas(kCacheLine) float x[kBlock];
-    for (int64_t i = 0; i < kBlock; i += Ops::kWidth) Ops::store(x + i, Ops::load(from + i));
-    if (squares)
-      for (int64_t i = 0; i < kBlock; ++i) sums.lanes[i] += double{x[i]} * double{x[i]};
-    else
-      for (int64_t i = 0; i < kBlock; ++i) sums.lanes[i] += double{x[i] < 0.0f ? -x[i] : x[i]};
-  };
-  for_each_block(count, 0, add, grad);
-  return sums.total();
+template <bool Squares, class T>
+double sum_of(const T* grad, int64_t count) {
+  Doubles sums[kBlock / kDoubles] = {};
+  for_each_block_of_chunk(grad, count, [&](const T* block) {
+    alignas(kCacheLine) float room[kBlock];
+    const float* const floats = widened(block, room);
+    for (int64_t i = 0; i < kBlock / kDoubles; ++i) {
+      const Doubles x = Ops::load_doubles(floats + i * kDoubles);
+      sums[i] += Squares ? x * x : x < 0.0 ? -x : x;
+    }
+  });
+  double lanes[kBlock], total = 0.0;
+  std::memcpy(lanes, sums, sizeof lanes);
+  for (const double lane : lanes) total += lane;
+  return total;
 }
 
 // Of the magnitudes as integers, so that NaN is the largest of all.
 template <class T>
 double largest_of(const T* grad, int64_t count) {
   int32_t largest[kBlock] = {};
-  const auto compare = [&](const T* from) {
-    alignas(kCacheLine) float x[kBlock];
-    for (int64_t i = 0; i < kBlock; i += Ops::kWidth) Ops::store(x + i, Ops::load(from + i));
+  for_each_block_of_chunk(grad, count, [&](const T* block) {
+    alignas(kCacheLine) float room[kBlock];
+    const float* const x = widened(block, room);
     for (int64_t i = 0; i < kBlock; ++i) {
       const auto magnitude = static_cast<int32_t>(bits_of(x[i]) & 0x7FFFFFFF);
       largest[i] = magnitude > largest[i] ? magnitude : largest[i];
     }
-  };
-  for_each_block(count, 0, compare, grad);
+  });
   int32_t most = 0;
   for (const int32_t lane : largest) most = lane > most ? lane : most;
   return double{float_of(static_cast<uint32_t>(most))};
@@ -57,7 +73,8 @@ double largest_of(const T* grad, int64_t count) {
 
 template <class T>
 double norm_of(const T* grad, Norm norm, int64_t count) {
-  return norm == kNormInf ? largest_of(grad, count) : sum_of(grad, count, norm == kNorm2);
+  if (norm == kNormInf) return largest_of(grad, count);
+  return norm == kNorm2 ? sum_of<true>(grad, count) : sum_of<false>(grad, count);
 }
 
 }  // namespace

@@ -7,7 +7,8 @@
 
 namespace adamops {
 
-constexpr int kLanes = 32;  // of a warp, and of a block of elements on the CPU (simd/blocks.h)
+constexpr int kLanes = 32;  // of a warp
+static_assert(kLanes == kNormLanes, "a thread of a warp does what the CPU has in one lane");
 constexpr int kChunksPerBlock = kThreads / kLanes;
 constexpr int kGradsPerLaunch = (kParameterBytes - 64) / (sizeof(void*) + sizeof(int64_t) + 2 * sizeof(uint32_t));
 
@@ -29,9 +30,11 @@ template <class T>
 __device__ inline double norm_of_lane(const T* grad, int64_t count, Norm norm) {
   double sum = 0.0;
   uint32_t largest = 0;
+  const int64_t lane = threadIdx.x % kLanes;
 #pragma unroll 8
-  for (int64_t i = threadIdx.x % kLanes; i < count; i += kLanes) {
-    const uint32_t magnitude = __float_as_uint(widen(T{}, load_bits(grad + i))) & 0x7FFFFFFFu;
+  for (int64_t begin = 0; begin + lane < count; begin += kLanes) {
+    const int64_t turn = count < kNormChunk ? begin : norm_turn(begin);
+    const uint32_t magnitude = __float_as_uint(widen(T{}, load_bits(grad + turn + lane))) & 0x7FFFFFFFu;
     const double x = static_cast<double>(__uint_as_float(magnitude));
     if (norm == kNormInf)
       largest = magnitude > largest ? magnitude : largest;

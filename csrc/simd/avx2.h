@@ -11,6 +11,7 @@ namespace adamops {
 
 struct Avx2 {
   using Number = __m256;
+  using Doubles = __m256d;
   static constexpr int kWidth = 8;
   static constexpr uint32_t kRequires = kAvx2 | kFma | kF16c;
 
@@ -25,6 +26,7 @@ struct Avx2 {
     return _mm256_blendv_ps(_mm256_max_ps(a, b), a, _mm256_cmp_ps(a, a, _CMP_UNORD_Q));
   }
 
+  static Doubles load_doubles(const float* from) { return _mm256_cvtps_pd(_mm_loadu_ps(from)); }
   static Number load(const float* from) { return _mm256_loadu_ps(from); }
   static Number load(const bf16* from) {
     return _mm256_castsi256_ps(_mm256_slli_epi32(_mm256_cvtepu16_epi32(halves(from)), 16));

@@ -10,6 +10,7 @@ namespace adamops {
 
 struct Avx512 {
   using Number = __m512;
+  using Doubles = __m512d;
   static constexpr int kWidth = 16;
   static constexpr uint32_t kRequires = kAvx512f | kAvx512bw | kAvx512dq | kAvx512vl | kAvx2 | kFma | kF16c;
 
@@ -25,6 +26,7 @@ struct Avx512 {
     return _mm512_mask_mov_ps(_mm512_max_ps(a, b), a_is_nan, a);
   }
 
+  static Doubles load_doubles(const float* from) { return _mm512_cvtps_pd(_mm256_loadu_ps(from)); }
   static Number load(const float* from) { return _mm512_loadu_ps(from); }
   static Number load(const bf16* from) {
     return _mm512_castsi512_ps(_mm512_slli_epi32(_mm512_cvtepu16_epi32(halves(from)), 16));

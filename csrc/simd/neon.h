@@ -13,6 +13,7 @@ namespace adamops {
 
 struct Neon {
   using Number = float32x4_t;
+  using Doubles = float64x2_t;
   static constexpr int kWidth = 4;
   static constexpr uint32_t kRequires = kNoFeatures;
 
@@ -24,6 +25,7 @@ struct Neon {
   // a > b ? a : b, and NaN where either is NaN. FMAX would prefer +0 to -0, which the rule does not.
   static Number max(Number a, Number b) { return vbslq_f32(vorrq_u32(vcgtq_f32(a, b), is_nan(a)), a, b); }
 
+  static Doubles load_doubles(const float* from) { return vcvt_f64_f32(vld1_f32(from)); }
   static Number load(const float* from) { return vld1q_f32(from); }
   static Number load(const bf16* from) { return vreinterpretq_f32_u32(vshll_n_u16(vld1_u16(&from->bits), 16)); }
   static Number load(const fp16* from) { return vcvt_f32_f16(vreinterpret_f16_u16(vld1_u16(&from->bits))); }

@@ -11,6 +11,7 @@ namespace adamops {
 
 struct Scalar {
   using Number = float;
+  using Doubles = double;
   static constexpr int kWidth = 1;
   static constexpr uint32_t kRequires = kNoFeatures;
 
@@ -22,6 +23,7 @@ struct Scalar {
   // a > b ? a : b, and NaN where either is NaN.
   static Number max(Number a, Number b) { return a > b || a != a ? a : b; }
 
+  static Doubles load_doubles(const float* from) { return *from; }
   static Number load(const float* from) { return *from; }
   static Number load(const bf16* from) { return float_of(uint32_t{from->bits} << 16); }
   static Number load(const fp16* from) {

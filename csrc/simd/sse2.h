@@ -13,6 +13,7 @@ namespace adamops {
 
 struct Sse2 {
   using Number = __m128;
+  using Doubles = __m128d;
   static constexpr int kWidth = 4;
   static constexpr uint32_t kRequires = kNoFeatures;
 
@@ -34,6 +35,7 @@ struct Sse2 {
     return _mm_or_ps(_mm_andnot_ps(a_is_nan, _mm_max_ps(a, b)), _mm_and_ps(a_is_nan, a));
   }
 
+  static Doubles load_doubles(const float* from) { return _mm_cvtps_pd(_mm_castsi128_ps(halves(from))); }
   static Number load(const float* from) { return _mm_loadu_ps(from); }
   static Number load(const bf16* from) {
     return _mm_castsi128_ps(_mm_unpacklo_epi16(_mm_setzero_si128(), halves(from)));
