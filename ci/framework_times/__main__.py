@@ -1,15 +1,17 @@
 """Prints what a step takes under each framework, with ours and with what users have today: `python ci/framework_times`.
 
-Each module beside this one has a function measure(), which times contestants in turns in this process, and returns the
-median milliseconds of each by case. One that cannot be measured here, because its framework is not installed say, is
-left out with the reason.
+Each module beside this one has a function measure(), which times contestants in turns in a process of its own, and
+returns the median milliseconds of each by case. One that cannot be measured here, because its framework is not
+installed say, is left out with the reason.
 """
 
 from __future__ import annotations
 
 import argparse
 import importlib
+import multiprocessing
 import sys
+from concurrent.futures import ProcessPoolExecutor
 from pathlib import Path
 
 from rich.console import Console
@@ -31,8 +33,10 @@ def main() -> None:
         column.justify = "right"
     for name in args.frameworks:
         try:
-            cases = importlib.import_module(f"framework_times.{name}").measure()
-        except Exception as error:  # a framework may be missing, or need what is not here
+            measure = importlib.import_module(f"framework_times.{name}").measure
+            with ProcessPoolExecutor(1, multiprocessing.get_context("spawn")) as pool:
+                cases = pool.submit(measure).result()
+        except Exception as error:  # a framework may be missing, need what is not here, or die
             table.add_row(name, f"not measured: {error}")
             continue
         for case, medians in cases.items():

@@ -82,7 +82,7 @@ def measure() -> dict[str, dict[str, float]]:
     for name, case in CASES.items():
         engines = {"DeepSpeed": _engine(case, "config")}
         with adamops.deepspeed.patch():
-            engines["DeepSpeed, patched"] = _engine(case, "config")
+            engines["DeepSpeed on adamops"] = _engine(case, "config")
         if case[2] != "low":
             engines |= {kind: _engine(case, kind) for kind in ("torch", "torch fused")}
         results[name] = _medians(engines)
