@@ -25,7 +25,7 @@ CODES = 3  # the dtype of states in codes of 8 bits
 NO_MASTER, FP32_MASTER, REMAINDER_8, REMAINDER_16 = range(4)  # enum Master of csrc/adam/adam_tensor.h
 # What every wheel gives on every CPU. It changes with what is fed below, the update rule
 # or the codes and their noise, and nothing else.
-DIGEST = "2ea78a721be0d21a015ce1674e5fd14bf82defbc18b8eb2cbce92d9d01703cc4"
+DIGEST = "0bd0c27837e06cb0c59f8ec85819a48bb3d28375e1326cf557de07dd02bbed50"
 
 
 def load(path, name="cpu_adam"):
@@ -129,8 +129,17 @@ def scalars_of(step, maximize, l2):
     return scalars + ((1.0, 0.01) if l2 else (1 - 1e-5, 0.0))
 
 
+def norms(module, rng, threads):
+    """The norms of grads of all dtypes and orders: short ones, whole chunks of the sum, and what is left of one."""
+    for dtype in (FLOAT32, BFLOAT16, FLOAT16):
+        grads = [stored(random_values(rng, 1000), dtype) * 67, *(stored(random_values(rng, n), dtype) for n in SIZES)]
+        columns = [grad.buffer_info()[0] for grad in grads], [len(grad) for grad in grads], [dtype] * len(grads)
+        for order in (1.0, 2.0, float("inf")):
+            yield module.grad_norm(*columns, order, threads)
+
+
 def digest(module, threads=1):
-    """A digest of params and states after two steps, over all dtypes, modes and tails."""
+    """A digest of params and states after two steps, over all dtypes, modes and tails, and of norms."""
     sha = hashlib.sha256()
     rng = random.Random(20260101)
     modes = itertools.product(COMBINATIONS, (0, 1), (0, 1), (0, 1), (0, 1))
@@ -161,6 +170,8 @@ def digest(module, threads=1):
                              tensor.stochastic_rounding)  # fmt: skip
         for data in filter(None, tensor.bits()):
             sha.update(data)
+    for norm in norms(module, rng, threads):
+        sha.update(struct.pack("<d", norm))
     return sha.hexdigest()
 
 
