@@ -3,6 +3,7 @@
 import copy
 import io
 import itertools
+import math
 import os
 import random
 import shlex
@@ -31,13 +32,15 @@ HERE = Path(__file__).resolve().parent
 CSRC = HERE.parent / "csrc"
 CROSS, QEMU = "aarch64-linux-gnu-g++", "qemu-aarch64"
 SIZES = (0, 1, 7, 31, 32, 33, 64, 130, 1000)
+CHUNK = 32768  # kNormChunk of csrc/adam/grad_norm.h
 
 
 def cases(seed):
     """Every dtype, mode and kind of tail: header, scalars and arrays."""
     rng = random.Random(seed)
     modes = itertools.product(COMBINATIONS, (0, 1), (0, 1), (0, 1), SIZES)
-    for (param, grad, state), with_master, l2, amsgrad, numel in modes:
+    whole_chunks = itertools.product(COMBINATIONS, (0,), (0,), (0,), (CHUNK,))
+    for (param, grad, state), with_master, l2, amsgrad, numel in itertools.chain(modes, whole_chunks):
         if with_master and (param == FLOAT32 or state != FLOAT32):
             continue
         dtypes = (param, grad, state, state, state, FLOAT32)
@@ -60,6 +63,18 @@ def step_here(cpu_adam, kind, scalars, arrays):
         addresses[5] if with_master else None,
     )
     cpu_adam.adam_step(table, [scalars], bool(l2), 1)
+
+
+def norms_here(cpu_adam, grad, dtype):
+    """The norms of order 1, 2 and infinity by the extension of this machine."""
+    columns = [grad.buffer_info()[0]], [len(grad)], [dtype]
+    return [cpu_adam.grad_norm(*columns, order, 1) for order in (1.0, 2.0, math.inf)]
+
+
+def norms_there(file):
+    """The same by the driver, which writes the sum of squares as it is."""
+    magnitudes, squares, largest = struct.unpack("3d", file.read(24))
+    return [magnitudes, math.sqrt(squares), largest]
 
 
 def packed(numel, scalars, columns, offset=0, stream=0, **kind):
@@ -130,10 +145,12 @@ def test_neon_has_the_bits_of_this_machine(monkeypatch, tmp_path, cpu_adam, seed
     done = subprocess.run(command, input=text, capture_output=True, check=True)
     theirs = io.BytesIO(done.stdout)
     for kind, offset, dtypes, scalars, arrays in given:
+        assert norms_there(theirs) == norms_here(cpu_adam, arrays[1], dtypes[1]), (kind, offset, len(arrays[1]))
         step_here(cpu_adam, kind, scalars, arrays)
         for column, (own, dtype) in enumerate(zip(arrays, dtypes, strict=True)):
             assert canonical(read_like(own, theirs), dtype) == canonical(own, dtype), (kind, offset, len(own), column)
     for tensor in small:
+        assert norms_there(theirs) == norms_here(cpu_adam, tensor.columns[1], tensor.param), vars(tensor)
         there = copy.deepcopy(tensor)
         there.columns = [None if own is None else read_like(own, theirs) for own in tensor.columns]
         modes = tensor.zero_grads, tensor.stochastic_rounding

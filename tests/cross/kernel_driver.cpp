@@ -1,5 +1,6 @@
 // Test only: one SIMD target of the CPU kernel as a program, for CPUs that have no Python here. Reads cases from
-// standard input until it ends, and writes the arrays of each after one step to standard output.
+// standard input until it ends, and writes to standard output, of each, the norms of its grad and its arrays after one
+// step.
 //
 // A case is a Header, ten floats of scalars, and the columns of an AdamTensor in order, each with its size before it.
 #include <cstddef>
@@ -70,6 +71,11 @@ int main() {
                                columns[7],
                                static_cast<int64_t>(header.numel),
                                header.stream};
+    const Norm all_norms[] = {kNorm1, kNorm2, kNormInf};
+    for (const Norm norm : all_norms) {
+      const double sum = ADAMOPS_TARGET::target.norm_range(tensor.grad, work.dtypes.grad, norm, tensor.numel);
+      if (std::fwrite(&sum, sizeof sum, 1, stdout) != 1) return 4;
+    }
     range(tensor, work, 0, tensor.numel);
     for (size_t i = 0; i < kColumns; ++i)
       if (std::fwrite(columns[i], 1, sizes[i].bytes, stdout) != sizes[i].bytes) return 4;
