@@ -94,8 +94,8 @@ ADAMOPS_HOST_DEVICE inline typename Ops::Number decode(typename Ops::Integers co
     return magnitude;
 }
 
-// Returns the code plus kCodeOffset. `inverse` is inverse_scale(); `noise` is kNoiseBits | noise_of(), as a
-// number. An unsigned x must not be negative, and the caller raises its code to least_code().
+// Returns the code plus kCodeOffset. `inverse` is inverse_scale(); `noise` is kNoiseBits | noise_of(), as a number. An
+// unsigned x must not be negative, and the caller raises its code to least_code().
 template <class Code, class Ops>
 ADAMOPS_HOST_DEVICE inline typename Ops::Integers encode(typename Ops::Number x, typename Ops::Number inverse,
                                                          typename Ops::Number noise) {
