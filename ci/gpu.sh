@@ -7,6 +7,7 @@
 #
 #   PYTHON        the interpreter (default: python3)
 #   ADAMOPS_WORK  the folder to work in (default: a new one below /tmp, removed at the end)
+#   PARTS         which of "gpu-tests benchmark sanitizer all-tests" to run after the build (default: all, in this order)
 #
 # Arguments are passed to ci/gpu_bench.py, for example --elements 10000000.
 set -uo pipefail
@@ -53,20 +54,25 @@ print(f"{torch.cuda.get_device_name(0)}, torch {torch.__version__}")'
 device=$?
 
 pytest=("$python" -m pytest -c "$root/pyproject.toml" --rootdir "$root" -q -p no:cacheprovider)
-run all-tests "${pytest[@]}" -m "not gpu" "$root/tests"
-
+parts=" ${PARTS:-gpu-tests benchmark sanitizer all-tests} "
+wanted() { [[ "$parts" = *" $1 "* ]]; }
 if [[ $device = 0 ]]; then
-  run gpu-tests "${pytest[@]}" -m gpu "$root/tests"
-  sanitizer="$(command -v compute-sanitizer || ls "${CUDA_HOME:-/usr/local/cuda}/bin/compute-sanitizer" 2>/dev/null)"
-  if [[ -n "$sanitizer" ]]; then
-    run sanitizer "$sanitizer" --tool memcheck --error-exitcode 9 --target-processes all \
-      "${pytest[@]}" -m gpu "$root/tests/test_gpu.py" -k "test_bits or test_many_tensors or test_amp or test_clipping"
-  else
-    table+=("$(printf '%-18s %s' sanitizer 'compute-sanitizer was not found')")
+  wanted gpu-tests && run gpu-tests "${pytest[@]}" -m gpu "$root/tests"
+  wanted benchmark && run benchmark "$python" "$root/ci/gpu_bench.py" "$@"
+  if wanted sanitizer; then
+    sanitizer="$(command -v compute-sanitizer || ls "${CUDA_HOME:-/usr/local/cuda}/bin/compute-sanitizer" 2>/dev/null)"
+    if [[ -n "$sanitizer" ]]; then
+      run sanitizer "$sanitizer" --tool memcheck --error-exitcode 9 --target-processes all \
+        "${pytest[@]}" -m gpu "$root/tests/test_gpu.py" -k "test_bits or test_many_tensors or test_amp or test_clipping"
+    else
+      table+=("$(printf '%-18s %s' sanitizer 'compute-sanitizer was not found')")
+    fi
   fi
-  run benchmark "$python" "$root/ci/gpu_bench.py" "$@"
 else
   table+=("$(printf '%-18s %s' 'GPU tests etc.' 'were not run, for want of a device')")
+fi
+if wanted all-tests; then
+  run all-tests "${pytest[@]}" -m "not gpu" "$root/tests"
 fi
 
 echo

@@ -7,11 +7,13 @@ and test_cuda_kernel.py).
 import contextlib
 import copy
 import itertools
+import subprocess
 import warnings
+from pathlib import Path
 
 import pytest
 import torch
-from adamops.op_builder.cuda import covers, visible_gpus
+from adamops.op_builder.cuda import CUDAOpBuilder, Nvcc, covers, visible_gpus
 
 from adamops import FusedAdam, op_builder
 
@@ -228,6 +230,7 @@ def test_graph_capture_and_replay(master_weights, tensor_lr):
     lr = torch.tensor(1e-3, device=GPU)
     if tensor_lr:
         twins.gpu.param_groups[0]["lr"] = lr
+        twins.cpu.param_groups[0]["lr"] = lr.item()  # float32's, not 1e-3
     twins.set_grads()
     stream = torch.cuda.Stream()
     stream.wait_stream(torch.cuda.current_stream())
@@ -345,6 +348,20 @@ def test_checkpoints_of_torch():
     twins.set_grads()
     twins.step()
     twins.assert_same_bits()
+
+
+def test_roots_and_quotients_are_rounded_right(tmp_path):
+    """Of all floats, and of some 10^11 pairs, against the compiler's own."""
+    nvcc = Nvcc.find()
+    if nvcc is None:
+        pytest.skip("no nvcc")
+    root = Path(__file__).parent.parent
+    target = f"-gencode=arch=compute_75,code=sm_{visible_gpus()[0]}"  # by way of the PTX that the op is made from
+    flags = [flag for flag in CUDAOpBuilder.NVCC_FLAGS if not flag.startswith("-X")]
+    program, source = tmp_path / "check", root / "tests" / "cuda_rounding_check.cu"
+    subprocess.run([nvcc.path, *flags, target, f"-I{root / 'csrc'}", source, "-o", program], check=True)
+    checked = subprocess.run([program], capture_output=True, text=True)
+    assert (checked.returncode, checked.stdout) == (0, "0\n")
 
 
 def test_more_than_2_to_the_31_elements():

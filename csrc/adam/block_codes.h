@@ -82,11 +82,10 @@ constexpr int32_t kNoiseBits = 0x43000000, kCodeOffset = 128;
 // The functions for elements are for floats one by one or for vectors of them, as `Ops` has it: Number and Integers of
 // 32 bits, each operation rounded once.
 
-// `unit` is scale * Code::kUnit.
+// `code` is a whole number; `unit` is scale * Code::kUnit.
 template <class Code, class Ops>
-ADAMOPS_HOST_DEVICE inline typename Ops::Number decode(typename Ops::Integers code, typename Ops::Number unit) {
-  const auto number = Ops::to_number(code);
-  const auto shrunk = Ops::bits(Ops::mul(number, Ops::set(Code::kShrink)));
+ADAMOPS_HOST_DEVICE inline typename Ops::Number decode(typename Ops::Number code, typename Ops::Number unit) {
+  const auto shrunk = Ops::bits(Ops::mul(code, Ops::set(Code::kShrink)));
   const auto magnitude = Ops::mul(Ops::from_bits((shrunk & kMagnitudeBits) << Code::kPower), unit);
   if constexpr (Code::kSigned)
     return Ops::from_bits(Ops::bits(magnitude) | (shrunk & ~kMagnitudeBits));

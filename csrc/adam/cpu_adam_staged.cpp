@@ -138,7 +138,9 @@ class Decoder {
  public:
   Decoder(const Byte<Code>* codes, uint16_t scale)
       : codes_(codes), unit_(Ops::set(scale_in_fp32<FloatOps>(scale) * Code::kUnit)) {}
-  Number load(int64_t i) const { return decode<Code, VectorOps>(VectorOps::load_bytes(codes_ + i), unit_); }
+  Number load(int64_t i) const {
+    return decode<Code, VectorOps>(VectorOps::to_number(VectorOps::load_bytes(codes_ + i)), unit_);
+  }
 
  private:
   const Byte<Code>* codes_;
@@ -311,6 +313,7 @@ struct BlockOfTensor {
 
   template <class T>
   void prefetch(const void* column) const {
+    if (!work.prefetch_bytes) return;
     const char* const from = reinterpret_cast<const char*>(at<T>(column, begin)) + work.prefetch_bytes;
     for (int64_t offset = 0; offset < kCodeBlock * int64_t{sizeof(T)}; offset += kCacheLine)
       __builtin_prefetch(from + offset);

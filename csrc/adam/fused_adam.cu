@@ -92,7 +92,9 @@ Kernel kernel_of(AdamDtypes dtypes, AdamMode mode, bool lowp_out) {
   const bool plain = !lowp_out && !mode.zero_grads && !mode.stochastic_rounding;
   const Kernel direct = plain ? direct_kernel(dtypes, mode) : nullptr;
   if (direct) return direct;
-  return mode.amsgrad ? adam_blocks_kernel<true> : adam_blocks_kernel<false>;
+  if (dtypes.state == kBlockCodes)
+    return mode.amsgrad ? adam_blocks_kernel<true, true> : adam_blocks_kernel<false, true>;
+  return mode.amsgrad ? adam_blocks_kernel<true, false> : adam_blocks_kernel<false, false>;
 }
 
 // What the tensors of a launch have in common, as one number.

@@ -6,109 +6,117 @@
 
 #include "block_codes.h"
 #include "fused_adam_kernel.cuh"
+#include "fused_adam_numbers.cuh"
 #include "rounding.h"
 
 namespace adamops {
 
-constexpr int kWarp = 32, kOwn = kCodeBlock / kWarp;  // elements of a thread
 static_assert(kOwn == 8 && kChunk % kCodeBlock == 0, "a thread's elements in 16 bits are one access of 16 bytes");
 
-// With integers, for block_codes.h and rounding.h.
-struct CudaBitOps : CudaOps {
-  using Integers = int32_t;
-  static __device__ float add(float a, float b) { return __fadd_rn(a, b); }
-  static __device__ int32_t bits(float a) { return static_cast<int32_t>(__float_as_uint(a)); }
-  static __device__ float from_bits(uint32_t bits) { return __uint_as_float(bits); }
-  static __device__ float to_number(int32_t a) { return static_cast<float>(a); }
-  static __device__ int32_t truncated(float a) { return static_cast<int32_t>(a); }
-  static __device__ int32_t larger(int32_t a, int32_t b) { return a > b ? a : b; }
+// Of integers of 8 or 16 bits, as many as a thread has, packed into words, the first one lowest.
+template <class T>
+struct Words {
+  static constexpr int kPerWord = 4 / sizeof(T), kCount = kOwn / kPerWord;
+  uint32_t words[kCount];
+
+  __device__ int32_t number(int i) const {
+    return static_cast<T>(words[i / kPerWord] >> (8 * sizeof(T) * (static_cast<uint32_t>(i) % kPerWord)));
+  }
+  // From the lowest bits of integers.
+  static __device__ Words packed(const int32_t (&from)[kOwn]) {
+    Words packed;
+#pragma unroll
+    for (int word = 0; word < kCount; ++word) {
+      const int32_t* const first = from + word * kPerWord;
+      if constexpr (sizeof(T) == 1)
+        packed.words[word] = __byte_perm(pair(first, 0x0040), pair(first + 2, 0x0040), 0x5410);
+      else
+        packed.words[word] = pair(first, 0x5410);
+    }
+    return packed;
+  }
+
+ private:
+  static __device__ uint32_t pair(const int32_t* two, uint32_t selector) {
+    return __byte_perm(static_cast<uint32_t>(two[0]), static_cast<uint32_t>(two[1]), selector);
+  }
 };
 
-// Integers of 8 or 16 bits, as many as a thread has, in one access.
-template <class T>
-__device__ inline void load_integers(const T* from, int32_t (&to)[kOwn]) {
-  constexpr int kPerWord = 4 / sizeof(T);
-  uint32_t words[kOwn / kPerWord];
-  if constexpr (sizeof(T) == 1) {
-    const uint2 loaded = *reinterpret_cast<const uint2*>(from);
-    words[0] = loaded.x, words[1] = loaded.y;
-  } else {
-    const uint4 loaded = *reinterpret_cast<const uint4*>(from);
-    words[0] = loaded.x, words[1] = loaded.y, words[2] = loaded.z, words[3] = loaded.w;
-  }
-#pragma unroll
-  for (int i = 0; i < kOwn; ++i)
-    to[i] = static_cast<T>(words[i / kPerWord] >> (8 * sizeof(T) * (static_cast<uint32_t>(i) % kPerWord)));
-}
-template <class T>
-__device__ inline void store_integers(T* to, const int32_t (&from)[kOwn]) {
-  constexpr int kPerWord = 4 / sizeof(T);
-  constexpr uint32_t kMask = (1u << (8 * sizeof(T))) - 1;
-  uint32_t words[kOwn / kPerWord] = {};
-#pragma unroll
-  for (int i = 0; i < kOwn; ++i)
-    words[i / kPerWord] |= (static_cast<uint32_t>(from[i]) & kMask)
-                           << (8 * sizeof(T) * (static_cast<uint32_t>(i) % kPerWord));
-  if constexpr (sizeof(T) == 1)
-    __stwb(reinterpret_cast<uint2*>(to), make_uint2(words[0], words[1]));
-  else
-    __stwb(reinterpret_cast<uint4*>(to), make_uint4(words[0], words[1], words[2], words[3]));
-}
-
-// The elements of a thread: `count` of them, which may be none, from `begin` on. They are moved at once where all are
-// there and the tensor's columns are `aligned`, and otherwise one by one, with zeros for what is not there.
+// The elements of a thread, from `begin` on. If `Whole`, all kOwn are there, and the tensor's columns are aligned, so
+// that they are moved at once; otherwise `count` are, which may be none, and they are moved one by one, with zeros for
+// what is not there.
+template <bool Whole>
 struct OwnElements {
   int64_t begin;
   int count;
-  bool at_once;
 
-  __device__ OwnElements(int64_t begin, int64_t end, bool aligned)
+  __device__ OwnElements(int64_t begin, int64_t end)
       : begin(begin),
-        count(end - begin >= kOwn ? kOwn
-              : end > begin       ? static_cast<int>(end - begin)
-                                  : 0),
-        at_once(aligned && count == kOwn) {}
+        count(Whole || end - begin >= kOwn ? kOwn
+              : end > begin                ? static_cast<int>(end - begin)
+                                           : 0) {}
 
   template <class T>
-  __device__ void load_as(const void* column, float (&to)[kOwn]) const {
+  __device__ void load_as(const void* column, OwnFloats& to) const {
     const T* const from = static_cast<const T*>(column) + begin;
-    if (at_once) return load<kOwn>(from, to);
+    if constexpr (Whole) {
+      load<kOwn>(from, to.x);
+    } else {
 #pragma unroll
-    for (int i = 0; i < kOwn; ++i) to[i] = i < count ? widen(T{}, load_bits(from + i)) : 0.0f;
+      for (int i = 0; i < kOwn; ++i) to[i] = i < count ? widen(T{}, load_bits(from + i)) : 0.0f;
+    }
   }
   template <class T>
-  __device__ void store_as(void* column, const float (&from)[kOwn]) const {
+  __device__ void store_as(void* column, const OwnFloats& from) const {
     T* const to = static_cast<T*>(column) + begin;
-    if (at_once) return store<kOwn>(to, from);
+    if constexpr (Whole) {
+      store<kOwn>(to, from.x);
+    } else {
 #pragma unroll
-    for (int i = 0; i < kOwn; ++i)
-      if (i < count) store_bits(to + i, narrow(T{}, from[i]));
+      for (int i = 0; i < kOwn; ++i)
+        if (i < count) store_bits(to + i, narrow(T{}, from[i]));
+    }
   }
-  __device__ void load_floats(Dtype dtype, const void* column, float (&to)[kOwn]) const {
+  __device__ void load_floats(Dtype dtype, const void* column, OwnFloats& to) const {
     if (dtype == kFloat32) return load_as<float>(column, to);
     if (dtype == kBfloat16) return load_as<bf16>(column, to);
     load_as<fp16>(column, to);
   }
-  __device__ void store_floats(Dtype dtype, void* column, const float (&from)[kOwn]) const {
+  __device__ void store_floats(Dtype dtype, void* column, const OwnFloats& from) const {
     if (dtype == kFloat32) return store_as<float>(column, from);
     if (dtype == kBfloat16) return store_as<bf16>(column, from);
     store_as<fp16>(column, from);
   }
 
   template <class T>
-  __device__ void load_numbers(const void* column, int32_t (&to)[kOwn]) const {
+  __device__ Words<T> load_words(const void* column) const {
     const T* const from = static_cast<const T*>(column) + begin;
-    if (at_once) return load_integers(from, to);
+    if constexpr (Whole && sizeof(T) == 1) {
+      const uint2 loaded = *reinterpret_cast<const uint2*>(from);
+      return {{loaded.x, loaded.y}};
+    } else if constexpr (Whole) {
+      const uint4 loaded = *reinterpret_cast<const uint4*>(from);
+      return {{loaded.x, loaded.y, loaded.z, loaded.w}};
+    } else {
+      int32_t numbers[kOwn];
 #pragma unroll
-    for (int i = 0; i < kOwn; ++i) to[i] = i < count ? from[i] : 0;
+      for (int i = 0; i < kOwn; ++i) numbers[i] = i < count ? from[i] : 0;
+      return Words<T>::packed(numbers);
+    }
   }
   template <class T>
-  __device__ void store_numbers(void* column, const int32_t (&from)[kOwn]) const {
+  __device__ void store_words(void* column, const Words<T>& from) const {
     T* const to = static_cast<T*>(column) + begin;
-    if (at_once) return store_integers(to, from);
+    const auto& words = from.words;
+    if constexpr (Whole && sizeof(T) == 1) {
+      __stwb(reinterpret_cast<uint2*>(to), make_uint2(words[0], words[1]));
+    } else if constexpr (Whole) {
+      __stwb(reinterpret_cast<uint4*>(to), make_uint4(words[0], words[1], words[2], words[3]));
+    } else {
 #pragma unroll
-    for (int i = 0; i < kOwn; ++i)
-      if (i < count) to[i] = static_cast<T>(from[i]);
+      for (int i = 0; i < kOwn; ++i)
+        if (i < count) to[i] = static_cast<T>(from.number(i));
+    }
   }
 };
 
@@ -125,52 +133,78 @@ __device__ inline int32_t largest_of_warp(int32_t own) {
 __device__ inline int32_t magnitude_bits(float x) {
   return CudaBitOps::bits(x) & kMagnitudeBits;
 }
-__device__ inline int32_t largest_magnitude(const float (&x)[kOwn]) {
+__device__ inline int32_t largest_magnitude(const OwnFloats& x) {
   int32_t largest = 0;
 #pragma unroll
   for (int i = 0; i < kOwn; ++i) largest = CudaBitOps::larger(largest, magnitude_bits(x[i]));
   return largest_of_warp(largest);
 }
 
-template <class Code, class Byte>
-__device__ inline void decode_own(const OwnElements& own, const void* column, uint16_t scale, float (&to)[kOwn]) {
-  int32_t codes[kOwn];
-  own.load_numbers<Byte>(column, codes);
+constexpr uint32_t kEveryByte = 0x01010101, kEverySign = 0x80808080;
+
+template <class Code, class Byte, bool Whole>
+__device__ inline void decode_own(const OwnElements<Whole>& own, const void* column, uint16_t scale, OwnFloats& to) {
+  const Words<Byte> codes = own.template load_words<Byte>(column);
   const float unit = __fmul_rn(scale_in_fp32<CudaBitOps>(scale), Code::kUnit);
+  // With its sign bit turned, a signed byte is an unsigned one that is 128 more.
+  constexpr uint32_t kTurned = Code::kSigned ? kEverySign : 0;
+  constexpr float kZero = CudaBitOps::kWholes + (Code::kSigned ? 128.0f : 0.0f);
 #pragma unroll
   for (int i = 0; i < kOwn; ++i) {
-    to[i] = decode<Code, CudaBitOps>(codes[i], unit);
-    if (Code::kSigned && (scale & kHasNotFinite) && codes[i] == kNotFinite) to[i] = __uint_as_float(0x7FC00000u);
+    const uint32_t turned = codes.words[i / 4] ^ kTurned;
+    const float code = __uint_as_float(__byte_perm(turned, CudaBitOps::kBitsOfWholes, 0x7650u | i % 4));
+    to[i] = decode<Code, CudaBitOps>(__fadd_rn(code, -kZero), unit);
+  }
+  if (Code::kSigned && (scale & kHasNotFinite)) {  // seldom
+#pragma unroll
+    for (int i = 0; i < kOwn; ++i)
+      if (codes.number(i) == kNotFinite) to[i] = __uint_as_float(0x7FC00000u);
   }
 }
 
-// `not_finite` are the elements, as bits, of which a state is not.
-template <class Code, class Byte>
-__device__ inline void encode_own(const OwnElements& own, const float (&from)[kOwn], int32_t largest, uint32_t step,
-                                  uint32_t not_finite, void* column, uint16_t* scale) {
-  const uint16_t common = block_scale(largest);
-  const float inverse = inverse_scale<Code, CudaBitOps>(common);
+// Returns the block's scale. `not_finite` are the elements, as bits, of which a state is not.
+template <class Code, class Byte, bool Whole>
+__device__ inline uint16_t encode_own(const OwnElements<Whole>& own, const OwnFloats& from, int32_t largest,
+                                      uint32_t step, uint32_t not_finite, void* column) {
+  const uint16_t scale = block_scale(largest);
+  const float inverse = inverse_scale<Code, CudaBitOps>(scale);
   int32_t codes[kOwn];
 #pragma unroll
   for (int i = 0; i < kOwn; ++i) {
     const float noise = __uint_as_float(kNoiseBits | noise_of<Code>(own.begin + i, step));
-    codes[i] = encode<Code, CudaBitOps>(from[i], inverse, noise) - kCodeOffset;
-    if (!Code::kSigned) codes[i] = CudaBitOps::larger(codes[i], least_code(CudaBitOps::bits(from[i])));
-    if (Code::kSigned && (not_finite >> i & 1u)) codes[i] = kNotFinite;
+    codes[i] = encode<Code, CudaBitOps>(from[i], inverse, noise);
   }
-  own.store_numbers<Byte>(column, codes);
-  *scale = common;
+  static_assert(kCodeOffset == 128, "it is taken off by turning the highest bit");
+  Words<Byte> packed = Words<Byte>::packed(codes);
+#pragma unroll
+  for (uint32_t& word : packed.words) word ^= kEverySign;
+  uint32_t zeros = 0;  // not 0 if a byte is
+#pragma unroll
+  for (const uint32_t word : packed.words) zeros |= (word - kEveryByte) & ~word & kEverySign;
+  if (Code::kSigned ? not_finite : zeros) {  // seldom
+#pragma unroll
+    for (int i = 0; i < kOwn; ++i) {
+      const int32_t code = packed.number(i);
+      if (Code::kSigned)
+        codes[i] = not_finite >> i & 1u ? kNotFinite : code;
+      else
+        codes[i] = CudaBitOps::larger(code, least_code(CudaBitOps::bits(from[i])));
+    }
+    packed = Words<Byte>::packed(codes);
+  }
+  own.store_words(column, packed);
+  return scale;
 }
 
 // The states of a thread's elements.
 struct OwnStates {
-  float exp_avg[kOwn], exp_avg_sq[kOwn], max_exp_avg_sq[kOwn];
+  OwnFloats exp_avg, exp_avg_sq, max_exp_avg_sq;
 };
 
-template <bool Amsgrad>
-__device__ inline void load_states(const OwnElements& own, const AdamTensor& tensor, Dtype dtype,
+template <bool Amsgrad, bool Codes, bool Whole>
+__device__ inline void load_states(const OwnElements<Whole>& own, const AdamTensor& tensor, Dtype dtype,
                                    const uint16_t* scales, OwnStates& states) {
-  if (dtype == kBlockCodes) {
+  if constexpr (Codes) {
     decode_own<SignedCode, int8_t>(own, tensor.exp_avg, scales[0], states.exp_avg);
     decode_own<UnsignedCode, uint8_t>(own, tensor.exp_avg_sq, scales[1], states.exp_avg_sq);
     if constexpr (Amsgrad)
@@ -182,9 +216,9 @@ __device__ inline void load_states(const OwnElements& own, const AdamTensor& ten
   }
 }
 
-template <bool Amsgrad>
-__device__ inline void encode_states(const OwnElements& own, const AdamTensor& tensor, uint32_t step, uint16_t* scales,
-                                     OwnStates& states) {
+template <bool Amsgrad, bool Whole>
+__device__ inline void encode_states(const OwnElements<Whole>& own, const AdamTensor& tensor, uint32_t step,
+                                     uint16_t* scales, OwnStates& states) {
   int32_t most_m = largest_magnitude(states.exp_avg), most_v = largest_magnitude(states.exp_avg_sq), most_max_v = 0;
   if constexpr (Amsgrad) most_max_v = largest_magnitude(states.max_exp_avg_sq);
   const bool all_finite = most_m < kInfinity && most_v < kInfinity && most_max_v < kInfinity;
@@ -202,41 +236,43 @@ __device__ inline void encode_states(const OwnElements& own, const AdamTensor& t
     most_m = largest_magnitude(states.exp_avg), most_v = largest_magnitude(states.exp_avg_sq);
     if constexpr (Amsgrad) most_max_v = largest_magnitude(states.max_exp_avg_sq);
   }
-  uint16_t found[3];
-  encode_own<SignedCode, int8_t>(own, states.exp_avg, most_m, step, not_finite, tensor.exp_avg, found);
-  encode_own<UnsignedCode, uint8_t>(own, states.exp_avg_sq, most_v, step, 0, tensor.exp_avg_sq, found + 1);
+  const uint16_t sign = all_finite ? 0 : kHasNotFinite;
+  const uint16_t scale_m =
+      sign | encode_own<SignedCode, int8_t>(own, states.exp_avg, most_m, step, not_finite, tensor.exp_avg);
+  const uint16_t scale_v =
+      encode_own<UnsignedCode, uint8_t>(own, states.exp_avg_sq, most_v, step, 0, tensor.exp_avg_sq);
+  uint16_t scale_max_v = 0;
   if constexpr (Amsgrad)
-    encode_own<UnsignedCode, uint8_t>(own, states.max_exp_avg_sq, most_max_v, step, 0, tensor.max_exp_avg_sq,
-                                      found + 2);
+    scale_max_v =
+        encode_own<UnsignedCode, uint8_t>(own, states.max_exp_avg_sq, most_max_v, step, 0, tensor.max_exp_avg_sq);
   if (threadIdx.x % kWarp == 0) {
-    scales[0] = all_finite ? found[0] : found[0] | kHasNotFinite;
-    scales[1] = found[1];
-    if constexpr (Amsgrad) scales[2] = found[2];
+    scales[0] = scale_m;
+    scales[1] = scale_v;
+    if constexpr (Amsgrad) scales[2] = scale_max_v;
   }
 }
 
 // Params and their masters --------------------------------------------------------------------------------------------
 
-template <class Rest>
-__device__ inline void join(const OwnElements& own, const AdamTensor& tensor, bf16, float (&to)[kOwn]) {
-  int32_t upper[kOwn], rest[kOwn];
-  own.load_numbers<uint16_t>(tensor.param, upper);
-  own.load_numbers<Rest>(tensor.master, rest);
+template <class Rest, bool Whole>
+__device__ inline void join(const OwnElements<Whole>& own, const AdamTensor& tensor, bf16, OwnFloats& to) {
+  const Words<uint16_t> upper = own.template load_words<uint16_t>(tensor.param);
+  const Words<Rest> rest = own.template load_words<Rest>(tensor.master);
 #pragma unroll
   for (int i = 0; i < kOwn; ++i)
-    to[i] = __uint_as_float(Bf16Remainder<8 * sizeof(Rest)>::join(static_cast<uint32_t>(upper[i]), rest[i]));
+    to[i] =
+        __uint_as_float(Bf16Remainder<8 * sizeof(Rest)>::join(static_cast<uint32_t>(upper.number(i)), rest.number(i)));
 }
-template <class Rest>
-__device__ inline void join(const OwnElements& own, const AdamTensor& tensor, fp16, float (&to)[kOwn]) {
-  int32_t rest[kOwn];
-  own.load_as<fp16>(tensor.param, to);
-  own.load_numbers<Rest>(tensor.master, rest);
+template <class Rest, bool Whole>
+__device__ inline void join(const OwnElements<Whole>& own, const AdamTensor& tensor, fp16, OwnFloats& to) {
+  own.template load_as<fp16>(tensor.param, to);
+  const Words<Rest> rest = own.template load_words<Rest>(tensor.master);
 #pragma unroll
-  for (int i = 0; i < kOwn; ++i) to[i] = Fp16Remainder<8 * sizeof(Rest), CudaBitOps>::join(to[i], rest[i]);
+  for (int i = 0; i < kOwn; ++i) to[i] = Fp16Remainder<8 * sizeof(Rest), CudaBitOps>::join(to[i], rest.number(i));
 }
 
-template <class Rest>
-__device__ inline void split(const OwnElements& own, const AdamTensor& tensor, bf16, const float (&from)[kOwn],
+template <class Rest, bool Whole>
+__device__ inline void split(const OwnElements<Whole>& own, const AdamTensor& tensor, bf16, const OwnFloats& from,
                              bool at_random, const uint32_t (&random)[kOwn]) {
   using Remainder = Bf16Remainder<8 * sizeof(Rest)>;
   int32_t upper[kOwn], rest[kOwn];
@@ -246,11 +282,11 @@ __device__ inline void split(const OwnElements& own, const AdamTensor& tensor, b
     Remainder::split(__float_as_uint(from[i]), at_random ? random[i] : Remainder::kHalf, param, rest[i]);
     upper[i] = static_cast<int32_t>(param);
   }
-  own.store_numbers<uint16_t>(tensor.param, upper);
-  own.store_numbers<Rest>(tensor.master, rest);
+  own.store_words(tensor.param, Words<uint16_t>::packed(upper));
+  own.store_words(tensor.master, Words<Rest>::packed(rest));
 }
-template <class Rest>
-__device__ inline void split(const OwnElements& own, const AdamTensor& tensor, fp16, const float (&from)[kOwn],
+template <class Rest, bool Whole>
+__device__ inline void split(const OwnElements<Whole>& own, const AdamTensor& tensor, fp16, const OwnFloats& from,
                              bool at_random, const uint32_t (&random)[kOwn]) {
   using Remainder = Fp16Remainder<8 * sizeof(Rest), CudaBitOps>;
   int32_t upper[kOwn], rest[kOwn];
@@ -264,22 +300,24 @@ __device__ inline void split(const OwnElements& own, const AdamTensor& tensor, f
     upper[i] = static_cast<int32_t>(param & 0xFFFFu);
     rest[i] = Remainder::rest(from[i], widen(fp16{}, param & 0xFFFFu), noise);
   }
-  own.store_numbers<uint16_t>(tensor.param, upper);
-  own.store_numbers<Rest>(tensor.master, rest);
+  own.store_words(tensor.param, Words<uint16_t>::packed(upper));
+  own.store_words(tensor.master, Words<Rest>::packed(rest));
 }
 
-__device__ inline void load_param(const OwnElements& own, const AdamTensor& tensor, AdamDtypes dtypes,
-                                  float (&to)[kOwn]) {
+template <bool Whole>
+__device__ inline void load_param(const OwnElements<Whole>& own, const AdamTensor& tensor, AdamDtypes dtypes,
+                                  OwnFloats& to) {
   if (dtypes.master == kNoMaster) return own.load_floats(dtypes.param, tensor.param, to);
-  if (dtypes.master == kMasterFp32) return own.load_as<float>(tensor.master, to);
+  if (dtypes.master == kMasterFp32) return own.template load_as<float>(tensor.master, to);
   if (dtypes.param == kBfloat16)
     return dtypes.master == kRemainder8 ? join<int8_t>(own, tensor, bf16{}, to)
                                         : join<int16_t>(own, tensor, bf16{}, to);
   dtypes.master == kRemainder8 ? join<int8_t>(own, tensor, fp16{}, to) : join<int16_t>(own, tensor, fp16{}, to);
 }
 
-__device__ inline void store_param(const OwnElements& own, const AdamTensor& tensor, AdamDtypes dtypes,
-                                   const float (&from)[kOwn], bool at_random, uint32_t step) {
+template <bool Whole>
+__device__ inline void store_param(const OwnElements<Whole>& own, const AdamTensor& tensor, AdamDtypes dtypes,
+                                   const OwnFloats& from, bool at_random, uint32_t step) {
   uint32_t random[kOwn] = {};
   if (at_random) {
     const auto index = static_cast<uint64_t>(own.begin);
@@ -296,10 +334,10 @@ __device__ inline void store_param(const OwnElements& own, const AdamTensor& ten
     return small ? split<int8_t>(own, tensor, fp16{}, from, at_random, random)
                  : split<int16_t>(own, tensor, fp16{}, from, at_random, random);
   }
-  if (dtypes.master == kMasterFp32) own.store_as<float>(tensor.master, from);
+  if (dtypes.master == kMasterFp32) own.template store_as<float>(tensor.master, from);
   if (!at_random || dtypes.master != kNoMaster || dtypes.param == kFloat32)
     return own.store_floats(dtypes.param, tensor.param, from);
-  float rounded[kOwn];
+  OwnFloats rounded;
 #pragma unroll
   for (int i = 0; i < kOwn; ++i) {
     const uint32_t bits = __float_as_uint(from[i]);
@@ -321,47 +359,61 @@ __device__ inline bool is_aligned(const AdamTensor& tensor) {
   return addresses % 16 == 0;
 }
 
-// One step for a launch's tensors, a block of threads a chunk, a warp a block of codes. Where the step is skipped,
-// grads are zeroed and params copied all the same.
-template <bool Amsgrad>
-__global__ void __launch_bounds__(kThreads, 2) adam_blocks_kernel(const __grid_constant__ AdamLaunch launch) {
+// One step for a thread's elements of a block of codes. Where the step is skipped, grads are zeroed and params copied
+// all the same.
+template <bool Amsgrad, bool Codes, bool Whole>
+__device__ inline void update_own(const OwnElements<Whole>& own, const AdamLaunch& launch, const AdamTensor& tensor,
+                                  const AdamConstants<CudaOwnOps>& k, uint32_t step, int64_t block, bool skipped) {
+  const AdamDtypes dtypes = launch.dtypes;
+  OwnFloats param, grad;
+  load_param(own, tensor, dtypes, param);
+  if (!skipped) {
+    OwnStates states;
+    uint16_t* const scales = Codes ? tensor.scales + block / kCodeBlock * (Amsgrad ? 3 : 2) : nullptr;
+    own.load_floats(dtypes.grad, tensor.grad, grad);
+    load_states<Amsgrad, Codes>(own, tensor, dtypes.state, scales, states);
+    adam_update<Amsgrad, CudaOwnOps>(k, launch.mode.l2, param, grad, states.exp_avg, states.exp_avg_sq,
+                                     states.max_exp_avg_sq);
+    store_param(own, tensor, dtypes, param, launch.mode.stochastic_rounding, step);
+    if constexpr (Codes) {
+      encode_states<Amsgrad>(own, tensor, step, scales, states);
+    } else {
+      own.store_floats(dtypes.state, tensor.exp_avg, states.exp_avg);
+      own.store_floats(dtypes.state, tensor.exp_avg_sq, states.exp_avg_sq);
+      if constexpr (Amsgrad) own.store_floats(dtypes.state, tensor.max_exp_avg_sq, states.max_exp_avg_sq);
+    }
+  }
+  if (tensor.lowp_out) own.store_floats(dtypes.lowp_out, tensor.lowp_out, param);
+  if (launch.mode.zero_grads) {
+    const OwnFloats zeros = {};
+    own.store_floats(dtypes.grad, tensor.grad, zeros);
+  }
+}
+
+// As many blocks of threads a multiprocessor as can be had without spilling registers: each warp waits long for its
+// roots and quotients.
+template <bool Amsgrad, bool Codes>
+constexpr int kBlocksAtOnce = Codes && !Amsgrad ? 4 : 3;
+
+// One step for a launch's tensors, a block of threads a chunk, a warp a block of codes. `Codes` is whether states are.
+template <bool Amsgrad, bool Codes>
+__global__ void __launch_bounds__(kThreads, kBlocksAtOnce<Amsgrad, Codes>)
+    adam_blocks_kernel(const __grid_constant__ AdamLaunch launch) {
   const bool skipped = launch.found_inf && *launch.found_inf != 0.0f;
   const uint32_t index = tensor_of_block(launch.first_block, launch.count, blockIdx.x);
   const AdamTensor& tensor = launch.tensors[index];
-  const AdamDtypes dtypes = launch.dtypes;
   const AdamScalars& scalars = launch.device_scalars ? launch.device_scalars[launch.rows[index]] : launch.scalars;
-  const AdamConstants<CudaOps> k(scalars);
+  const AdamConstants<CudaOwnOps> k(scalars);
   const int64_t chunk = static_cast<int64_t>(blockIdx.x - launch.first_block[index]) * kChunk;
   const int64_t end = chunk + kChunk < tensor.numel ? chunk + kChunk : tensor.numel;
   const bool aligned = is_aligned(tensor);
 
   for (int64_t block = chunk + threadIdx.x / kWarp * kCodeBlock; block < end; block += kThreads / kWarp * kCodeBlock) {
-    const OwnElements own(block + threadIdx.x % kWarp * kOwn, end, aligned);
-    float param[kOwn], grad[kOwn];
-    load_param(own, tensor, dtypes, param);
-    if (!skipped) {
-      OwnStates states;
-      uint16_t* const scales = tensor.scales ? tensor.scales + block / kCodeBlock * (Amsgrad ? 3 : 2) : nullptr;
-      own.load_floats(dtypes.grad, tensor.grad, grad);
-      load_states<Amsgrad>(own, tensor, dtypes.state, scales, states);
-#pragma unroll
-      for (int i = 0; i < kOwn; ++i)
-        adam_update<Amsgrad, CudaOps>(k, launch.mode.l2, param[i], grad[i], states.exp_avg[i], states.exp_avg_sq[i],
-                                      states.max_exp_avg_sq[i]);
-      store_param(own, tensor, dtypes, param, launch.mode.stochastic_rounding, scalars.step);
-      if (dtypes.state == kBlockCodes) {
-        encode_states<Amsgrad>(own, tensor, scalars.step, scales, states);
-      } else {
-        own.store_floats(dtypes.state, tensor.exp_avg, states.exp_avg);
-        own.store_floats(dtypes.state, tensor.exp_avg_sq, states.exp_avg_sq);
-        if constexpr (Amsgrad) own.store_floats(dtypes.state, tensor.max_exp_avg_sq, states.max_exp_avg_sq);
-      }
-    }
-    if (tensor.lowp_out) own.store_floats(dtypes.lowp_out, tensor.lowp_out, param);
-    if (launch.mode.zero_grads) {
-      const float zeros[kOwn] = {};
-      own.store_floats(dtypes.grad, tensor.grad, zeros);
-    }
+    const int64_t begin = block + threadIdx.x % kWarp * kOwn;
+    if (aligned && end - block >= kCodeBlock)
+      update_own<Amsgrad, Codes>(OwnElements<true>(begin, end), launch, tensor, k, scalars.step, block, skipped);
+    else
+      update_own<Amsgrad, Codes>(OwnElements<false>(begin, end), launch, tensor, k, scalars.step, block, skipped);
   }
 }
 

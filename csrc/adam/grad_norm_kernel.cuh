@@ -24,34 +24,63 @@ struct NormLaunch {
 };
 static_assert(sizeof(NormLaunch) <= kParameterBytes, "the parameters of a launch are too large");
 
-// Of one lane of a chunk: the sum of magnitudes or of their squares, or the largest, by its bits, so that NaN is the
-// largest of all.
-template <class T>
-__device__ inline double norm_of_lane(const T* grad, int64_t count, Norm norm) {
+// What a lane adds up: magnitudes or their squares, or the largest by its bits, so that NaN is the largest of all.
+template <Norm kNorm>
+struct LaneNorm {
   double sum = 0.0;
   uint32_t largest = 0;
-  const int64_t lane = threadIdx.x % kLanes;
-#pragma unroll 8
-  for (int64_t begin = 0; begin + lane < count; begin += kLanes) {
-    const int64_t turn = count < kNormChunk ? begin : norm_turn(begin);
-    const uint32_t magnitude = __float_as_uint(widen(T{}, load_bits(grad + turn + lane))) & 0x7FFFFFFFu;
-    const double x = static_cast<double>(__uint_as_float(magnitude));
-    if (norm == kNormInf)
-      largest = magnitude > largest ? magnitude : largest;
-    else
-      sum = __dadd_rn(sum, norm == kNorm2 ? __dmul_rn(x, x) : x);
-  }
-  return norm == kNormInf ? static_cast<double>(__uint_as_float(largest)) : sum;
-}
 
-__device__ inline double joined(Norm norm, double so_far, double next) {
-  if (norm != kNormInf) return __dadd_rn(so_far, next);
-  return next > so_far || next != next ? next : so_far;
+  __device__ void add(float x) {
+    const uint32_t magnitude = __float_as_uint(x) & 0x7FFFFFFFu;
+    if constexpr (kNorm == kNormInf) {
+      largest = magnitude > largest ? magnitude : largest;
+    } else {
+      const double wide = static_cast<double>(__uint_as_float(magnitude));
+      sum = __dadd_rn(sum, kNorm == kNorm2 ? __dmul_rn(wide, wide) : wide);
+    }
+  }
+  __device__ double result() const { return kNorm == kNormInf ? static_cast<double>(__uint_as_float(largest)) : sum; }
+};
+
+// Of one lane of a chunk. Of a whole chunk so many elements are asked for at a time that the memory is kept busy.
+template <Norm kNorm, class T>
+__device__ inline double norm_of_lane(const T* grad, int64_t count) {
+  LaneNorm<kNorm> lane_norm;
+  const int64_t lane = threadIdx.x % kLanes;
+  if (count < kNormChunk) {
+    for (int64_t i = lane; i < count; i += kLanes) lane_norm.add(widen(T{}, load_bits(grad + i)));
+    return lane_norm.result();
+  }
+  constexpr int kAtOnce = 16;
+  static_assert(kAtOnce % kNormStreams == 0, "from one time to the next all places move on by as much");
+  for (int64_t begin = 0; begin < kNormChunk; begin += kAtOnce * kLanes) {
+    const T* const from = grad + norm_turn(begin) + lane;
+    float x[kAtOnce];
+#pragma unroll
+    for (int i = 0; i < kAtOnce; ++i) x[i] = widen(T{}, load_bits(from + norm_turn(i * kLanes)));
+#pragma unroll
+    for (int i = 0; i < kAtOnce; ++i) lane_norm.add(x[i]);
+  }
+  return lane_norm.result();
+}
+template <class T>
+__device__ inline double norm_of_lane(const void* grad, int64_t begin, int64_t count, Norm norm) {
+  const T* const from = static_cast<const T*>(grad) + begin;
+  if (norm == kNorm2) return norm_of_lane<kNorm2>(from, count);
+  return norm == kNorm1 ? norm_of_lane<kNorm1>(from, count) : norm_of_lane<kNormInf>(from, count);
 }
 
 // Of the lanes, in order; all threads of the warp must call it.
 __device__ inline double joined_lanes(Norm norm, double so_far, double own) {
-  for (int lane = 0; lane < kLanes; ++lane) so_far = joined(norm, so_far, __shfl_sync(0xFFFFFFFFu, own, lane));
+  const auto of_lane = [own](int lane) { return __shfl_sync(0xFFFFFFFFu, own, lane); };
+  if (norm != kNormInf) {
+    for (int lane = 0; lane < kLanes; ++lane) so_far = __dadd_rn(so_far, of_lane(lane));
+    return so_far;
+  }
+  for (int lane = 0; lane < kLanes; ++lane) {
+    const double next = of_lane(lane);
+    so_far = next > so_far || next != next ? next : so_far;
+  }
   return so_far;
 }
 
@@ -64,11 +93,11 @@ static __global__ void __launch_bounds__(kThreads) norm_kernel(const __grid_cons
   const void* const grad = launch.grads[index];
   double own;
   if (launch.dtype == kFloat32)
-    own = norm_of_lane(static_cast<const float*>(grad) + begin, count, launch.norm);
+    own = norm_of_lane<float>(grad, begin, count, launch.norm);
   else if (launch.dtype == kBfloat16)
-    own = norm_of_lane(static_cast<const bf16*>(grad) + begin, count, launch.norm);
+    own = norm_of_lane<bf16>(grad, begin, count, launch.norm);
   else
-    own = norm_of_lane(static_cast<const fp16*>(grad) + begin, count, launch.norm);
+    own = norm_of_lane<fp16>(grad, begin, count, launch.norm);
   const double of_chunk = joined_lanes(launch.norm, 0.0, own);
   if (threadIdx.x % kLanes == 0) launch.partial[launch.first_chunk[index] + chunk] = of_chunk;
 }

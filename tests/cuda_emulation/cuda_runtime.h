@@ -49,6 +49,11 @@ inline float __fmul_rn(float a, float b) {
 inline float __fadd_rn(float a, float b) {
   return a + b;
 }
+inline float __fadd_rd(float a, float b) {  // where a double holds the sum
+  const double sum = static_cast<double>(a) + static_cast<double>(b);
+  const float nearest = static_cast<float>(sum);
+  return static_cast<double>(nearest) > sum ? std::nextafter(nearest, -INFINITY) : nearest;
+}
 inline float __fmaf_rn(float a, float b, float c) {
   return std::fma(a, b, c);
 }
@@ -86,6 +91,18 @@ inline float __uint_as_float(uint32_t bits) {
   float a;
   std::memcpy(&a, &bits, sizeof a);
   return a;
+}
+
+// Of the eight bytes of two words, the four that the digits of `selector` name, the lowest first.
+inline uint32_t __byte_perm(uint32_t low, uint32_t high, uint32_t selector) {
+  const uint64_t bytes = (static_cast<uint64_t>(high) << 32) | low;
+  uint32_t result = 0;
+  for (unsigned i = 0; i < 4; ++i) {
+    const unsigned which = selector >> (4 * i) & 0xFu;
+    if (which > 7) std::abort();  // signs, which the kernels do not ask for
+    result |= (static_cast<uint32_t>(bytes >> (8 * which)) & 0xFFu) << (8 * i);
+  }
+  return result;
 }
 
 // The runtime of a machine that has two devices. EMULATED_CUDA_ERROR=1 makes every launch fail, and
