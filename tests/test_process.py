@@ -294,3 +294,21 @@ def test_set_num_threads_between_steps(cpu_adam):
             optimizer.step()
         results.append(param.detach())
     assert all(torch.equal(results[0], other) for other in results[1:])
+
+
+@pytest.mark.parametrize("numel", [1, 37, 1_100_000])
+def test_grads_in_memory_that_may_only_be_read(tmp_path, numel):
+    """A step that does not zero them writes none, not even the last ones in place of themselves."""
+    (tmp_path / "grads").write_bytes(torch.randn(numel).numpy().tobytes())
+    code = f"""
+        import mmap, torch, warnings
+        from adamops import DeepSpeedCPUAdam
+        warnings.simplefilter("ignore")  # torch's, that the memory may only be read
+        file = open("grads", "rb")
+        param = torch.nn.Parameter(torch.zeros({numel}))
+        memory = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)
+        param.grad = torch.frombuffer(memory, dtype=torch.float32)
+        DeepSpeedCPUAdam([param], lr=0.5).step()
+        print(torch.equal(param.detach().sign(), -param.grad.sign()))
+    """
+    assert run_python(code, tmp_path).strip() == "True"

@@ -47,18 +47,25 @@ std::vector<Range> kernels(const AdamTable& table, const Choose& choose) {
   return ranges;
 }
 
+// Whether a tensor goes to the kernel that takes whole blocks: it must, where its param is copied; and on CPUs whose
+// memory is to be asked for ahead, large fp32 columns are faster so (docs/dev/decisions.md).
+bool in_blocks(const AdamDtypes& dtypes, const AdamTensor& tensor, int prefetch_bytes) {
+  constexpr int64_t kLarge = 1 << 20;
+  return tensor.lowp_out || (prefetch_bytes && dtypes.param == kFloat32 && tensor.numel >= kLarge);
+}
+
 void adam_step(AdamTable& table, const std::vector<ScalarRow>& scalar_rows, bool l2, int threads, bool zero_grads,
                bool stochastic_rounding) {
   const AdamTarget& target = simd_targets.in_use();
   const AdamMode mode = {l2, table.amsgrad, zero_grads, stochastic_rounding};
+  static const int prefetch_bytes = prefetch_distance_bytes();
   const auto ranges = kernels<AdamRange>(table, [&](const AdamDtypes& dtypes, const AdamTensor& tensor) {
-    return target.adam_range(dtypes, mode, tensor.lowp_out != nullptr);
+    return target.adam_range(dtypes, mode, in_blocks(dtypes, tensor, prefetch_bytes));
   });
   if (table.counts_on_device()) throw py::value_error("the CPU op takes step counts as numbers");
   const std::vector<AdamScalars> scalars = scalars_of(scalar_rows, table.steps);
 
   table.count_steps();  // before the update, as the states are still in the caches
-  static const int prefetch_bytes = prefetch_distance_bytes();
   for_each_piece(sizes_of(table), threads, [&](size_t i, int64_t begin, int64_t end) {
     ranges[i](table.tensors[i], {table.dtypes[i], mode, scalars[table.step_rows[i]], prefetch_bytes}, begin, end);
   });

@@ -3,6 +3,8 @@
 // What ../simd/blocks.h says of linkage holds here too.
 #include "cpu_adam_kernel.h"
 
+#include <cstring>
+
 #include ADAMOPS_SIMD_HEADER
 
 #include "../simd/blocks.h"
@@ -43,12 +45,20 @@ inline void update_block(const AdamConstants<Ops>& k, Param* param, const Grad* 
 template <class Param, class Grad, class State, bool Master, bool L2, bool Amsgrad>
 void adam_range(const AdamTensor& tensor, const AdamWork& work, int64_t begin, int64_t end) {
   const AdamConstants<Ops> k(work.scalars);
-  for_each_block(
-      end - begin, work.prefetch_bytes,
-      [&k](auto... columns) { update_block<Param, Grad, State, Master, L2, Amsgrad>(k, columns...); },
-      at<Param>(tensor.param, begin), at<Grad>(tensor.grad, begin), at<State>(tensor.exp_avg, begin),
-      at<State>(tensor.exp_avg_sq, begin), at_if<Amsgrad, State>(tensor.max_exp_avg_sq, begin),
-      at_if<Master, float>(tensor.master, begin));
+  const bool zero_grads = work.mode.zero_grads;
+  const auto zero = [](const Grad* grad, int64_t count) {  // of a tensor's own memory, or of a copy
+    std::memset(static_cast<void*>(const_cast<Grad*>(grad)), 0, static_cast<size_t>(count) * sizeof(Grad));
+  };
+  const auto update = [&](Param* param, const Grad* grad, auto... columns) {
+    update_block<Param, Grad, State, Master, L2, Amsgrad>(k, param, grad, columns...);
+    if (zero_grads) zero(grad, kBlock);
+  };
+  const Grad* const grad = at<Grad>(tensor.grad, begin);  // not a column to be written, or all steps would write tails
+  const int64_t count = end - begin, tail = count % kBlock;
+  for_each_block(count, work.prefetch_bytes, update, at<Param>(tensor.param, begin), grad,
+                 at<State>(tensor.exp_avg, begin), at<State>(tensor.exp_avg_sq, begin),
+                 at_if<Amsgrad, State>(tensor.max_exp_avg_sq, begin), at_if<Master, float>(tensor.master, begin));
+  if (zero_grads) zero(grad + count - tail, tail);
 }
 
 // Every byte that adam_range moves is loaded, changed by one exclusive or, and stored.
@@ -119,9 +129,8 @@ AdamRange choose_direct_range(AdamDtypes dtypes, AdamMode mode) {
   });
 }
 
-AdamRange choose_adam_range(AdamDtypes dtypes, AdamMode mode, bool lowp_out) {
-  const bool plain = !lowp_out && !mode.zero_grads && !mode.stochastic_rounding;
-  const AdamRange direct = plain ? choose_direct_range(dtypes, mode) : nullptr;
+AdamRange choose_adam_range(AdamDtypes dtypes, AdamMode mode, bool in_blocks) {
+  const AdamRange direct = in_blocks || mode.stochastic_rounding ? nullptr : choose_direct_range(dtypes, mode);
   return direct ? direct : choose_staged_range(dtypes, mode);
 }
 

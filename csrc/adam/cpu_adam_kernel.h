@@ -10,7 +10,8 @@
 
 namespace adamops {
 
-// What a kernel needs to know of a tensor's step besides the tensor. Memory is asked for `prefetch_bytes` ahead of use.
+// What a kernel needs to know of a tensor's step besides the tensor. Memory is asked for `prefetch_bytes` ahead of use,
+// 0 for not at all.
 struct AdamWork {
   AdamDtypes dtypes;
   AdamMode mode;
@@ -34,7 +35,8 @@ struct AdamTarget {
   uint32_t required_features;  // of simd/cpu_features.h
   // Null for combinations that do not exist: grads have the dtype of the params or fp32; masters go with 16-bit params,
   // and those in fp32 with fp32 states; only grads that have the dtype of fp32 params can be fp32.
-  AdamRange (*adam_range)(AdamDtypes dtypes, AdamMode mode, bool lowp_out);
+  // `in_blocks` asks for the kernel that can do everything, a block of kCodeBlock elements after another.
+  AdamRange (*adam_range)(AdamDtypes dtypes, AdamMode mode, bool in_blocks);
   TouchRange (*touch_range)(AdamDtypes dtypes);  // masters are left alone
   NormRange norm_range;
 };

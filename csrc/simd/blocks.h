@@ -126,12 +126,12 @@ inline void update_tail(const Update& update, int64_t count, Columns... columns)
 }
 
 // Calls update(columns + i...) for blocks of kBlock elements until `count` are done, asking for memory `prefetch_bytes`
-// ahead of its use. A column is a T*, a const T* if it is only read, or a NoColumn.
+// ahead of its use, or not at all if that is 0. A column is a T*, a const T* if it is only read, or a NoColumn.
 template <class Update, class... Columns>
 inline void for_each_block(int64_t count, int prefetch_bytes, const Update& update, Columns... columns) {
   const int64_t tail = count % kBlock, body = count - tail;
   for (int64_t i = 0; i < body; i += kBlock) {
-    (prefetch_block(columns + i, prefetch_bytes), ...);
+    if (prefetch_bytes) (prefetch_block(columns + i, prefetch_bytes), ...);
     update((columns + i)...);
   }
   if (tail) update_tail(update, tail, (columns + body)...);

@@ -53,7 +53,7 @@ uint32_t cpu_features() {
 int prefetch_distance_bytes() {
   uint32_t eax, ebx, ecx, edx;
   const bool is_intel = __get_cpuid(0, &eax, &ebx, &ecx, &edx) && ebx == signature_INTEL_ebx;
-  return is_intel ? 1024 : 256;
+  return is_intel ? 1024 : 0;
 }
 
 #else
