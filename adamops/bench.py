@@ -1,7 +1,7 @@
 """Times the optimizers, in turns, against their peers and against merely moving the bytes: `python -m adamops.bench`.
 
-All contestants work on the same memory, for where a tensor of hundreds of megabytes happens to lie can matter more than
-who updates it: 31 and 50 ms were seen for the same step in one process, on tensors allocated one after the other.
+All contestants work on the same memory, as it can matter by a tenth where large tensors happen to lie. And ratios are
+taken within a round, as the memory of a shared machine may be twice as fast in one second as in the next.
 
 Must not know how any of them works: it calls what users call. Only the touch loop and the SIMD target are the op's own.
 """
@@ -91,8 +91,9 @@ class Result:
         return statistics.median(self.times[name])
 
     def speed(self, other: str) -> float:
-        """Our speed relative to the other's: above 1, ours is faster."""
-        return self.median(other) / self.median(self.ours)
+        """Our speed relative to the other's, the median over the rounds: above 1, ours is faster."""
+        rounds = zip(self.times[other], self.times[self.ours], strict=True)
+        return statistics.median(theirs / ours for theirs, ours in rounds)
 
     def as_json(self) -> dict[str, Any]:
         """All that was measured, and what follows from it."""
