@@ -50,7 +50,7 @@ std::vector<Range> kernels(const AdamTable& table, const Choose& choose) {
 // Whether a tensor goes to the kernel that takes whole blocks: it must, where its param is copied; and on CPUs whose
 // memory is to be asked for ahead, large fp32 columns are faster so (docs/dev/decisions.md).
 bool in_blocks(const AdamDtypes& dtypes, const AdamTensor& tensor, int prefetch_bytes) {
-  constexpr int64_t kLarge = 1 << 20;
+  constexpr int64_t kLarge = 1 << 16;
   return tensor.lowp_out || (prefetch_bytes && dtypes.param == kFloat32 && tensor.numel >= kLarge);
 }
 

@@ -1,7 +1,8 @@
 // The CUDA kernel for all that fused_adam_kernel.cuh has no kernel of its own for: states in codes or of other dtypes
 // than the param, masters in parts, rounding at random, zeroing grads, copies of the param. A warp takes a block of
-// codes at a time, a thread eight elements that lie together, and asks for the dtypes at run time: all threads find the
-// same, and what binds is the memory. As there: device code only, of CUDA nothing but built-ins.
+// codes at a time, a thread eight elements that lie together. Whether states are codes, and whether a block is whole,
+// is known when it is compiled; dtypes are asked for at run time, and all threads find the same. As there: device code
+// only, of CUDA nothing but built-ins.
 #pragma once
 
 #include "block_codes.h"
