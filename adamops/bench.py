@@ -351,7 +351,7 @@ def eight_bit_states(options: Options) -> Result:
             skipped[name] = str(reason) if isinstance(reason, Unavailable) else f"cannot step: {last_line(reason)}"
         else:
             optimizers[name] = optimizer
-    if options.peers:
+    if "torch fused fp32" in optimizers:
         share_states(optimizers["adamops fp32"], optimizers["torch fused fp32"])
     turns = {name: optimizer.step for name, optimizer in optimizers.items()}
     title = f"{human(options.elements)} fp32, 8-bit states"

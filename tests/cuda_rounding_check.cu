@@ -6,17 +6,12 @@
 #include <cstdio>
 
 #include "adam/fused_adam_numbers.cuh"
+#include "adam/rounding.h"
 
 namespace adamops {
 namespace {
 
 using Wrong = unsigned long long;
-
-__device__ uint32_t mixed(uint32_t x) {
-  x = (x ^ (x >> 16)) * 0x21F0AAADu;
-  x = (x ^ (x >> 15)) * 0xD35A2D97u;
-  return x ^ (x >> 15);
-}
 
 __device__ void compare(float ours, float expected, Wrong* wrong) {
   if (__float_as_uint(ours) != __float_as_uint(expected) && !(ours != ours && expected != expected))
@@ -39,7 +34,8 @@ __global__ void quotients(uint32_t key, Wrong* wrong) {
   for (int round = 0; round < 64; ++round) {
     OwnFloats a, b;
     for (int i = 0; i < kOwn; ++i) {
-      const uint32_t x = mixed(thread ^ mixed(key + static_cast<uint32_t>(round * kOwn + i))), y = mixed(~x);
+      const uint32_t x = mixed_bits(thread ^ mixed_bits(key + static_cast<uint32_t>(round * kOwn + i))),
+                     y = mixed_bits(~x);
       if (kDraw == kAnyBits) {
         a[i] = __uint_as_float(x), b[i] = __uint_as_float(y);
       } else if (kDraw == kFastRange) {

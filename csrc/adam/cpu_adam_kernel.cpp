@@ -74,12 +74,10 @@ void touch_range(const AdamTensor& tensor, int64_t begin, int64_t end, int prefe
     const Grad* grad = at<Grad>(tensor.grad, i);
     State* exp_avg = at<State>(tensor.exp_avg, i);
     State* exp_avg_sq = at<State>(tensor.exp_avg_sq, i);
-    if (prefetch_bytes) {
-      prefetch_block(param, prefetch_bytes);
-      prefetch_block(grad, prefetch_bytes);
-      prefetch_block(exp_avg, prefetch_bytes);
-      prefetch_block(exp_avg_sq, prefetch_bytes);
-    }
+    prefetch_block(param, prefetch_bytes);
+    prefetch_block(grad, prefetch_bytes);
+    prefetch_block(exp_avg, prefetch_bytes);
+    prefetch_block(exp_avg_sq, prefetch_bytes);
     Word* __restrict p = reinterpret_cast<Word*>(param);
     const Word* __restrict g = reinterpret_cast<const Word*>(grad);
     Word* __restrict m = reinterpret_cast<Word*>(exp_avg);

@@ -313,10 +313,7 @@ struct BlockOfTensor {
 
   template <class T>
   void prefetch(const void* column) const {
-    if (!work.prefetch_bytes) return;
-    const char* const from = reinterpret_cast<const char*>(at<T>(column, begin)) + work.prefetch_bytes;
-    for (int64_t offset = 0; offset < kCodeBlock * int64_t{sizeof(T)}; offset += kCacheLine)
-      __builtin_prefetch(from + offset);
+    prefetch_block<kCodeBlock>(at<T>(column, begin), work.prefetch_bytes);
   }
 
   // A column in fp32: where it is, or widened into the room.

@@ -53,11 +53,13 @@ inline auto at_if(void* base, int64_t index) {
     return NoColumn{};
 }
 
-// Asks for the cache lines of a block that lies `bytes_ahead` further on; past the end of a tensor that is harmless.
-template <class T>
+// Asks for the cache lines of a block that lies `bytes_ahead` further on, or for nothing if that is 0; past the end of
+// a tensor it is harmless.
+template <int64_t kElements = kBlock, class T>
 inline void prefetch_block(const T* from, int64_t bytes_ahead) {
+  if (!bytes_ahead) return;
   const char* line = reinterpret_cast<const char*>(from) + bytes_ahead;
-  for (int64_t offset = 0; offset < kBlock * int64_t{sizeof(T)}; offset += kCacheLine)
+  for (int64_t offset = 0; offset < kElements * int64_t{sizeof(T)}; offset += kCacheLine)
     __builtin_prefetch(line + offset);
 }
 inline void prefetch_block(NoColumn, int64_t) {}
@@ -131,7 +133,7 @@ template <class Update, class... Columns>
 inline void for_each_block(int64_t count, int prefetch_bytes, const Update& update, Columns... columns) {
   const int64_t tail = count % kBlock, body = count - tail;
   for (int64_t i = 0; i < body; i += kBlock) {
-    if (prefetch_bytes) (prefetch_block(columns + i, prefetch_bytes), ...);
+    (prefetch_block(columns + i, prefetch_bytes), ...);
     update((columns + i)...);
   }
   if (tail) update_tail(update, tail, (columns + body)...);
