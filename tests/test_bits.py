@@ -205,6 +205,21 @@ def test_nan_and_inf_stay_with_their_elements(target, dtypes):
     )
 
 
+@pytest.mark.parametrize("target", TARGETS)
+@pytest.mark.parametrize("dtypes", [d for d in COMBINATIONS if d[0] != d[2]], ids="-".join)
+def test_every_nan_of_fp32_states_survives_rounding(target, dtypes):
+    """Were a bit added to the largest of them, it would become a zero."""
+    case = Case(1000, dtypes)
+    clean = case.run(target)[0]
+    nans = torch.tensor([0x7FFFFFFF, -1, 0x7FFF8001, -0x7FFF, 0x7FC08001, 0x7F800001, -0x7FFFFF], dtype=torch.int32)
+    places = torch.randperm(1000)[: len(nans)]
+    case.data[2][places] = nans.view(torch.float32)
+    param = case.run(target)[0]
+    assert param[places].isnan().all()
+    clean[places] = float("nan")
+    assert torch.equal(bits(param), bits(clean))
+
+
 def test_results_do_not_depend_on_flush_denormal():
     case = Case(30_000, ("float32",) * 3)
     expected = case.run(TARGETS[0])

@@ -31,8 +31,10 @@ struct AdamConstants {
   using Number = typename Ops::Number;
   Number grad_scale, beta1, one_minus_beta1, beta2, one_minus_beta2, negative_step_size, inverse_sqrt_bias2, eps, decay,
       l2;
+  bool scaled;
 
-  ADAMOPS_HOST_DEVICE explicit AdamConstants(const AdamScalars& s)
+  // `scaled` may be false where grad_scale is 1, which saves the multiplication.
+  ADAMOPS_HOST_DEVICE explicit AdamConstants(const AdamScalars& s, bool scaled = true)
       : grad_scale(Ops::set(s.grad_scale)),
         beta1(Ops::set(s.beta1)),
         one_minus_beta1(Ops::set(s.one_minus_beta1)),
@@ -42,7 +44,8 @@ struct AdamConstants {
         inverse_sqrt_bias2(Ops::set(s.inverse_sqrt_bias2)),
         eps(Ops::set(s.eps)),
         decay(Ops::set(s.decay)),
-        l2(Ops::set(s.l2)) {}
+        l2(Ops::set(s.l2)),
+        scaled(scaled) {}
 };
 
 // The first part of adam_update(). Returns the root of v, or of max_v. L2 is asked because fma(0, param, grad) is not
@@ -50,7 +53,7 @@ struct AdamConstants {
 template <bool Amsgrad, class Ops, class Number>
 ADAMOPS_HOST_DEVICE inline Number adam_update_states(const AdamConstants<Ops>& k, bool l2, Number param, Number grad,
                                                      Number& m, Number& v, Number& max_v) {
-  grad = Ops::mul(grad, k.grad_scale);
+  if (k.scaled) grad = Ops::mul(grad, k.grad_scale);
   if (l2) grad = Ops::fma(k.l2, param, grad);
   m = Ops::fma(k.beta1, m, Ops::mul(k.one_minus_beta1, grad));
   v = Ops::fma(k.beta2, v, Ops::mul(Ops::mul(k.one_minus_beta2, grad), grad));

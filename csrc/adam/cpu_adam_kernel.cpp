@@ -17,48 +17,70 @@ double norm_range(const void* grad, Dtype dtype, Norm norm, int64_t count);  // 
 
 namespace {
 
-// One block of kBlock elements. Param, Grad and State are the storage types; the last two columns may be NoColumn.
-template <class Param, class Grad, class State, bool Master, bool L2, bool Amsgrad, class MaxColumn, class MasterColumn>
-inline void update_block(const AdamConstants<Ops>& k, Param* param, const Grad* grad, State* exp_avg, State* exp_avg_sq,
-                         MaxColumn max_exp_avg_sq, MasterColumn master) {
-  constexpr bool kEvenOdd = same_type<Param, bf16> && same_type<Grad, bf16> && same_type<State, bf16>;
-  for (int64_t i = 0; i < kBlock; i += 2 * Ops::kWidth) {
-    Ops::Number p[2], g[2], m[2], v[2], max_v[2] = {};
-    if constexpr (Master)
-      load_two<kEvenOdd>(master + i, p);
-    else
-      load_two<kEvenOdd>(param + i, p);
-    load_two<kEvenOdd>(grad + i, g);
-    load_two<kEvenOdd>(exp_avg + i, m);
-    load_two<kEvenOdd>(exp_avg_sq + i, v);
-    if constexpr (Amsgrad) load_two<kEvenOdd>(max_exp_avg_sq + i, max_v);
-    for (int half = 0; half < 2; ++half)
-      adam_update<Amsgrad, Ops>(k, L2, p[half], g[half], m[half], v[half], max_v[half]);
-    store_two<kEvenOdd>(param + i, p);
-    if constexpr (Master) store_two<kEvenOdd>(master + i, p);
-    store_two<kEvenOdd>(exp_avg + i, m);
-    store_two<kEvenOdd>(exp_avg_sq + i, v);
-    if constexpr (Amsgrad) store_two<kEvenOdd>(max_exp_avg_sq + i, max_v);
+// The update of a Pair of Numbers, in two parts. Param, Grad and State are the storage types; the last two columns may
+// be NoColumn.
+template <class Param, class Grad, class State, bool Master, bool L2, bool Amsgrad>
+struct PairUpdate {
+  static constexpr bool kEvenOdd = same_type<Param, bf16> && same_type<Grad, bf16> && same_type<State, bf16>;
+
+  const AdamConstants<Ops>& k;
+  bool zero_grads;
+
+  // What the second part needs of the first.
+  struct Started {
+    Pair exp_avg, root;
+  };
+
+  template <class MaxColumn, class MasterColumn>
+  ADAMOPS_INLINE Started start(const Param* param, const Grad* grad, State* exp_avg, State* exp_avg_sq,
+                               MaxColumn max_exp_avg_sq, MasterColumn master) const {
+    const Pair p = L2 ? load_param(param, master) : Pair{}, g = load_pair<kEvenOdd>(grad);
+    Pair m = load_pair<kEvenOdd>(exp_avg), v = load_pair<kEvenOdd>(exp_avg_sq), max_v = {};
+    if constexpr (Amsgrad) max_v = load_pair<kEvenOdd>(max_exp_avg_sq);
+    const Pair root = {adam_update_states<Amsgrad, Ops>(k, L2, p.a, g.a, m.a, v.a, max_v.a),
+                       adam_update_states<Amsgrad, Ops>(k, L2, p.b, g.b, m.b, v.b, max_v.b)};
+    store_pair<kEvenOdd>(exp_avg, m);
+    store_pair<kEvenOdd>(exp_avg_sq, v);
+    if constexpr (Amsgrad) store_pair<kEvenOdd>(max_exp_avg_sq, max_v);
+    if (zero_grads) zero(grad, Pair::kElements);
+    return {m, root};
   }
-}
+
+  template <class MaxColumn, class MasterColumn>
+  ADAMOPS_INLINE void finish(const Started& started, Param* param, const Grad*, State*, State*, MaxColumn,
+                             MasterColumn master) const {
+    Pair p = load_param(param, master);
+    adam_update_param<Ops>(k, p.a, started.exp_avg.a, started.root.a);
+    adam_update_param<Ops>(k, p.b, started.exp_avg.b, started.root.b);
+    store_pair<kEvenOdd>(param, p);
+    if constexpr (Master) store_pair<kEvenOdd>(master, p);
+  }
+
+  // Of a tensor's own memory, or of a copy.
+  static void zero(const Grad* grad, int64_t count) {
+    std::memset(static_cast<void*>(const_cast<Grad*>(grad)), 0, static_cast<size_t>(count) * sizeof(Grad));
+  }
+
+ private:
+  template <class MasterColumn>
+  ADAMOPS_INLINE static Pair load_param(const Param* param, MasterColumn master) {
+    if constexpr (Master)
+      return load_pair<kEvenOdd>(master);
+    else
+      return load_pair<kEvenOdd>(param);
+  }
+};
 
 template <class Param, class Grad, class State, bool Master, bool L2, bool Amsgrad>
 void adam_range(const AdamTensor& tensor, const AdamWork& work, int64_t begin, int64_t end) {
-  const AdamConstants<Ops> k(work.scalars);
-  const bool zero_grads = work.mode.zero_grads;
-  const auto zero = [](const Grad* grad, int64_t count) {  // of a tensor's own memory, or of a copy
-    std::memset(static_cast<void*>(const_cast<Grad*>(grad)), 0, static_cast<size_t>(count) * sizeof(Grad));
-  };
-  const auto update = [&](Param* param, const Grad* grad, auto... columns) {
-    update_block<Param, Grad, State, Master, L2, Amsgrad>(k, param, grad, columns...);
-    if (zero_grads) zero(grad, kBlock);
-  };
+  const AdamConstants<Ops> k(work.scalars, work.scalars.grad_scale != 1.0f);
+  const PairUpdate<Param, Grad, State, Master, L2, Amsgrad> update = {k, work.mode.zero_grads};
   const Grad* const grad = at<Grad>(tensor.grad, begin);  // not a column to be written, or all steps would write tails
-  const int64_t count = end - begin, tail = count % kBlock;
-  for_each_block(count, work.prefetch_bytes, update, at<Param>(tensor.param, begin), grad,
-                 at<State>(tensor.exp_avg, begin), at<State>(tensor.exp_avg_sq, begin),
-                 at_if<Amsgrad, State>(tensor.max_exp_avg_sq, begin), at_if<Master, float>(tensor.master, begin));
-  if (zero_grads) zero(grad + count - tail, tail);
+  const int64_t count = end - begin, tail = count % Pair::kElements;
+  for_each_pair(count, work.prefetch_bytes, update, at<Param>(tensor.param, begin), grad,
+                at<State>(tensor.exp_avg, begin), at<State>(tensor.exp_avg_sq, begin),
+                at_if<Amsgrad, State>(tensor.max_exp_avg_sq, begin), at_if<Master, float>(tensor.master, begin));
+  if (update.zero_grads) update.zero(grad + count - tail, tail);
 }
 
 // Every byte that adam_range moves is loaded, changed by one exclusive or, and stored.

@@ -112,11 +112,11 @@ class Block {
 
 template <class T>
 inline void widen(const T* from, float* to) {
-  for (int64_t i = 0; i < kCodeBlock; i += Ops::kWidth) Ops::store(to + i, Ops::load(from + i));
+  for (int64_t i = 0; i < kCodeBlock; i += Pair::kElements) store_pair(to + i, load_pair(from + i));
 }
 template <class T>
 inline void narrow(const float* from, T* to) {
-  for (int64_t i = 0; i < kCodeBlock; i += Ops::kWidth) Ops::store(to + i, Ops::load(from + i));
+  for (int64_t i = 0; i < kCodeBlock; i += Pair::kElements) store_pair(to + i, load_pair(from + i));
 }
 
 // States in codes -----------------------------------------------------------------------------------------------------
@@ -506,7 +506,7 @@ inline void update_coded_states(const AdamConstants<Ops>& k, const BlockOfTensor
 
 template <bool L2, bool Amsgrad>
 void staged_range(const AdamTensor& tensor, const AdamWork& work, int64_t begin, int64_t end) {
-  const AdamConstants<Ops> k(work.scalars);
+  const AdamConstants<Ops> k(work.scalars, work.scalars.grad_scale != 1.0f);
   Room room;
   for (int64_t i = begin; i < end; i += kCodeBlock) {
     const BlockOfTensor block = {tensor, work, i, end - i < kCodeBlock ? end - i : kCodeBlock};

@@ -18,7 +18,7 @@ static_assert(kBlock == kNormLanes, "a block has an element for each lane");
 // Calls add(block) for the blocks of a chunk, in the order of grad_norm.h.
 template <class T, class Add>
 inline void for_each_block_of_chunk(const T* grad, int64_t count, const Add& add) {
-  if (count < kNormChunk) return for_each_block(count, 0, add, grad);
+  if (count < kNormChunk) return for_each_block(count, add, grad);
   for (int64_t turn = 0; turn < kNormChunk; turn += kBlock) add(grad + norm_turn(turn));
 }
 
@@ -28,7 +28,7 @@ inline const float* widened(const float* block, float*) {
 }
 template <class T>
 inline const float* widened(const T* block, float* room) {
-  for (int64_t i = 0; i < kBlock; i += Ops::kWidth) Ops::store(room + i, Ops::load(block + i));
+  for (int64_t i = 0; i < kBlock; i += Pair::kElements) store_pair(room + i, load_pair(block + i));
   return room;
 }
 

@@ -28,29 +28,37 @@ struct Avx2 {
 
   static Doubles load_doubles(const float* from) { return _mm256_cvtps_pd(_mm_loadu_ps(from)); }
   static Number load(const float* from) { return _mm256_loadu_ps(from); }
-  static Number load(const bf16* from) {
-    return _mm256_castsi256_ps(_mm256_slli_epi32(_mm256_cvtepu16_epi32(halves(from)), 16));
-  }
   static Number load(const fp16* from) { return _mm256_cvtph_ps(halves(from)); }
 
   static void store(float* to, Number a) { _mm256_storeu_ps(to, a); }
-  static void store(bf16* to, Number a) {
-    const __m256i high = _mm256_srli_epi32(rounded_to_bf16(a), 16);
-    // VPACKUSDW packs within 128-bit lanes; the two useful quarters are then brought together.
-    const __m256i packed = _mm256_permute4x64_epi64(_mm256_packus_epi32(high, high), 0b1000);
-    store_halves(to, _mm256_castsi256_si128(packed));
-  }
   static void store(fp16* to, Number a) { store_halves(to, _mm256_cvtps_ph(a, _MM_FROUND_TO_NEAREST_INT)); }
+
+  // Two in memory order. Packing and unpacking work within 128-bit lanes, so quarters change places before or after.
+  static void load_two(const bf16* from, Number& a, Number& b) {
+    const __m256i upper = _mm256_permute4x64_epi64(pairs(from), kSwapMiddle), lower = _mm256_setzero_si256();
+    a = _mm256_castsi256_ps(_mm256_unpacklo_epi16(lower, upper));
+    b = _mm256_castsi256_ps(_mm256_unpackhi_epi16(lower, upper));
+  }
+  static void store_two(bf16* to, Number a, Number b) {
+    const __m256i a_bits = _mm256_castps_si256(a), b_bits = _mm256_castps_si256(b), zero = _mm256_setzero_si256();
+    const __m256i upper = _mm256_packus_epi32(_mm256_srli_epi32(a_bits, 16), _mm256_srli_epi32(b_bits, 16));
+    const __m256i lower =
+        _mm256_packus_epi32(_mm256_blend_epi16(a_bits, zero, 0xAA), _mm256_blend_epi16(b_bits, zero, 0xAA));
+    const __m256i room = _mm256_andnot_si256(upper, _mm256_set1_epi16(0x7FFF));  // none in the largest NaN
+    const __m256i up = _mm256_min_epu16(carry(lower, _mm256_and_si256(room, _mm256_set1_epi16(1))), room);
+    store_words(to, _mm256_permute4x64_epi64(_mm256_add_epi16(upper, up), kSwapMiddle));
+  }
 
   static Number load_even(const bf16* from) { return _mm256_castsi256_ps(_mm256_slli_epi32(pairs(from), 16)); }
   static Number load_odd(const bf16* from) {
     return _mm256_castsi256_ps(_mm256_and_si256(pairs(from), _mm256_set1_epi32(-0x10000)));
   }
-  // For results of arithmetic on bf16 values only: a NaN among them has an empty lower half, so no carry can change it.
+  // For results of arithmetic on bf16 values only: a NaN among them has an empty lower half, which carries nothing.
   static void store_even_odd(bf16* to, Number even, Number odd) {
-    const __m256i low = _mm256_srli_epi32(add_half_ulp(_mm256_castps_si256(even)), 16);
-    const __m256i high = add_half_ulp(_mm256_castps_si256(odd));
-    _mm256_storeu_si256(reinterpret_cast<__m256i*>(to), _mm256_blend_epi16(low, high, 0xAA));
+    const __m256i even_bits = _mm256_castps_si256(even), odd_bits = _mm256_castps_si256(odd);
+    const __m256i upper = _mm256_blend_epi16(_mm256_srli_epi32(even_bits, 16), odd_bits, 0xAA);
+    const __m256i lower = _mm256_blend_epi16(even_bits, _mm256_slli_epi32(odd_bits, 16), 0xAA);
+    store_words(to, _mm256_add_epi16(upper, carry(lower, _mm256_andnot_si256(upper, _mm256_set1_epi16(1)))));
   }
 
   // Bytes as integers; and, four vectors at a time, integers that are 128 more than the bytes.
@@ -65,17 +73,12 @@ struct Avx2 {
   }
 
  private:
-  // Carries into the upper half of each lane as rounding to nearest even demands; the upper half is then the bf16.
-  static __m256i add_half_ulp(__m256i bits) {
-    const __m256i last = _mm256_and_si256(_mm256_srli_epi32(bits, 16), _mm256_set1_epi32(1));
-    return _mm256_add_epi32(bits, _mm256_add_epi32(last, _mm256_set1_epi32(0x7FFF)));
-  }
+  static constexpr int kSwapMiddle = 0b11011000;  // the second quarter and the third
 
-  // The same for any number. NaN stays as it is: the carry could turn it into an infinity. (Arithmetic returns only
-  // quiet NaNs, whose upper half is a NaN by itself.)
-  static __m256i rounded_to_bf16(Number a) {
-    const __m256i is_nan = _mm256_castps_si256(_mm256_cmp_ps(a, a, _CMP_UNORD_Q));
-    return _mm256_blendv_epi8(add_half_ulp(_mm256_castps_si256(a)), _mm256_castps_si256(a), is_nan);
+  // Rounding to bf16 adds to the upper halves what the lower ones carry: 1 where they are above half an ulp, or are
+  // half an ulp and the last bit of the upper one is set.
+  static __m256i carry(__m256i lower, __m256i last_is_clear) {
+    return _mm256_srli_epi16(_mm256_subs_epu16(lower, last_is_clear), 15);
   }
 
   static __m256i words(__m256i a, __m256i b) {
@@ -88,6 +91,7 @@ struct Avx2 {
   }
 
   static __m256i pairs(const bf16* from) { return _mm256_loadu_si256(reinterpret_cast<const __m256i*>(from)); }
+  static void store_words(bf16* to, __m256i a) { _mm256_storeu_si256(reinterpret_cast<__m256i*>(to), a); }
   static __m128i bytes(const void* from) { return _mm_loadl_epi64(static_cast<const __m128i*>(from)); }
   static __m128i halves(const void* from) { return _mm_loadu_si128(static_cast<const __m128i*>(from)); }
   static void store_halves(void* to, __m128i a) { _mm_storeu_si128(static_cast<__m128i*>(to), a); }

@@ -28,16 +28,31 @@ struct Avx512 {
 
   static Doubles load_doubles(const float* from) { return _mm512_cvtps_pd(_mm256_loadu_ps(from)); }
   static Number load(const float* from) { return _mm512_loadu_ps(from); }
-  static Number load(const bf16* from) {
-    return _mm512_castsi512_ps(_mm512_slli_epi32(_mm512_cvtepu16_epi32(halves(from)), 16));
-  }
   static Number load(const fp16* from) { return _mm512_cvtph_ps(halves(from)); }
 
   static void store(float* to, Number a) { _mm512_storeu_ps(to, a); }
-  static void store(bf16* to, Number a) {
-    store_halves(to, _mm512_cvtepi32_epi16(_mm512_srli_epi32(rounded_to_bf16(a), 16)));
-  }
   static void store(fp16* to, Number a) { store_halves(to, _mm512_cvtps_ph(a, _MM_FROUND_TO_NEAREST_INT)); }
+
+  // Two in memory order.
+  static void load_two(const bf16* from, Number& a, Number& b) {
+    a = widened(halves(from));
+    b = widened(halves(from + kWidth));
+  }
+  // Rounding adds to the upper halves what the lower ones carry: 1 where they are above half an ulp, or are half an ulp
+  // and the last bit of the upper one is set. Nothing is added to the largest NaN, which would become zero.
+  static void store_two(bf16* to, Number a, Number b) {
+    const __m512i lower_halves = _mm512_setr_epi32(  // each lane's, of a and then of b
+        0x020000, 0x060004, 0x0A0008, 0x0E000C, 0x120010, 0x160014, 0x1A0018, 0x1E001C,  //
+        0x220020, 0x260024, 0x2A0028, 0x2E002C, 0x320030, 0x360034, 0x3A0038, 0x3E003C);
+    const __m512i upper_halves = _mm512_add_epi16(lower_halves, _mm512_set1_epi16(1));
+    const __m512i a_bits = _mm512_castps_si512(a), b_bits = _mm512_castps_si512(b);
+    const __m512i upper = _mm512_permutex2var_epi16(a_bits, upper_halves, b_bits);
+    const __m512i lower = _mm512_permutex2var_epi16(a_bits, lower_halves, b_bits);
+    const __m512i room = _mm512_andnot_si512(upper, _mm512_set1_epi16(0x7FFF));  // none in the largest NaN
+    const __m512i last_is_clear = _mm512_and_si512(room, _mm512_set1_epi16(1));
+    const __m512i carry = _mm512_srli_epi16(_mm512_subs_epu16(lower, last_is_clear), 15);
+    _mm512_storeu_si512(to, _mm512_add_epi16(upper, _mm512_min_epu16(carry, room)));
+  }
 
   static Number load_even(const bf16* from) {
     return _mm512_castsi512_ps(_mm512_slli_epi32(_mm512_loadu_si512(from), 16));
@@ -72,11 +87,8 @@ struct Avx512 {
     return _mm512_sub_epi32(bits, _mm512_ternarylogic_epi32(_mm512_srli_epi32(bits, 16), one, most, kNotOfAAndBOrC));
   }
 
-  // The same for any number. NaN stays as it is: the carry could turn it into an infinity. (Arithmetic returns only
-  // quiet NaNs, whose upper half is a NaN by itself.)
-  static __m512i rounded_to_bf16(Number a) {
-    const __m512i bits = _mm512_castps_si512(a);
-    return _mm512_mask_mov_epi32(add_half_ulp(bits), _mm512_cmp_ps_mask(a, a, _CMP_UNORD_Q), bits);
+  static Number widened(__m256i bf16s) {
+    return _mm512_castsi512_ps(_mm512_slli_epi32(_mm512_cvtepu16_epi32(bf16s), 16));
   }
 
   static __m512i words(__m512i a, __m512i b) {

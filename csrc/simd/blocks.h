@@ -24,6 +24,9 @@ constexpr int64_t kCacheLine = 64;
 // Elements per round of the main loop: a whole cache line of 16-bit values, two of fp32.
 constexpr int64_t kBlock = 32;
 
+// Inline, however large: vectors that a call hands over go through memory.
+#define ADAMOPS_INLINE inline __attribute__((always_inline))
+
 template <class T, class U>
 constexpr bool same_type = false;
 template <class T>
@@ -62,28 +65,38 @@ inline void prefetch_block(const T* from, int64_t bytes_ahead) {
   for (int64_t offset = 0; offset < kElements * int64_t{sizeof(T)}; offset += kCacheLine)
     __builtin_prefetch(line + offset);
 }
+template <int64_t>
 inline void prefetch_block(NoColumn, int64_t) {}
 
-// Two Numbers at a time, in memory order, or the even elements and the odd ones. Which element is in which lane is all
-// the same to an element-wise rule, and even and odd bf16 values are a shift and a mask away from fp32, where widening
-// them in order takes shuffles.
-template <bool EvenOdd, class T>
-inline void load_two(const T* from, Ops::Number (&to)[2]) {
+// Two Numbers, of elements in memory order, or of the even ones and of the odd ones. Which element is in which lane is
+// all the same to an element-wise rule, and even and odd bf16 values are a shift and a mask away from fp32, where
+// widening them in order takes shuffles. (Not an array: GCC would keep it in memory where it is handed on.)
+struct Pair {
+  static constexpr int64_t kElements = 2 * Ops::kWidth;
+  Ops::Number a, b;
+};
+
+template <bool EvenOdd = false, class T>
+inline Pair load_pair(const T* from) {
   if constexpr (EvenOdd) {
-    to[0] = Ops::load_even(from);
-    to[1] = Ops::load_odd(from);
+    return {Ops::load_even(from), Ops::load_odd(from)};
+  } else if constexpr (same_type<T, bf16>) {
+    Pair to;
+    Ops::load_two(from, to.a, to.b);
+    return to;
   } else {
-    to[0] = Ops::load(from);
-    to[1] = Ops::load(from + Ops::kWidth);
+    return {Ops::load(from), Ops::load(from + Ops::kWidth)};
   }
 }
-template <bool EvenOdd, class T>
-inline void store_two(T* to, const Ops::Number (&from)[2]) {
+template <bool EvenOdd = false, class T>
+inline void store_pair(T* to, const Pair& from) {
   if constexpr (EvenOdd) {
-    Ops::store_even_odd(to, from[0], from[1]);
+    Ops::store_even_odd(to, from.a, from.b);
+  } else if constexpr (same_type<T, bf16>) {
+    Ops::store_two(to, from.a, from.b);
   } else {
-    Ops::store(to, from[0]);
-    Ops::store(to + Ops::kWidth, from[1]);
+    Ops::store(to, from.a);
+    Ops::store(to + Ops::kWidth, from.b);
   }
 }
 
@@ -127,16 +140,35 @@ inline void update_tail(const Update& update, int64_t count, Columns... columns)
   run(decltype(padding_of(columns))(columns, count)...);
 }
 
-// Calls update(columns + i...) for blocks of kBlock elements until `count` are done, asking for memory `prefetch_bytes`
-// ahead of its use, or not at all if that is 0. A column is a T*, a const T* if it is only read, or a NoColumn.
-template <class Update, class... Columns>
-inline void for_each_block(int64_t count, int prefetch_bytes, const Update& update, Columns... columns) {
+// Calls visit(columns + i...) for blocks of kBlock elements until `count` are done. A column is a T*, a const T* if it
+// is only read, or a NoColumn.
+template <class Visit, class... Columns>
+inline void for_each_block(int64_t count, const Visit& visit, Columns... columns) {
   const int64_t tail = count % kBlock, body = count - tail;
-  for (int64_t i = 0; i < body; i += kBlock) {
-    (prefetch_block(columns + i, prefetch_bytes), ...);
-    update((columns + i)...);
+  for (int64_t i = 0; i < body; i += kBlock) visit((columns + i)...);
+  if (tail) update_tail(visit, tail, (columns + body)...);
+}
+
+// The same for an update of a Pair at a time in two parts, update.finish(update.start(columns + i...), columns + i...).
+// Each is started before the one before it is finished: what takes long between the two goes on meanwhile, and little
+// that waits for it fills the CPU's schedulers. Asks for memory `prefetch_bytes` ahead of its use, or not at all if
+// that is 0.
+template <class Update, class... Columns>
+inline void for_each_pair(int64_t count, int prefetch_bytes, const Update& update, Columns... columns) {
+  constexpr int64_t kElements = Pair::kElements;
+  const int64_t tail = count % kElements, body = count - tail;
+  if (body) {
+    auto started = update.start(columns...);
+    for (int64_t i = kElements; i < body; i += kElements) {
+      (prefetch_block<kElements>(columns + i, prefetch_bytes), ...);
+      const auto next = update.start((columns + i)...);
+      update.finish(started, (columns + (i - kElements))...);
+      started = next;
+    }
+    update.finish(started, (columns + (body - kElements))...);
   }
-  if (tail) update_tail(update, tail, (columns + body)...);
+  const auto whole = [&](auto... padded) { update.finish(update.start(padded...), padded...); };
+  if (tail) update_tail(whole, tail, (columns + body)...);
 }
 
 }  // namespace

@@ -27,17 +27,20 @@ struct Neon {
 
   static Doubles load_doubles(const float* from) { return vcvt_f64_f32(vld1_f32(from)); }
   static Number load(const float* from) { return vld1q_f32(from); }
-  static Number load(const bf16* from) { return vreinterpretq_f32_u32(vshll_n_u16(vld1_u16(&from->bits), 16)); }
   static Number load(const fp16* from) { return vcvt_f32_f16(vreinterpret_f16_u16(vld1_u16(&from->bits))); }
 
   static void store(float* to, Number a) { vst1q_f32(to, a); }
-  // NaN stays as it is: the carry could turn it into an infinity. (Arithmetic returns only quiet NaNs, whose upper half
-  // is a NaN by itself.)
-  static void store(bf16* to, Number a) {
-    const uint32x4_t bits = vreinterpretq_u32_f32(a);
-    vst1_u16(&to->bits, vshrn_n_u32(vbslq_u32(is_nan(a), bits, add_half_ulp(bits)), 16));
-  }
   static void store(fp16* to, Number a) { vst1_u16(&to->bits, vreinterpret_u16_f16(vcvt_f16_f32(a))); }
+
+  // Two in memory order.
+  static void load_two(const bf16* from, Number& a, Number& b) {
+    const uint16x8_t halves = vld1q_u16(&from->bits);
+    a = vreinterpretq_f32_u32(vshll_n_u16(vget_low_u16(halves), 16));
+    b = vreinterpretq_f32_u32(vshll_high_n_u16(halves, 16));
+  }
+  static void store_two(bf16* to, Number a, Number b) {
+    vst1q_u16(&to->bits, vshrn_high_n_u32(vshrn_n_u32(rounded_to_bf16(a), 16), rounded_to_bf16(b), 16));
+  }
 
   static Number load_even(const bf16* from) { return vreinterpretq_f32_u32(vshlq_n_u32(pairs(from), 16)); }
   static Number load_odd(const bf16* from) {
@@ -77,6 +80,13 @@ struct Neon {
   static uint32x4_t add_half_ulp(uint32x4_t bits) {
     const uint32x4_t last = vandq_u32(vshrq_n_u32(bits, 16), vdupq_n_u32(1));
     return vaddq_u32(bits, vaddq_u32(last, vdupq_n_u32(0x7FFF)));
+  }
+
+  // The same for any number. NaN stays as it is: the carry could turn it into an infinity. (Arithmetic returns only
+  // quiet NaNs, whose upper half is a NaN by itself.)
+  static uint32x4_t rounded_to_bf16(Number a) {
+    const uint32x4_t bits = vreinterpretq_u32_f32(a);
+    return vbslq_u32(is_nan(a), bits, add_half_ulp(bits));
   }
 
   static uint32x4_t pairs(const bf16* from) { return vreinterpretq_u32_u16(vld1q_u16(&from->bits)); }

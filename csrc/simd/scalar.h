@@ -25,7 +25,6 @@ struct Scalar {
 
   static Doubles load_doubles(const float* from) { return *from; }
   static Number load(const float* from) { return *from; }
-  static Number load(const bf16* from) { return float_of(uint32_t{from->bits} << 16); }
   static Number load(const fp16* from) {
     const uint32_t magnitude = (from->bits & 0x7FFFu) << 13, sign = (from->bits & 0x8000u) << 16;
     const uint32_t scaled = bits_of(float_of(magnitude) * 0x1p112f);
@@ -33,11 +32,6 @@ struct Scalar {
   }
 
   static void store(float* to, Number a) { *to = a; }
-  static void store(bf16* to, Number a) {
-    const uint32_t bits = bits_of(a);
-    const uint32_t rounded = a != a ? bits | 0x400000u : bits + 0x7FFFu + ((bits >> 16) & 1u);
-    to->bits = static_cast<uint16_t>(rounded >> 16);
-  }
   // Three ranges of |a|, as in sse2.h: subnormal halves, normal halves, infinity and NaN.
   static void store(fp16* to, Number a) {
     const uint32_t bits = bits_of(a), sign = (bits >> 16) & 0x8000u, magnitude = bits & 0x7FFFFFFFu;
@@ -52,11 +46,17 @@ struct Scalar {
     to->bits = static_cast<uint16_t>(sign | half);
   }
 
-  static Number load_even(const bf16* from) { return load(from); }
-  static Number load_odd(const bf16* from) { return load(from + 1); }
+  static void load_two(const bf16* from, Number& a, Number& b) {
+    a = load_even(from);
+    b = load_odd(from);
+  }
+  static void store_two(bf16* to, Number a, Number b) { store_even_odd(to, a, b); }
+
+  static Number load_even(const bf16* from) { return float_of(uint32_t{from->bits} << 16); }
+  static Number load_odd(const bf16* from) { return load_even(from + 1); }
   static void store_even_odd(bf16* to, Number even, Number odd) {
-    store(to, even);
-    store(to + 1, odd);
+    to[0].bits = rounded_to_bf16(even);
+    to[1].bits = rounded_to_bf16(odd);
   }
 
   // Bytes as integers; and, four vectors at a time, integers that are 128 more than the bytes.
@@ -68,6 +68,13 @@ struct Scalar {
   }
   static void store_bytes(uint8_t* to, const int32_t (&a)[4]) {
     for (int i = 0; i < 4; ++i) to[i] = static_cast<uint8_t>(a[i] - 128);
+  }
+
+ private:
+  static uint16_t rounded_to_bf16(Number a) {
+    const uint32_t bits = bits_of(a);
+    const uint32_t rounded = a != a ? bits | 0x400000u : bits + 0x7FFFu + ((bits >> 16) & 1u);
+    return static_cast<uint16_t>(rounded >> 16);
   }
 };
 

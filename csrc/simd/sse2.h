@@ -37,9 +37,6 @@ struct Sse2 {
 
   static Doubles load_doubles(const float* from) { return _mm_cvtps_pd(_mm_castsi128_ps(halves(from))); }
   static Number load(const float* from) { return _mm_loadu_ps(from); }
-  static Number load(const bf16* from) {
-    return _mm_castsi128_ps(_mm_unpacklo_epi16(_mm_setzero_si128(), halves(from)));
-  }
   // The exponent and mantissa bits of a half, moved to the top of a float's, are the half's value times 2^-112. The
   // product with 2^112 is exact, for subnormals too; infinity and NaN then need their exponent bits completed.
   static Number load(const fp16* from) {
@@ -54,7 +51,6 @@ struct Sse2 {
   }
 
   static void store(float* to, Number a) { _mm_storeu_ps(to, a); }
-  static void store(bf16* to, Number a) { store_halves(to, _mm_srai_epi32(rounded_to_bf16(a), 16)); }
   // Three ranges of |a|: up to 2^-14, where adding 0.5 leaves the half's subnormal bits at the bottom of the sum,
   // rounded by the adder; up to 65520, where the exponent is rebiased and 13 bits are rounded off; beyond, infinity or
   // NaN.
@@ -75,6 +71,17 @@ struct Sse2 {
     const __m128i is_large = _mm_cmpgt_epi32(magnitude, _mm_set1_epi32(0x477FEFFF));  // 65520 and above
     const __m128i finite = select(is_small, small, normal);
     store_halves(to, _mm_or_si128(select(is_large, large, finite), _mm_srai_epi32(sign, 16)));
+  }
+
+  // Two in memory order.
+  static void load_two(const bf16* from, Number& a, Number& b) {
+    a = _mm_castsi128_ps(_mm_unpacklo_epi16(_mm_setzero_si128(), pairs(from)));
+    b = _mm_castsi128_ps(_mm_unpackhi_epi16(_mm_setzero_si128(), pairs(from)));
+  }
+  static void store_two(bf16* to, Number a, Number b) {
+    const __m128i upper_halves =  // as signed numbers, which packing leaves as they are
+        _mm_packs_epi32(_mm_srai_epi32(rounded_to_bf16(a), 16), _mm_srai_epi32(rounded_to_bf16(b), 16));
+    _mm_storeu_si128(reinterpret_cast<__m128i*>(to), upper_halves);
   }
 
   static Number load_even(const bf16* from) { return _mm_castsi128_ps(_mm_slli_epi32(pairs(from), 16)); }
