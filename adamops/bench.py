@@ -213,11 +213,10 @@ def last_line(error: Exception) -> str:
 
 
 class TouchLoop:
-    """Moves the bytes that an optimizer's step would, and computes nothing; restore() puts the values back."""
+    """Moves the bytes that an optimizer's step would, and computes and changes nothing."""
 
-    def __init__(self, optimizer: Optimizer, prefetch_bytes: int) -> None:
+    def __init__(self, optimizer: Optimizer) -> None:
         self.module = op_builder.get("cpu_adam").load()
-        self.prefetch_bytes = prefetch_bytes
         states = [optimizer.state[param] for param in optimizer.state]
         params = list(optimizer.state)
         columns: list[list[Tensor]] = [
@@ -236,11 +235,9 @@ class TouchLoop:
             steps=[1] * len(params),
         )
 
-    def __call__(self) -> None:
-        """Moves all bytes once."""
-        self.module.touch(self.table, self.prefetch_bytes, torch.get_num_threads())
-
-    restore = __call__  # each value is changed by an exclusive or, which undoes itself
+    def __call__(self, prefetch_bytes: int) -> None:
+        """Moves all bytes once, asking for them so far ahead; 0 for not at all."""
+        self.module.touch(self.table, prefetch_bytes, torch.get_num_threads())
 
 
 # Timing ------------------------------------------------------------------------------------------------------------
@@ -256,14 +253,11 @@ def time_in_turns(turns: Mapping[str, Callable[[], object]], rounds: int) -> dic
     for i in range(-WARMUP_ROUNDS, rounds):
         for name in order.sample(list(turns), len(turns)):
             _as_after_a_backward_pass()
-            turn = turns[name]
             start = time.perf_counter()
-            turn()
+            turns[name]()
             took = time.perf_counter() - start
             if i >= 0:
                 times[name].append(1e3 * took)
-            if isinstance(turn, TouchLoop):
-                turn.restore()
     return times
 
 
@@ -293,8 +287,9 @@ def time_work(title: str, work: Work, options: Options, rounds: int, shared: boo
             peer.step()
             share_states(ours, peer)
         turns[name] = peer.step
+    touch = TouchLoop(ours)
     touches = {f"{TOUCH} {distance}": distance for distance in PREFETCH_BYTES}
-    turns |= {name: TouchLoop(ours, distance) for name, distance in touches.items()}
+    turns |= {name: functools.partial(touch, distance) for name, distance in touches.items()}
 
     times = time_in_turns(turns, options.repeat or rounds)
     by_distance = {distance: times.pop(name) for name, distance in touches.items()}

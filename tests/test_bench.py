@@ -6,9 +6,10 @@ import subprocess
 import sys
 
 import pytest
+import torch
 from plugins import python_path
 
-from adamops import bench
+from adamops import bench, op_builder
 
 CASES = ["fp32", "bf16-params", "bf16", "many-tensors", "8bit", "clip", "avx2", "import", "first-step"]
 TORCH = ["torch fused", "torch foreach"]
@@ -107,6 +108,28 @@ def test_no_peers_and_threads(tmp_path):
     assert done.returncode == 0, done.stderr
     assert "torch fused" not in done.stdout
     assert "1 threads" in done.stdout
+
+
+@pytest.mark.parametrize(("dtype", "state_dtype"), [
+    (torch.float32, torch.float32), (torch.bfloat16, torch.float32), (torch.float16, torch.float16),
+])  # fmt: skip
+@pytest.mark.parametrize("target", op_builder.get("cpu_adam").load().supported_targets())
+def test_touching_changes_nothing(cpu_adam, dtype, state_dtype, target):
+    cpu_adam.use_target(target)
+    params = bench.new_params([1, 32, 70_001], dtype)
+    optimizer = bench.adamops_optimizer(params, state_dtype)
+    optimizer.step()
+    tensors = [
+        tensor
+        for param in params
+        for tensor in (param.data, param.grad, optimizer.state[param]["exp_avg"], optimizer.state[param]["exp_avg_sq"])
+    ]
+    before = [tensor.clone() for tensor in tensors]
+    touch = bench.TouchLoop(optimizer)
+    for distance in bench.PREFETCH_BYTES:
+        touch(distance)
+    for tensor, copy in zip(tensors, before, strict=True):
+        assert torch.equal(tensor, copy)
 
 
 def test_the_simd_target_is_put_back(cpu_adam):

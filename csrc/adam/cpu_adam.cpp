@@ -159,5 +159,5 @@ PYBIND11_MODULE(cpu_adam, module) {
              py::arg("threads"),
              "Zeroes tensors with the split of adam_step, so that each page lies near the thread that will use it.");
   module.def("touch", &touch, py::arg("table"), py::arg("prefetch_bytes"), py::arg("threads"),
-             "Moves the bytes of adam_step and computes nothing; destroys the values. For the benchmark.");
+             "Moves the bytes of adam_step and changes nothing. For the benchmark.");
 }

@@ -83,14 +83,14 @@ void adam_range(const AdamTensor& tensor, const AdamWork& work, int64_t begin, i
   if (update.zero_grads) update.zero(grad + count - tail, tail);
 }
 
-// Every byte that adam_range moves is loaded, changed by one exclusive or, and stored.
+// Every byte that adam_range moves is loaded, changed by nothing, and stored.
 template <class Param, class Grad, class State>
 void touch_range(const AdamTensor& tensor, int64_t begin, int64_t end, int prefetch_bytes) {
   using Word = uint64_t;
   constexpr int64_t kParamWords = kBlock * sizeof(Param) / sizeof(Word),
                     kGradWords = kBlock * sizeof(Grad) / sizeof(Word);
   constexpr int64_t kStateWords = kBlock * sizeof(State) / sizeof(Word);
-  const Word change = static_cast<Word>(prefetch_bytes);
+  const Word zero = prefetch_bytes < 0;  // which the compiler does not know
   for (int64_t i = begin; i + kBlock <= end; i += kBlock) {
     Param* param = at<Param>(tensor.param, i);
     const Grad* grad = at<Grad>(tensor.grad, i);
@@ -104,10 +104,10 @@ void touch_range(const AdamTensor& tensor, int64_t begin, int64_t end, int prefe
     const Word* __restrict g = reinterpret_cast<const Word*>(grad);
     Word* __restrict m = reinterpret_cast<Word*>(exp_avg);
     Word* __restrict v = reinterpret_cast<Word*>(exp_avg_sq);
-    for (int64_t w = 0; w < kParamWords; ++w) p[w] ^= g[w];
-    for (int64_t w = kParamWords; w < kGradWords; ++w) p[w - kParamWords] ^= g[w];
-    for (int64_t w = 0; w < kStateWords; ++w) m[w] ^= change;
-    for (int64_t w = 0; w < kStateWords; ++w) v[w] ^= change;
+    for (int64_t w = 0; w < kParamWords; ++w) p[w] ^= g[w] & zero;
+    for (int64_t w = kParamWords; w < kGradWords; ++w) p[w - kParamWords] ^= g[w] & zero;
+    for (int64_t w = 0; w < kStateWords; ++w) m[w] ^= zero;
+    for (int64_t w = 0; w < kStateWords; ++w) v[w] ^= zero;
   }
 }
 

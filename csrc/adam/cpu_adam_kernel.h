@@ -23,7 +23,7 @@ struct AdamWork {
 using AdamRange = void (*)(const AdamTensor&, const AdamWork&, int64_t begin, int64_t end);
 
 // Reads and writes the same bytes as AdamRange with nothing to compute: the limit that the benchmark compares with.
-// Prefetches `prefetch_bytes` ahead, 0 for not at all. The values are destroyed.
+// Prefetches `prefetch_bytes` ahead, 0 for not at all. The values stay as they are.
 using TouchRange = void (*)(const AdamTensor&, int64_t begin, int64_t end, int prefetch_bytes);
 
 // The norm of `count` elements of a grad: the 1-norm, the square of the 2-norm, or the largest magnitude, each as a
