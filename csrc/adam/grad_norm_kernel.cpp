@@ -15,21 +15,34 @@ namespace {
 
 static_assert(kBlock == kNormLanes, "a block has an element for each lane");
 
-// Calls add(block) for the blocks of a chunk, in the order of grad_norm.h.
-template <class T, class Add>
-inline void for_each_block_of_chunk(const T* grad, int64_t count, const Add& add) {
+// Calls add(block) for the blocks of a chunk, as floats, in the order of grad_norm.h.
+template <class Add>
+inline void for_each_block_of_chunk(const float* grad, int64_t count, const Add& add) {
   if (count < kNormChunk) return for_each_block(count, add, grad);
   for (int64_t turn = 0; turn < kNormChunk; turn += kBlock) add(grad + norm_turn(turn));
 }
-
-// A block as floats: where it lies, or in `room`.
-inline const float* widened(const float* block, float*) {
-  return block;
-}
-template <class T>
-inline const float* widened(const T* block, float* room) {
-  for (int64_t i = 0; i < kBlock; i += Pair::kElements) store_pair(room + i, load_pair(block + i));
-  return room;
+// 16 bits are widened some blocks ahead: what was just stored is slow to load in other pieces.
+template <class T, class Add>
+inline void for_each_block_of_chunk(const T* grad, int64_t count, const Add& add) {
+  constexpr int64_t kAhead = 32 * kBlock;
+  alignas(kCacheLine) float room[kAhead];
+  const auto widen = [](const T* block, float* to) {
+    for (int64_t i = 0; i < kBlock; i += Pair::kElements) store_pair(to + i, load_pair(block + i));
+  };
+  if (count < kNormChunk) {
+    for_each_block(
+        count,
+        [&](const T* block) {
+          widen(block, room);
+          add(room);
+        },
+        grad);
+    return;
+  }
+  for (int64_t turn = 0; turn < kNormChunk; turn += kAhead) {
+    for (int64_t i = 0; i < kAhead; i += kBlock) widen(grad + norm_turn(turn + i), room + i);
+    for (int64_t i = 0; i < kAhead; i += kBlock) add(room + i);
+  }
 }
 
 using Doubles = Ops::Doubles;
@@ -40,12 +53,10 @@ constexpr int64_t kDoubles = sizeof(Doubles) / sizeof(double);
 template <bool Squares, class T>
 double sum_of(const T* grad, int64_t count) {
   Doubles sums[kBlock / kDoubles] = {};
-  for_each_block_of_chunk(grad, count, [&](const T* block) {
-    alignas(kCacheLine) float room[kBlock];
-    const float* const floats = widened(block, room);
+  for_each_block_of_chunk(grad, count, [&](const float* block) {
     for (int64_t i = 0; i < kBlock / kDoubles; ++i) {
-      const Doubles x = Ops::load_doubles(floats + i * kDoubles);
-      sums[i] += Squares ? x * x : x < 0.0 ? -x : x;
+      const Doubles x = Ops::load_doubles(block + i * kDoubles);
+      sums[i] = Squares ? Ops::add_square(sums[i], x) : sums[i] + (x < 0.0 ? -x : x);
     }
   });
   double lanes[kBlock], total = 0.0;
@@ -57,17 +68,24 @@ double sum_of(const T* grad, int64_t count) {
 // Of the magnitudes as integers, so that NaN is the largest of all.
 template <class T>
 double largest_of(const T* grad, int64_t count) {
-  int32_t largest[kBlock] = {};
-  for_each_block_of_chunk(grad, count, [&](const T* block) {
-    alignas(kCacheLine) float room[kBlock];
-    const float* const x = widened(block, room);
-    for (int64_t i = 0; i < kBlock; ++i) {
-      const auto magnitude = static_cast<int32_t>(bits_of(x[i]) & 0x7FFFFFFF);
-      largest[i] = magnitude > largest[i] ? magnitude : largest[i];
+  typedef int32_t Magnitudes __attribute__((vector_size(sizeof(Ops::Number))));
+  Magnitudes largest[kBlock / Ops::kWidth] = {};
+  for_each_block_of_chunk(grad, count, [&](const float* block) {
+    for (int64_t i = 0; i < kBlock; i += Pair::kElements) {
+      const Pair pair = load_pair(block + i);
+      Magnitudes x[2];
+      static_assert(sizeof x == sizeof pair);
+      std::memcpy(x, &pair, sizeof x);
+      for (int half = 0; half < 2; ++half) {
+        x[half] &= 0x7FFFFFFF;
+        Magnitudes& most = largest[i / Ops::kWidth + half];
+        most = x[half] > most ? x[half] : most;
+      }
     }
   });
-  int32_t most = 0;
-  for (const int32_t lane : largest) most = lane > most ? lane : most;
+  int32_t lanes[kBlock], most = 0;
+  std::memcpy(lanes, largest, sizeof lanes);
+  for (const int32_t lane : lanes) most = lane > most ? lane : most;
   return double{float_of(static_cast<uint32_t>(most))};
 }
 

@@ -26,7 +26,9 @@ struct Avx2 {
     return _mm256_blendv_ps(_mm256_max_ps(a, b), a, _mm256_cmp_ps(a, a, _CMP_UNORD_Q));
   }
 
+  // As doubles. The square of a float is exact in double, so sum + x * x is rounded once, with an FMA or without.
   static Doubles load_doubles(const float* from) { return _mm256_cvtps_pd(_mm_loadu_ps(from)); }
+  static Doubles add_square(Doubles sum, Doubles x) { return _mm256_fmadd_pd(x, x, sum); }
   static Number load(const float* from) { return _mm256_loadu_ps(from); }
   static Number load(const fp16* from) { return _mm256_cvtph_ps(halves(from)); }
 

@@ -10,7 +10,7 @@ namespace adamops {
 
 struct Avx512 {
   using Number = __m512;
-  using Doubles = __m512d;
+  using Doubles = __m256d;  // converted to in half the time on Zen 4
   static constexpr int kWidth = 16;
   static constexpr uint32_t kRequires = kAvx512f | kAvx512bw | kAvx512dq | kAvx512vl | kAvx2 | kFma | kF16c;
 
@@ -26,7 +26,9 @@ struct Avx512 {
     return _mm512_mask_mov_ps(_mm512_max_ps(a, b), a_is_nan, a);
   }
 
-  static Doubles load_doubles(const float* from) { return _mm512_cvtps_pd(_mm256_loadu_ps(from)); }
+  // As doubles. The square of a float is exact in double, so sum + x * x is rounded once, with an FMA or without.
+  static Doubles load_doubles(const float* from) { return _mm256_cvtps_pd(_mm_loadu_ps(from)); }
+  static Doubles add_square(Doubles sum, Doubles x) { return _mm256_fmadd_pd(x, x, sum); }
   static Number load(const float* from) { return _mm512_loadu_ps(from); }
   static Number load(const fp16* from) { return _mm512_cvtph_ps(halves(from)); }
 

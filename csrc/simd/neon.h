@@ -25,7 +25,9 @@ struct Neon {
   // a > b ? a : b, and NaN where either is NaN. FMAX would prefer +0 to -0, which the rule does not.
   static Number max(Number a, Number b) { return vbslq_f32(vorrq_u32(vcgtq_f32(a, b), is_nan(a)), a, b); }
 
+  // As doubles. The square of a float is exact in double, so sum + x * x is rounded once, with an FMA or without.
   static Doubles load_doubles(const float* from) { return vcvt_f64_f32(vld1_f32(from)); }
+  static Doubles add_square(Doubles sum, Doubles x) { return vfmaq_f64(sum, x, x); }
   static Number load(const float* from) { return vld1q_f32(from); }
   static Number load(const fp16* from) { return vcvt_f32_f16(vreinterpret_f16_u16(vld1_u16(&from->bits))); }
 

@@ -23,7 +23,9 @@ struct Scalar {
   // a > b ? a : b, and NaN where either is NaN.
   static Number max(Number a, Number b) { return a > b || a != a ? a : b; }
 
+  // As doubles. The square of a float is exact in double, so sum + x * x is rounded once, with an FMA or without.
   static Doubles load_doubles(const float* from) { return *from; }
+  static Doubles add_square(Doubles sum, Doubles x) { return sum + x * x; }
   static Number load(const float* from) { return *from; }
   static Number load(const fp16* from) {
     const uint32_t magnitude = (from->bits & 0x7FFFu) << 13, sign = (from->bits & 0x8000u) << 16;

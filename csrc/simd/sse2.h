@@ -35,7 +35,9 @@ struct Sse2 {
     return _mm_or_ps(_mm_andnot_ps(a_is_nan, _mm_max_ps(a, b)), _mm_and_ps(a_is_nan, a));
   }
 
+  // As doubles. The square of a float is exact in double, so sum + x * x is rounded once, with an FMA or without.
   static Doubles load_doubles(const float* from) { return _mm_cvtps_pd(_mm_castsi128_ps(halves(from))); }
+  static Doubles add_square(Doubles sum, Doubles x) { return _mm_add_pd(sum, _mm_mul_pd(x, x)); }
   static Number load(const float* from) { return _mm_loadu_ps(from); }
   // The exponent and mantissa bits of a half, moved to the top of a float's, are the half's value times 2^-112. The
   // product with 2^112 is exact, for subnormals too; infinity and NaN then need their exponent bits completed.
