@@ -106,12 +106,16 @@ ADAMOPS_HOST_DEVICE inline uint32_t stochastic_fp16(uint32_t bits, uint32_t rand
   const uint32_t sign = bits & 0x80000000u, magnitude = bits & 0x7FFFFFFFu;
   const uint32_t normal = (magnitude + (is_finite_bits(bits) ? random & 0x1FFFu : 0)) & ~uint32_t{0x1FFF};
   // Subnormal float16: multiples of 2^-24.
-  const float small = magnitude < (127u - 14u) << 23 ? Ops::mul(Ops::from_bits(magnitude), 0x1p24f) : 0.0f;
+  constexpr uint32_t kLeastNormal = (127u - 14u) << 23;
+  const float small = Ops::mul(Ops::from_bits(magnitude < kLeastNormal ? magnitude : kLeastNormal), 0x1p24f);
   const float noise = Ops::mul(static_cast<float>(static_cast<int32_t>(random & 0x1FFFu)), 0x1p-13f);
   const float whole = static_cast<float>(static_cast<int32_t>(Ops::add(small, noise)));
   const uint32_t subnormal = Ops::bits(Ops::mul(whole, 0x1p-24f));
-  const uint32_t rounded = magnitude < (127u - 14u) << 23 ? subnormal : normal;
-  return is_nan_bits(bits) ? 0x7FC00000u : sign | rounded;
+  // By masks, as GCC makes no vectors of choices here.
+  const uint32_t is_normal = 0u - static_cast<uint32_t>(magnitude >= kLeastNormal);
+  const uint32_t is_number = 0u - static_cast<uint32_t>(!is_nan_bits(bits));
+  const uint32_t rounded = sign | (normal & is_normal) | (subnormal & ~is_normal);
+  return (rounded & is_number) | (0x7FC00000u & ~is_number);
 }
 
 }  // namespace
