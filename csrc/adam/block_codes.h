@@ -86,7 +86,7 @@ constexpr int32_t kNoiseBits = 0x43000000, kCodeOffset = 128;
 template <class Code, class Ops>
 ADAMOPS_HOST_DEVICE inline typename Ops::Number decode(typename Ops::Number code, typename Ops::Number unit) {
   const auto shrunk = Ops::bits(Ops::mul(code, Ops::set(Code::kShrink)));
-  const auto magnitude = Ops::mul(Ops::from_bits((shrunk & kMagnitudeBits) << Code::kPower), unit);
+  const auto magnitude = Ops::mul(Ops::from_bits(shrunk << Code::kPower), unit);  // the sign is shifted out
   if constexpr (Code::kSigned)
     return Ops::from_bits(Ops::bits(magnitude) | (shrunk & ~kMagnitudeBits));
   else
