@@ -10,6 +10,7 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from torch.optim.optimizer import register_optimizer_step_post_hook, register_optimizer_step_pre_hook
 from twins import assert_close, assert_equal, same_grads
 
 import adamops
@@ -215,6 +216,41 @@ def test_hooks(Adam):
     optimizer.register_step_post_hook(lambda *_: calls.append("post"))
     optimizer.step()
     assert calls == ["pre", "post"]
+
+
+def test_a_hook_before_the_step_may_change_its_arguments(Adam):
+    params = new_params()
+    same_grads(params)
+    optimizer = Adam(params)
+    optimizer.register_step_pre_hook(lambda *_: ((optimizer,), {"closure": lambda: torch.tensor(7.0)}))
+    assert optimizer.step().item() == 7.0
+
+
+def test_hooks_of_all_optimizers(Adam):
+    params = new_params()
+    same_grads(params)
+    optimizer, calls = Adam(params), []
+    hooks = [
+        register_optimizer_step_pre_hook(lambda *_: calls.append("pre")),
+        register_optimizer_step_post_hook(lambda *_: calls.append("post")),
+    ]
+    optimizer.step()
+    for hook in hooks:
+        hook.remove()
+    optimizer.step()
+    assert calls == ["pre", "post"]
+
+
+@pytest.mark.parametrize("flag", [True, False], ids=["torch.profiler", "from outside"])
+def test_profilers_see_the_step(Adam, monkeypatch, flag):
+    params = new_params()
+    same_grads(params)
+    optimizer = Adam(params)
+    name = f"Optimizer.step#{type(optimizer).__name__}.step"
+    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU]) as profile:
+        monkeypatch.setattr(torch.autograd.profiler, "_is_profiler_enabled", flag)
+        optimizer.step()
+    assert [event.count for event in profile.key_averages() if event.key == name] == [1]
 
 
 @pytest.mark.parametrize("tensor_lr", [False, True])

@@ -35,6 +35,7 @@ from .hyper import AdamHyper
 from .loading import adopted_states, shield_states
 from .native_backend import NativeBackend
 from .precision import MASTER, REMAINDER, SCALES, STATE_TENSORS, Master, Precision, scales_shape
+from .profiled import profiled
 from .saving import in_fp32, portable
 from .shared import Shared
 from .torch_adam import TorchBackend
@@ -122,7 +123,7 @@ class AdamOptimizer(Optimizer):
     @staticmethod
     def profile_hook_step(func: Callable[..., Any]) -> Callable[..., Any]:
         """What Optimizer makes of step(), with hooks and profiling, hidden from torch.compile as a whole."""
-        return uncompiled(Optimizer.profile_hook_step(func))
+        return uncompiled(profiled(func))
 
     @waits
     def add_param_group(self, param_group: dict[str, Any]) -> None:
