@@ -18,7 +18,7 @@ namespace adamops {
 namespace ADAMOPS_TARGET {
 namespace {
 
-static_assert(kCodeBlock % kBlock == 0 && kBlock % Ops::kWidth == 0, "vectors fill blocks");
+static_assert(kCodeBlock % kBlock == 0, "blocks, and so pairs of vectors, fill blocks of codes");
 static_assert(kCodeBlock % (4 * Ops::kWidth) == 0, "codes are stored by four vectors");
 static_assert(kCodeOffset == 128, "store_bytes takes it off");
 

@@ -18,7 +18,7 @@ static_assert(kBlock == kNormLanes, "a block has an element for each lane");
 // Calls add(block) for the blocks of a chunk, as floats, in the order of grad_norm.h.
 template <class Add>
 inline void for_each_block_of_chunk(const float* grad, int64_t count, const Add& add) {
-  if (count < kNormChunk) return for_each_block(count, add, grad);
+  if (count < kNormChunk) return for_each_block(count, 0, add, grad);
   for (int64_t turn = 0; turn < kNormChunk; turn += kBlock) add(grad + norm_turn(turn));
 }
 // 16 bits are widened some blocks ahead: what was just stored is slow to load in other pieces.
@@ -30,14 +30,11 @@ inline void for_each_block_of_chunk(const T* grad, int64_t count, const Add& add
     for (int64_t i = 0; i < kBlock; i += Pair::kElements) store_pair(to + i, load_pair(block + i));
   };
   if (count < kNormChunk) {
-    for_each_block(
-        count,
-        [&](const T* block) {
-          widen(block, room);
-          add(room);
-        },
-        grad);
-    return;
+    const auto widen_and_add = [&](const T* block) {
+      widen(block, room);
+      add(room);
+    };
+    return for_each_block(count, 0, widen_and_add, grad);
   }
   for (int64_t turn = 0; turn < kNormChunk; turn += kAhead) {
     for (int64_t i = 0; i < kAhead; i += kBlock) widen(grad + norm_turn(turn + i), room + i);

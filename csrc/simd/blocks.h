@@ -1,6 +1,6 @@
-// How an element-wise kernel walks over memory: blocks of kBlock elements, the last of them padded, so that all
-// elements run through the same code. Included by kernels, which are compiled once per SIMD target, after
-// ADAMOPS_SIMD_HEADER. Knows nothing of what is computed.
+// How an element-wise kernel walks over memory: in blocks of kBlock elements or in pairs of vectors, the last of them
+// padded, so that all elements run through the same code. Included by kernels, which are compiled once per SIMD target,
+// after ADAMOPS_SIMD_HEADER. Knows nothing of what is computed.
 //
 // Nothing here may have external linkage outside the target's namespace, standard library templates included: the
 // linker would keep one copy for all targets, perhaps the one that only a newer CPU can run.
@@ -21,7 +21,7 @@ namespace {
 
 constexpr int64_t kCacheLine = 64;
 
-// Elements per round of the main loop: a whole cache line of 16-bit values, two of fp32.
+// Elements of a block: a whole cache line of 16-bit values, two of fp32.
 constexpr int64_t kBlock = 32;
 
 // Inline, however large: vectors that a call hands over go through memory.
@@ -75,6 +75,7 @@ struct Pair {
   static constexpr int64_t kElements = 2 * Ops::kWidth;
   Ops::Number a, b;
 };
+static_assert(kBlock % Pair::kElements == 0, "pairs fill blocks");
 
 template <bool EvenOdd = false, class T>
 inline Pair load_pair(const T* from) {
@@ -140,19 +141,21 @@ inline void update_tail(const Update& update, int64_t count, Columns... columns)
   run(decltype(padding_of(columns))(columns, count)...);
 }
 
-// Calls visit(columns + i...) for blocks of kBlock elements until `count` are done. A column is a T*, a const T* if it
-// is only read, or a NoColumn.
-template <class Visit, class... Columns>
-inline void for_each_block(int64_t count, const Visit& visit, Columns... columns) {
+// Calls update(columns + i...) for blocks of kBlock elements until `count` are done, asking for memory `prefetch_bytes`
+// ahead of its use, or not at all if that is 0. A column is a T*, a const T* if it is only read, or a NoColumn.
+template <class Update, class... Columns>
+inline void for_each_block(int64_t count, int prefetch_bytes, const Update& update, Columns... columns) {
   const int64_t tail = count % kBlock, body = count - tail;
-  for (int64_t i = 0; i < body; i += kBlock) visit((columns + i)...);
-  if (tail) update_tail(visit, tail, (columns + body)...);
+  for (int64_t i = 0; i < body; i += kBlock) {
+    (prefetch_block<kBlock>(columns + i, prefetch_bytes), ...);
+    update((columns + i)...);
+  }
+  if (tail) update_tail(update, tail, (columns + body)...);
 }
 
 // The same for an update of a Pair at a time in two parts, update.finish(update.start(columns + i...), columns + i...).
 // Each is started before the one before it is finished: what takes long between the two goes on meanwhile, and little
-// that waits for it fills the CPU's schedulers. Asks for memory `prefetch_bytes` ahead of its use, or not at all if
-// that is 0.
+// that waits for it fills the CPU's schedulers.
 template <class Update, class... Columns>
 inline void for_each_pair(int64_t count, int prefetch_bytes, const Update& update, Columns... columns) {
   constexpr int64_t kElements = Pair::kElements;

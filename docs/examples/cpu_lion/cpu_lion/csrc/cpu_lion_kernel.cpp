@@ -12,11 +12,13 @@ namespace {
 template <class T>
 void lion_range(const LionTensor& tensor, int64_t begin, int64_t end, const LionScalars& scalars, int prefetch_bytes) {
   const auto update_block = [&scalars](T* param, const T* grad, T* exp_avg) {
-    for (int64_t i = 0; i < kBlock; i += Ops::kWidth) {
-      Ops::Number p = Ops::load(param + i), m = Ops::load(exp_avg + i);
-      lion_update<Ops>(scalars, p, Ops::load(grad + i), m);
-      Ops::store(param + i, p);
-      Ops::store(exp_avg + i, m);
+    for (int64_t i = 0; i < kBlock; i += Pair::kElements) {
+      const Pair g = load_pair(grad + i);
+      Pair p = load_pair(param + i), m = load_pair(exp_avg + i);
+      lion_update<Ops>(scalars, p.a, g.a, m.a);
+      lion_update<Ops>(scalars, p.b, g.b, m.b);
+      store_pair(param + i, p);
+      store_pair(exp_avg + i, m);
     }
   };
   for_each_block(end - begin, prefetch_bytes, update_block, at<T>(tensor.param, begin), at<T>(tensor.grad, begin),
