@@ -82,11 +82,20 @@ constexpr int32_t kNoiseBits = 0x43000000, kCodeOffset = 128;
 // The functions for elements are for floats one by one or for vectors of them, as `Ops` has it: Number and Integers of
 // 32 bits, each operation rounded once.
 
+// What is shifted out is lost, which for single integers with a sign is not for C++ to say.
+template <class Integers>
+ADAMOPS_HOST_DEVICE inline Integers shifted_left(Integers bits, int by) {
+  return bits << by;
+}
+ADAMOPS_HOST_DEVICE inline int32_t shifted_left(int32_t bits, int by) {
+  return static_cast<int32_t>(static_cast<uint32_t>(bits) << by);
+}
+
 // `code` is a whole number; `unit` is scale * Code::kUnit.
 template <class Code, class Ops>
 ADAMOPS_HOST_DEVICE inline typename Ops::Number decode(typename Ops::Number code, typename Ops::Number unit) {
   const auto shrunk = Ops::bits(Ops::mul(code, Ops::set(Code::kShrink)));
-  const auto magnitude = Ops::mul(Ops::from_bits(shrunk << Code::kPower), unit);  // the sign is shifted out
+  const auto magnitude = Ops::mul(Ops::from_bits(shifted_left(shrunk, Code::kPower)), unit);  // without the sign
   if constexpr (Code::kSigned)
     return Ops::from_bits(Ops::bits(magnitude) | (shrunk & ~kMagnitudeBits));
   else
