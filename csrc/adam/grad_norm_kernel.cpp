@@ -68,16 +68,11 @@ double largest_of(const T* grad, int64_t count) {
   typedef int32_t Magnitudes __attribute__((vector_size(sizeof(Ops::Number))));
   Magnitudes largest[kBlock / Ops::kWidth] = {};
   for_each_block_of_chunk(grad, count, [&](const float* block) {
-    for (int64_t i = 0; i < kBlock; i += Pair::kElements) {
-      const Pair pair = load_pair(block + i);
-      Magnitudes x[2];
-      static_assert(sizeof x == sizeof pair);
-      std::memcpy(x, &pair, sizeof x);
-      for (int half = 0; half < 2; ++half) {
-        x[half] &= 0x7FFFFFFF;
-        Magnitudes& most = largest[i / Ops::kWidth + half];
-        most = x[half] > most ? x[half] : most;
-      }
+    for (int64_t i = 0; i < kBlock / Ops::kWidth; ++i) {
+      Magnitudes x;
+      std::memcpy(&x, block + i * Ops::kWidth, sizeof x);
+      x &= 0x7FFFFFFF;
+      largest[i] = x > largest[i] ? x : largest[i];
     }
   });
   int32_t lanes[kBlock], most = 0;
