@@ -1,7 +1,7 @@
 // Reads torch tensors from C++ through torch's DLPack exchange table, and only the plain ones: exactly of one of the
 // given types (not a subclass, whose data may live elsewhere), on the one given device, contiguous, of a dtype that the
-// kernels know; and takes those out of DTensors. What is not plain is left to Python, which also words the errors. It
-// must not know of optimizers.
+// kernels know, with all elements in their storage; and takes those out of DTensors. What is not plain is left to
+// Python, which also words the errors. It must not know of optimizers.
 #pragma once
 
 #include <pybind11/pybind11.h>
@@ -11,6 +11,7 @@
 
 #include "dlpack.h"
 #include "dtype.h"
+#include "tensor_layout.h"
 
 namespace adamops {
 
@@ -18,9 +19,9 @@ class TensorReader {
  public:
   // `capsule` is Tensor.__dlpack_c_exchange_api__; `types` are the Python types to read; the device is in DLPack's
   // terms.
-  TensorReader(const pybind11::object& capsule, const std::array<pybind11::type, 2>& types, int32_t device_type,
-               int32_t device_id)
-      : capsule_(capsule), types_(types), device_type_(device_type), device_id_(device_id) {
+  TensorReader(const pybind11::object& capsule, const std::array<pybind11::type, 2>& types, const TensorLayout& layout,
+               int32_t device_type, int32_t device_id)
+      : capsule_(capsule), types_(types), layout_(layout), device_type_(device_type), device_id_(device_id) {
     api_ = static_cast<const DlExchangeApi*>(PyCapsule_GetPointer(capsule.ptr(), kDlExchangeCapsule));
     if (!api_) throw pybind11::error_already_set();
     if (api_->major_version != 1 || !api_->tensor_from_py_object)
@@ -84,6 +85,8 @@ class TensorReader {
     return true;
   }
 
+  const TensorLayout& layout() const { return layout_; }
+
   // Reads a plain tensor of integers, signed or not, of so many bits.
   bool read_integers(PyObject* object, bool is_signed, int bits, View& view) const {
     return read_any(object, view) && view.tensor.dtype_code == (is_signed ? kDlInt : kDlUInt) &&
@@ -106,7 +109,8 @@ class TensorReader {
       if (tensor.strides && tensor.shape[i] != 1 && tensor.strides[i] != view.numel) contiguous = false;
       view.numel *= tensor.shape[i];
     }
-    return contiguous || view.numel == 0;
+    return (contiguous || view.numel == 0) &&
+           layout_.proves(object, static_cast<const char*>(view.address()), view.numel * (tensor.dtype_bits / 8));
   }
 
   static pybind11::object attribute(PyObject* object, PyObject* name) {
@@ -125,6 +129,7 @@ class TensorReader {
   Names names_;  // never let go of, as interned names of a program's code are not
   pybind11::object capsule_;
   std::array<pybind11::type, 2> types_;
+  TensorLayout layout_;
   int32_t device_type_, device_id_;
   const DlExchangeApi* api_;
 };

@@ -335,7 +335,7 @@ def test_the_op_refuses_columns_that_do_not_belong_together(cpu_adam):
         cpu_adam.table_of_addresses([1, 2], [1, 2], [1], [1, 2], None, [0, 0], [0, 0], [1, 1])
     with pytest.raises(ValueError, match="unknown dtype code 108"):
         cpu_adam.table_of_addresses([1], [1], [1], [1], None, [0], [108], [1])
-    table = cpu_adam.table_of_addresses([1], [1], [1], [1], None, [0], [3], [1])
+    table = cpu_adam.table_of_addresses([1], [1], [1], [1], None, [0], [1 + 3 * 2], [1])
     with pytest.raises(ValueError, match="no kernel for these dtypes"):
         cpu_adam.adam_step(table, [(0.0,) * 10], False, 1)
     with pytest.raises(ValueError, match="no SIMD target 'avx1024' in this build; it has: .*baseline"):

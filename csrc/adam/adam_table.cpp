@@ -45,9 +45,9 @@ py::object owned_entry(PyObject* dict, PyObject* key) {
   return py::reinterpret_borrow<py::object>(entry(dict, key));
 }
 
-// How many scales the states of a tensor have in codes (block_codes.h).
-int64_t scales_of(int64_t numel, bool amsgrad) {
-  return (numel + kCodeBlock - 1) / kCodeBlock * (amsgrad ? 3 : 2);
+// How many blocks of codes the states of a tensor have (block_codes.h).
+int64_t blocks_of(int64_t numel) {
+  return (numel + kCodeBlock - 1) / kCodeBlock;
 }
 
 Master master_of_number(int number) {
@@ -100,9 +100,9 @@ void AdamTable::reserve(size_t count) {
 
 void AdamTable::add_step(int64_t step) {
   if (step_rows.empty() || steps[step_rows.back()] != step) {
-    const auto found = std::find(steps.begin(), steps.end(), step);
-    step_rows.push_back(static_cast<uint32_t>(found - steps.begin()));
-    if (found == steps.end()) steps.push_back(step);
+    const auto [found, is_new] = row_of_step_.try_emplace(step, static_cast<uint32_t>(steps.size()));
+    step_rows.push_back(found->second);
+    if (is_new) steps.push_back(step);
   } else {
     step_rows.push_back(step_rows.back());
   }
@@ -115,6 +115,28 @@ void AdamTable::count_steps() const {
     if (PyDict_SetItem(objects_[row].state.ptr(), names().step, counts[step_rows[row]].ptr()) != 0)
       throw py::error_already_set();
   }
+}
+
+void AdamTable::count_writes(const TensorLayout& layout, bool zero_grads) const {
+  for (const Objects& row : objects_) {
+    for (const py::object* tensor : {&row.param, &row.exp_avg, &row.exp_avg_sq, &row.max_exp_avg_sq, &row.scales,
+                                     &row.master, zero_grads ? &row.grad : nullptr})
+      if (tensor && *tensor) layout.count_write(tensor->ptr());
+  }
+}
+
+py::list AdamTable::borrowed() const {
+  py::list tensors;
+  for (const Objects& row : objects_)
+    for (const py::object* tensor :
+         {&row.param, &row.grad, &row.exp_avg, &row.exp_avg_sq, &row.max_exp_avg_sq, &row.scales, &row.master})
+      if (*tensor) tensors.append(*tensor);
+  return tensors;
+}
+
+void AdamTable::add_state(py::object state) {
+  objects_.emplace_back();
+  objects_.back().state = std::move(state);
 }
 
 bool AdamTable::add(const TensorReader& reader, PyObject* param, py::object grad, PyObject* state, uint32_t stream) {
@@ -152,17 +174,21 @@ bool AdamTable::add(const TensorReader& reader, PyObject* param, py::object grad
     return read(row.exp_avg, m) && read(row.exp_avg_sq, v) && (!amsgrad || read(row.max_exp_avg_sq, max_v));
   };
 
-  if (!reader.read(row.param.ptr(), p) || !read(row.grad, g) || (g.dtype != p.dtype && g.dtype != kFloat32))
-    return false;
+  if (!reader.read(row.param.ptr(), p) || !read(row.grad, g)) return false;
   if (read_states(read)) {
     if (v.dtype != m.dtype || (amsgrad && max_v.dtype != m.dtype)) return false;
+    // Scales beside floats say that these have been made of 8-bit codes by someone who took them for numbers. Looked for
+    // where the state has more than the step needs only.
+    const Py_ssize_t needed = 3 + (amsgrad ? 1 : 0) + (p.dtype != kFloat32 && master != kNoMaster ? 1 : 0);
+    if (PyDict_Size(state) > needed && entry(state, names().scales)) return false;
   } else {
     const auto read_codes = [&](const py::object& object, TensorReader::View& view) {
       return read_integers(object, &view == &m, 8, view);  // only the average of the grads has a sign
     };
     row.scales = owned_entry(state, names().scales);  // plain always: they are of what this rank holds
     if (!read_states(read_codes) || !row.scales || !reader.read(row.scales.ptr(), scales)) return false;
-    if (scales.dtype != kBfloat16 || scales.numel != scales_of(p.numel, amsgrad)) return false;
+    if (scales.dtype != kBfloat16 || scales.tensor.ndim != 2) return false;
+    if (scales.tensor.shape[0] != blocks_of(p.numel) || scales.tensor.shape[1] != (amsgrad ? 3 : 2)) return false;
     m.dtype = kBlockCodes;
   }
 
@@ -175,13 +201,16 @@ bool AdamTable::add(const TensorReader& reader, PyObject* param, py::object grad
     if (!read_integers(row.master, true, own_master == kRemainder8 ? 8 : 16, master_view)) return false;
   }
 
-  if (!add_step(reader, row.step)) return false;
+  const AdamDtypes own_dtypes = {p.dtype, g.dtype, m.dtype, own_master, kFloat32};
+  if (!fit(own_dtypes) || !add_step(reader, row.step)) return false;
   tensors.push_back({p.address(), g.address(), m.address(), v.address(), amsgrad ? max_v.address() : nullptr,
                      own_master == kNoMaster ? nullptr : master_view.address(),
                      m.dtype == kBlockCodes ? static_cast<uint16_t*>(scales.address()) : nullptr, nullptr, p.numel,
                      stream});
-  dtypes.push_back({p.dtype, g.dtype, m.dtype, own_master, kFloat32});
+  dtypes.push_back(own_dtypes);
   objects_.push_back(std::move(row));
+  made_by_reader_ = true;
+  this->sharded |= sharded;
   return true;
 }
 
@@ -199,6 +228,23 @@ bool AdamTable::add_step(const TensorReader& reader, const py::object& step) {
   if (count.dtype != kFloat32 || count.numel != 1) return false;
   device_steps.push_back(static_cast<float*>(count.address()));
   return true;
+}
+
+bool grads_overlap(const std::vector<const AdamTable*>& tables) {
+  std::vector<std::pair<const char*, const char*>> spans;
+  for (const AdamTable* const table : tables) {
+    spans.reserve(spans.size() + table->tensors.size());
+    for (size_t i = 0; i < table->tensors.size(); ++i) {
+      const AdamTensor& tensor = table->tensors[i];
+      const auto* const begin = static_cast<const char*>(tensor.grad);
+      const int64_t element_size = table->dtypes[i].grad == kFloat32 ? 4 : 2;
+      if (tensor.numel) spans.emplace_back(begin, begin + tensor.numel * element_size);
+    }
+  }
+  std::sort(spans.begin(), spans.end());
+  for (size_t i = 1; i < spans.size(); ++i)
+    if (spans[i].first < spans[i - 1].second) return true;
+  return false;
 }
 
 std::unique_ptr<AdamTable> table_of_params(const TensorReader& reader, const py::list& params, const py::dict& states,
@@ -226,7 +272,7 @@ std::unique_ptr<AdamTable> table_of_addresses(const py::list& params, const py::
                                               const py::list& numels, const py::list& dtypes, const py::list& steps,
                                               const py::object& masters, bool counts_on_device, int master,
                                               const py::object& scales, const py::object& lowp_outs,
-                                              const py::object& streams) {
+                                              const py::object& streams, const py::object& states) {
   const size_t count = params.size();
   const bool amsgrad = !max_exp_avg_sqs.is_none();
   const Column param(params, count, "params"), grad(grads, count, "grads"), exp_avg(exp_avgs, count, "exp_avgs"),
@@ -257,23 +303,54 @@ std::unique_ptr<AdamTable> table_of_addresses(const py::list& params, const py::
     else
       table->add_step(static_cast<int64_t>(step[i]));
   }
+  if (!states.is_none())
+    for (const py::handle state : states) {
+      if (!PyDict_Check(state.ptr())) throw py::type_error("a state is not a dict");
+      table->add_state(py::reinterpret_borrow<py::object>(state));
+    }
+  if (!states.is_none() && py::len(states) != count) throw py::value_error("states are as many as params");
   return table;
+}
+
+py::object columns_of(const TensorReader& reader, const py::list& tensors) {
+  py::list addresses, numels, dtypes;
+  for (const py::handle tensor : tensors) {
+    TensorReader::View view;
+    if (!reader.read(tensor.ptr(), view)) return py::none();
+    addresses.append(reinterpret_cast<uintptr_t>(view.address()));
+    numels.append(view.numel);
+    dtypes.append(static_cast<int>(view.dtype));
+  }
+  return py::make_tuple(addresses, numels, dtypes);
 }
 
 void bind_adam_table(py::module_& module) {
   // Each module has classes of its own: those of the other may be of another version.
+  bind_tensor_layout(module);
   py::class_<TensorReader>(module, "TensorReader", "Reads plain tensors of a device through torch's DLPack table.",
                            py::module_local())
       .def_readwrite("sharded_type", &TensorReader::sharded_type,
                      "DTensor, once there are any; its local tensors are read.")
-      .def(py::init<const py::object&, const std::array<py::type, 2>&, int32_t, int32_t>(), py::arg("capsule"),
-           py::arg("types"), py::arg("device_type") = kDlCpu, py::arg("device_id") = 0);
+      .def(py::init<const py::object&, const std::array<py::type, 2>&, const TensorLayout&, int32_t, int32_t>(),
+           py::arg("capsule"), py::arg("types"), py::arg("layout"), py::arg("device_type") = kDlCpu,
+           py::arg("device_id") = 0);
   py::class_<AdamTable>(module, "AdamTable", "The tensors of a step, as addresses, and their step counts.",
                         py::module_local())
       .def("__len__", [](const AdamTable& table) { return table.tensors.size(); })
       .def_readonly("first_state", &AdamTable::first_state, "Where the dict of states has that of the first tensor.")
       .def_readonly("steps", &AdamTable::steps, "The distinct step counts, this step included.")
-      .def_property_readonly("counts_on_device", &AdamTable::counts_on_device, "Whether step counts are in tensors.");
+      .def_property_readonly("counts_on_device", &AdamTable::counts_on_device, "Whether step counts are in tensors.")
+      .def_property_readonly("borrowed", &AdamTable::borrowed, "The tensors that the table was made from.")
+      .def_readonly("sharded", &AdamTable::sharded, "Whether there are DTensors among the params.")
+      .def(
+          "count_writes",
+          [](const AdamTable& table, const TensorReader& reader, bool zero_grads) {
+            table.count_writes(reader.layout(), zero_grads);
+          },
+          py::arg("reader"), py::arg("zero_grads"), "Bumps the versions of what a step writes.");
+  module.def("grads_overlap", &grads_overlap, py::arg("tables"), "Whether grads share memory with one another.");
+  module.def("columns_of", &columns_of, py::arg("reader"), py::arg("tensors"),
+             "Addresses, sizes and dtype codes of tensors, or None if one of them is not plain.");
   module.def(
       "table_of_params", &table_of_params, py::arg("reader"), py::arg("params"), py::arg("states"), py::arg("amsgrad"),
       py::arg("master") = static_cast<int>(kNoMaster), py::arg("first_state") = 0, py::arg("stream") = 0,
@@ -285,9 +362,9 @@ void bind_adam_table(py::module_& module) {
       py::arg("exp_avg_sqs"), py::arg("max_exp_avg_sqs"), py::arg("numels"), py::arg("dtypes"), py::arg("steps"),
       py::arg("masters") = py::none(), py::arg("counts_on_device") = false,
       py::arg("master") = static_cast<int>(kMasterFp32), py::arg("scales") = py::none(),
-      py::arg("lowp_outs") = py::none(), py::arg("streams") = py::none(),
+      py::arg("lowp_outs") = py::none(), py::arg("streams") = py::none(), py::arg("states") = py::none(),
       "A table of columns of addresses, sizes, dtype codes (param + 3 * grad + 9 * state + 36 * lowp_out) and step "
-      "counts, or their addresses, all trusted. A master of 0 is none.");
+      "counts, or their addresses, all trusted. A master of 0 is none. Counts are written to the dicts in `states`.");
 }
 
 }  // namespace adamops

@@ -8,6 +8,7 @@
 
 #include <cstdint>
 #include <memory>
+#include <unordered_map>
 #include <vector>
 
 #include "../tensor_reader.h"
@@ -45,12 +46,26 @@ class AdamTable {
   // Writes the step counts into the states that the table was made from, if it was; counts on the device are left.
   void count_steps() const;
 
+  // Has autograd know what the step writes, of a table made from params: for `zero_grads` the grads too.
+  void count_writes(const TensorLayout& layout, bool zero_grads) const;
+
+  // All tensors that the table borrows memory of; of DTensors the local ones.
+  pybind11::list borrowed() const;
+
+  // Whether this was made from params, and not from addresses.
+  bool made_by_reader() const { return made_by_reader_; }
+
+  // Remembers the dict that a tensor's step count is to be written to, of a table made from addresses.
+  void add_state(pybind11::object state);
+
   // Takes one param with its grad and its state, of a DTensor what this rank holds. False if something about them is
   // out of the ordinary.
   bool add(const TensorReader& reader, PyObject* param, pybind11::object grad, PyObject* state, uint32_t stream);
 
-  // Lets go of the tensors.
+  // Releases the references to the tensors.
   void release() { objects_.clear(); }
+
+  bool sharded = false;  // whether there are DTensors among the params
 
  private:
   // Notes a step count as the state has it. False if it is out of the ordinary, or kept elsewhere than those before.
@@ -61,6 +76,8 @@ class AdamTable {
     pybind11::object param, grad, state, step, exp_avg, exp_avg_sq, max_exp_avg_sq, scales, master;
   };
   std::vector<Objects> objects_;
+  bool made_by_reader_ = false;
+  std::unordered_map<int64_t, uint32_t> row_of_step_;  // where `steps` has each
 };
 
 // The table of a list of params, those without grad left out, and their states, {param: {"step", "exp_avg", ...}}. None
@@ -73,16 +90,22 @@ std::unique_ptr<AdamTable> table_of_params(const TensorReader& reader, const pyb
 
 // The table of columns, which are trusted. A dtype code is param + 3 * grad + 9 * state + 36 * lowp_out, where the
 // dtype 3 is that of codes; steps are counts, this one included, or addresses of counts, it not included; a master of 0
-// is none. Columns that are None are those that no tensor has.
+// is none. Columns that are None are those that no tensor has. `states` are the dicts that counts are written to.
 std::unique_ptr<AdamTable> table_of_addresses(const pybind11::list& params, const pybind11::list& grads,
                                               const pybind11::list& exp_avgs, const pybind11::list& exp_avg_sqs,
                                               const pybind11::object& max_exp_avg_sqs, const pybind11::list& numels,
                                               const pybind11::list& dtypes, const pybind11::list& steps,
                                               const pybind11::object& masters, bool counts_on_device, int master,
                                               const pybind11::object& scales, const pybind11::object& lowp_outs,
-                                              const pybind11::object& streams);
+                                              const pybind11::object& streams, const pybind11::object& states);
 
-// Makes Python know TensorReader, AdamTable and the two functions above, as the module's own.
+// Whether grads of the tables share memory with one another, so that none may be zeroed before all are read.
+bool grads_overlap(const std::vector<const AdamTable*>& tables);
+
+// The addresses, sizes and dtype codes of tensors, each a list; None if one of them is not plain.
+pybind11::object columns_of(const TensorReader& reader, const pybind11::list& tensors);
+
+// Makes Python know TensorReader, AdamTable and the functions above, as the module's own.
 void bind_adam_table(pybind11::module_& module);
 
 }  // namespace adamops

@@ -32,10 +32,11 @@ struct AdamDtypes {
   Dtype lowp_out;  // 16 bits; without meaning if there is none
 };
 
-// Whether kernels know what to do with these: grads have the param's dtype or fp32, and masters go with 16-bit params.
+// Whether kernels know what to do with these: grads have the param's dtype or fp32, or 16 bits beside fp32 params, and
+// masters go with 16-bit params.
 // Of internal linkage, as all that code compiled for different CPUs shares.
 static constexpr bool fit(AdamDtypes d) {
-  return (d.grad == d.param || d.grad == kFloat32) &&
+  return (d.grad == d.param || d.grad == kFloat32 || d.param == kFloat32) &&
          (d.master == kNoMaster || (d.param != kFloat32 && (d.master != kMasterFp32 || d.state == kFloat32)));
 }
 

@@ -8,14 +8,15 @@
 #include <cmath>
 #include <cstring>
 #include <string>
+#include <tuple>
 #include <vector>
 
 #include "../column.h"
 #include "../cpu_op.h"
 #include "adam_table.h"
 #include "cpu_adam_kernel.h"
+#include "host_scalars.h"
 #include "norm_type.h"
-#include "scalar_rows.h"
 
 namespace py = pybind11;
 
@@ -54,22 +55,59 @@ bool in_blocks(const AdamDtypes& dtypes, const AdamTensor& tensor, int prefetch_
   return tensor.lowp_out || (prefetch_bytes && dtypes.param == kFloat32 && tensor.numel >= kLarge);
 }
 
-void adam_step(AdamTable& table, const std::vector<ScalarRow>& scalar_rows, bool l2, int threads, bool zero_grads,
-               bool stochastic_rounding) {
-  const AdamTarget& target = simd_targets.in_use();
-  const AdamMode mode = {l2, table.amsgrad, zero_grads, stochastic_rounding};
-  static const int prefetch_bytes = prefetch_distance_bytes();
-  const auto ranges = kernels<AdamRange>(table, [&](const AdamDtypes& dtypes, const AdamTensor& tensor) {
-    return target.adam_range(dtypes, mode, in_blocks(dtypes, tensor, prefetch_bytes));
-  });
-  if (table.counts_on_device()) throw py::value_error("the CPU op takes step counts as numbers");
-  const std::vector<AdamScalars> scalars = scalars_of(scalar_rows, table.steps);
+// One step for a table, with all that can fail done: what is left cannot.
+class PreparedStep {
+ public:
+  PreparedStep(AdamTable& table, const HostScalars& host_scalars, AdamMode mode, int threads)
+      : table_(table), mode_(mode), threads_(threads), sizes_(sizes_of(table)) {
+    const AdamTarget& target = simd_targets.in_use();
+    static const int prefetch_bytes = prefetch_distance_bytes();
+    prefetch_bytes_ = prefetch_bytes;
+    ranges_ = kernels<AdamRange>(table, [&](const AdamDtypes& dtypes, const AdamTensor& tensor) {
+      return target.adam_range(dtypes, mode, in_blocks(dtypes, tensor, prefetch_bytes));
+    });
+    if (table.counts_on_device()) throw py::value_error("the CPU op takes step counts as numbers");
+    scalars_ = scalars_of(host_scalars, table.steps);
+  }
 
-  table.count_steps();  // before the update, as the states are still in the caches
-  for_each_piece(sizes_of(table), threads, [&](size_t i, int64_t begin, int64_t end) {
-    ranges[i](table.tensors[i], {table.dtypes[i], mode, scalars[table.step_rows[i]], prefetch_bytes}, begin, end);
-  });
-  table.release();
+  // `layout` is that of the reader that made the table; null if it was made of addresses.
+  void run(const TensorLayout* layout) {
+    if (layout) table_.count_writes(*layout, mode_.zero_grads);
+    table_.count_steps();  // before the update, as the states are still in the caches
+    for_each_piece(sizes_, threads_, [&](size_t i, int64_t begin, int64_t end) {
+      ranges_[i](table_.tensors[i], {table_.dtypes[i], mode_, scalars_[table_.step_rows[i]], prefetch_bytes_}, begin,
+                 end);
+    });
+    table_.release();
+  }
+
+ private:
+  AdamTable& table_;
+  AdamMode mode_;
+  int threads_, prefetch_bytes_;
+  std::vector<int64_t> sizes_;
+  std::vector<AdamRange> ranges_;
+  std::vector<AdamScalars> scalars_;
+};
+
+void adam_step(AdamTable& table, const HostScalars& host_scalars, bool l2, int threads, bool zero_grads,
+               bool stochastic_rounding) {
+  PreparedStep(table, host_scalars, {l2, table.amsgrad, zero_grads, stochastic_rounding}, threads).run(nullptr);
+}
+
+// The arguments of adam_step(), with l2, zero_grads and stochastic_rounding before threads.
+using StepArguments = std::tuple<AdamTable*, HyperNumbers, bool, bool, bool, int>;
+
+// No Python code runs between the steps, so that a signal's handler cannot leave some undone.
+void adam_steps(const TensorReader* reader, const std::vector<StepArguments>& calls) {
+  std::vector<PreparedStep> steps;
+  steps.reserve(calls.size());
+  for (const auto& [table, numbers, l2, zero_grads, stochastic_rounding, threads] : calls)
+    steps.emplace_back(*table, numbers, AdamMode{l2, table->amsgrad, zero_grads, stochastic_rounding}, threads);
+  for (size_t i = 0; i < steps.size(); ++i) {
+    const bool is_read = std::get<0>(calls[i])->made_by_reader();
+    steps[i].run(reader && is_read ? &reader->layout() : nullptr);
+  }
 }
 
 double grad_norm(const py::list& addresses, const py::list& numels, const py::list& dtypes, Norm norm, int threads) {
@@ -96,7 +134,7 @@ double grad_norm(const py::list& addresses, const py::list& numels, const py::li
   std::vector<double> partial(chunks.size());
   const NormRange norm_range = simd_targets.in_use().norm_range;
   {
-    const py::gil_scoped_release release;
+    const GilRelease release;
     const int most_parts = static_cast<int>(std::clamp<int64_t>(
         Partition(sizes, threads, kLeastElementsPerPart).parts(), 1, std::max<int64_t>(chunks.size(), 1)));
     parallel_for(most_parts, [&](int part) {
@@ -106,8 +144,11 @@ double grad_norm(const py::list& addresses, const py::list& numels, const py::li
     });
   }
   double result = 0.0;
-  for (const double one : partial)
-    result = norm == kNormInf ? (one > result || one != one ? one : result) : result + one;
+  in_default_float_environment([&] {
+    for (const double one : partial)
+      result = norm == kNormInf ? (one > result || one != one ? one : result) : result + one;
+    if (norm == kNorm2) result = std::sqrt(result);
+  });
   return result;
 }
 
@@ -144,14 +185,16 @@ PYBIND11_MODULE(cpu_adam, module) {
   bind_adam_table(module);
   module.def("adam_step", &adam_step, py::arg("table"), py::arg("scalars"), py::arg("l2"), py::arg("threads"),
              py::arg("zero_grads") = false, py::arg("stochastic_rounding") = false,
-             "One step for the table's tensors, with a row of scalars for each of the table's steps. Counts it in the "
-             "states that the table was made from, and lets go of the tensors.");
+             "One step for the table's tensors, with the scalars of AdamHyper.numbers(), or with a row of scalars for "
+             "each of the table's steps. Counts it in the states that the table was made from, and releases the "
+             "references to the tensors.");
+  module.def("adam_steps", &adam_steps, py::arg("reader"), py::arg("calls"),
+             "Steps of (table, AdamHyper.numbers(), l2, zero_grads, stochastic_rounding, threads) each, one after "
+             "another. `reader` is that of the tables, and has autograd know what was written; or None.");
   module.def(
       "grad_norm",
       [](const py::list& addresses, const py::list& numels, const py::list& dtypes, double norm_type, int threads) {
-        const Norm norm = norm_of_type(norm_type);
-        const double result = grad_norm(addresses, numels, dtypes, norm, threads);
-        return norm == kNorm2 ? std::sqrt(result) : result;
+        return grad_norm(addresses, numels, dtypes, norm_of_type(norm_type), threads);
       },
       py::arg("addresses"), py::arg("numels"), py::arg("dtypes"), py::arg("norm_type"), py::arg("threads"),
       "The norm of all elements of grads, in double, the same bits for any number of threads; NaN if one of them is.");

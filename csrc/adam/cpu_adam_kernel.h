@@ -33,8 +33,7 @@ using NormRange = double (*)(const void* grad, Dtype dtype, Norm norm, int64_t c
 struct AdamTarget {
   const char* name;
   uint32_t required_features;  // of simd/cpu_features.h
-  // Null for combinations that do not exist: grads have the dtype of the params or fp32; masters go with 16-bit params,
-  // and those in fp32 with fp32 states; only grads that have the dtype of fp32 params can be fp32.
+  // Null for combinations that do not exist: see fit().
   // `in_blocks` asks for the kernel that can do everything, a block of kCodeBlock elements after another.
   AdamRange (*adam_range)(AdamDtypes dtypes, AdamMode mode, bool in_blocks);
   TouchRange (*touch_range)(AdamDtypes dtypes);  // masters are left alone

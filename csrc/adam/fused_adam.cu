@@ -85,7 +85,7 @@ Kernel direct_kernel(AdamDtypes dtypes, AdamMode mode) {
   const bool master = dtypes.master == kMasterFp32;
   if (dtypes.param == kBfloat16) return kernel_of_param<bf16>(grad32, state32, master, mode.amsgrad);
   if (dtypes.param == kFloat16) return kernel_of_param<fp16>(grad32, state32, master, mode.amsgrad);
-  return kernel_of_columns<float, float, float, false>(mode.amsgrad);
+  return grad32 ? kernel_of_columns<float, float, float, false>(mode.amsgrad) : nullptr;
 }
 
 Kernel kernel_of(AdamDtypes dtypes, AdamMode mode, bool lowp_out) {

@@ -257,7 +257,7 @@ def _norms(rank, world_size, norm_type):
     backward(model, torch.randn(8, 96) + rank)
     norm = optimizer.clip_grad_norm_(0.5, norm_type)
     grads = torch.cat([whole(param.grad).flatten() for param in model.parameters()] + [extra.grad])
-    return norm, torch.linalg.vector_norm(grads.double(), norm_type), float(optimizer._grad_factor)
+    return norm, torch.linalg.vector_norm(grads.double(), norm_type), float(optimizer._grad_factor())
 
 
 @pytest.mark.parametrize("norm_type", [2.0, 1.0, 3.0, 0.5, math.inf, -math.inf])

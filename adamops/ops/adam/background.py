@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import os
 import threading
-from collections.abc import Callable
+from collections.abc import Sequence
 
 import torch
+
+from .backend import Backend, Update
 
 
 class AsyncStep:
@@ -17,17 +20,19 @@ class AsyncStep:
 
     def __init__(self, threads: int) -> None:
         self.threads = threads
-        self._updates: list[Callable[[], None]] = []
-        self._thread: threading.Thread | None = None
+        self._updates: list[tuple[Backend | None, Update]] = []
+        self._kept: list[object] = []
+        self._ended = threading.Event()  # not the thread's own end: an interrupted join() takes a thread for ended
+        self._process = os.getpid()
         self._error: BaseException | None = None
-        self._ended = self._was_told = False
+        self._was_told = False
 
     def done(self) -> bool:
         """Whether the step has ended, well or not."""
-        return self._ended
+        return self._ended.is_set()
 
     def wait(self) -> None:
-        """Returns once the step is done.
+        """Returns once the step is done. Where a signal's handler raises meanwhile, the step goes on all the same.
 
         Raises
         ------
@@ -36,42 +41,69 @@ class AsyncStep:
         RuntimeError
             In a process that was forked while the step ran: it goes on in the parent only.
         """
-        if self._thread is not None:
-            self._thread.join()
+        self._join()
         self._was_told = True
         if self._error is not None:
             raise self._error
-        if not self._ended:
-            raise RuntimeError("A step was running in the background when this process was forked, and has ended here")
 
     def settle(self) -> None:
         """As wait(), but raises no error a second time."""
-        if self._thread is not None:
-            self._thread.join()
-        if not self._was_told:
-            self.wait()
+        if self._was_told and (self._ended.is_set() or self._process != os.getpid()):
+            return
+        self.wait()
+
+    def _join(self) -> None:
+        if self._process != os.getpid() and not self._ended.is_set():
+            self._was_told = True
+            raise RuntimeError("A step was running in the background when this process was forked, and has ended here")
+        self._ended.wait()
 
     # For the optimizer --------------------------------------------------------------------------------------------
 
-    def add(self, update: Callable[[], None]) -> None:
-        """Leaves an update to be done in the background."""
-        self._updates.append(update)
+    def add(self, backend: Backend | None, update: Update) -> None:
+        """Leaves an update to be done in the background, and keeps the memory that it works on.
+
+        The tensors alone would not keep it: `param.data = ...` gives a tensor other memory.
+        """
+        self._updates.append((backend, update))
+        self._kept += [tensor.untyped_storage() for tensor in update.borrowed()]
 
     def fail(self, error: BaseException) -> None:
         """Ends the step before it has begun."""
-        self._error, self._ended = error, True
+        self._error = error
+        self._ended.set()
 
     def start(self) -> None:
-        """Begins with the updates."""
-        self._thread = threading.Thread(target=self._run, name="adamops step")  # not a daemon: a step is never cut off
-        self._thread.start()
+        """Begins with the updates; does them here and now where no thread can be started."""
+        thread = threading.Thread(target=self._run, name="adamops step")
+        thread.daemon = False  # also where step_async() is called in a daemon thread: a step is never cut off
+        try:
+            thread.start()
+        except RuntimeError:  # the interpreter is about to end, or there are too many threads
+            self._run()
 
     def _run(self) -> None:
         try:
             with torch.no_grad():  # each thread has a mode of its own
-                for update in self._updates:
-                    update()
+                run_updates(self._updates)
         except BaseException as error:
             self._error = error
-        self._updates.clear()  # and with them what they hold
-        self._ended = True
+        finally:
+            self._updates.clear()  # and with them what they hold
+            self._kept.clear()
+            self._ended.set()
+
+
+def are_one_call(updates: Sequence[tuple[Backend | None, Update]]) -> bool:
+    """Whether the updates are all of one op that does them in one call, between which no Python code runs."""
+    backend = updates[0][0] if updates else None
+    return backend is not None and all(other is backend and update.call for other, update in updates)
+
+
+def run_updates(updates: Sequence[tuple[Backend | None, Update]]) -> None:
+    """Runs updates, each with its backend: in one call of the op, if it is one op's that can do so."""
+    if are_one_call(updates):
+        updates[0][0].run_all([update for _, update in updates])  # type: ignore[union-attr]
+        return
+    for _, update in updates:
+        update()

@@ -15,8 +15,8 @@ from torch import Tensor
 
 from .block_codes import CODES, blocks_of
 from .hyper import AdamHyper
-from .precision import AVERAGES, DTYPES, MASTER, REMAINDER, SCALES, STATE_TENSORS, scales_shape
-from .sharding import PLAIN_TYPES
+from .memory import check_memory, resolved
+from .precision import AVERAGES, DTYPES, MASTER, REMAINDER, SCALES, STATE_TENSORS, Master, averages_of, scales_shape
 
 MOST_STEPS = 2**53  # kMostSteps in csrc/adam/adam_table.h
 
@@ -25,7 +25,8 @@ MOST_STEPS = 2**53  # kMostSteps in csrc/adam/adam_table.h
 class AdamBatch:
     """Params with what belongs to each; every tensor of a row has the param's shape and lies in memory like it.
 
-    Of DTensors all is what this process holds; `owners` are the params as the optimizer has them.
+    Of DTensors all is what this process holds; `owners` are the params as the optimizer has them, and `owned_states` the
+    dicts that it keeps for them, which step counts are written to.
 
     `states` holds each param's step count, before this step, and tensors in torch's form: ``{"step", "exp_avg", ...}``;
     `names` are for messages, as in "param group 0, param 3".
@@ -39,6 +40,12 @@ class AdamBatch:
     indices: list[int] = dataclasses.field(default_factory=list)  # of the params in their group
     lowp_outs: list[Tensor | None] | None = None  # where the step is to write params in 16 bits as well
     owners: list[Tensor] = dataclasses.field(default_factory=list)
+    owned_states: list[dict[str, Any]] | None = None  # None: those in `states`
+
+    @property
+    def counted_states(self) -> list[dict[str, Any]]:
+        """The dicts that step counts are written to."""
+        return self.states if self.owned_states is None else self.owned_states
 
     @property
     def has_shards(self) -> bool:
@@ -74,6 +81,12 @@ class AdamBatch:
         """The scales of states in codes; None for other states."""
         return [state.get(SCALES) if is_coded(state) else None for state in self.states]
 
+    @property
+    def has_spare_scales(self) -> bool:
+        """Whether there are scales of max_exp_avg_sq that this step leaves alone, as amsgrad was switched off."""
+        columns = len(averages_of(self.hyper.amsgrad))
+        return any(scales is not None and scales.shape[1] > columns for scales in self.scales)
+
     def append(self, index: int, name: str, param: Tensor, grad: Tensor, state: dict[str, Any], owner: Tensor) -> None:
         """Adds a param with what belongs to it."""
         self.owners.append(owner)
@@ -83,10 +96,33 @@ class AdamBatch:
         self.grads.append(grad)
         self.states.append(state)
 
-    def count_step(self) -> None:
+    @property
+    def counts_in_tensors(self) -> bool:
+        """Whether there are step counts in tensors, which others may share, and which are then written in place."""
+        return any(isinstance(state["step"], Tensor) for state in self.states)
+
+    def count_step(self, steps: list[int]) -> None:
         """Writes the step counts, this step included, into the states."""
-        for state, step in zip(self.states, self.steps, strict=True):
-            state["step"] = step
+        for state, step in zip(self.counted_states, steps, strict=True):
+            count = state["step"]
+            if isinstance(count, Tensor):
+                count.fill_(step)
+            else:
+                state["step"] = step
+
+    def written(self) -> list[Tensor]:
+        """The tensors that the step writes in place."""
+        columns = [self.params, *(self.column(name) for name in self._averages()), self.masters, self.scales]
+        columns += [self.grads] if self.hyper.zero_grads else []
+        columns += [self.lowp_outs] if self.lowp_outs else []
+        return [tensor for column in columns for tensor in column if tensor is not None]
+
+    def borrowed(self) -> list[Tensor]:
+        """The tensors that the step reads or writes."""
+        return [*self.written(), *self.grads]
+
+    def _averages(self) -> tuple[str, ...]:
+        return averages_of(self.hyper.amsgrad)
 
 
 def check_params_and_grads(batch: AdamBatch) -> None:
@@ -106,24 +142,16 @@ def check_params_and_grads(batch: AdamBatch) -> None:
 def check_param(param: Tensor, name: str) -> None:
     """Raises for a param that cannot be updated whatever its grad."""
     described = _described(param, name)
-    _check_has_memory(param, described)
     if param.layout != torch.strided:
         raise TypeError(f"{described} has layout {param.layout}; only dense (strided) params are supported")
     if param.dtype not in DTYPES:
         raise TypeError(f"{described}: its dtype is not supported; use float32, bfloat16 or float16")
+    check_memory(param, described)
     if not is_dense(param):
         raise ValueError(
             f"{described} has strides {param.stride()}, which overlap or leave gaps; use a param that owns its memory, "
             "such as param.detach().clone()"
         )
-
-
-def _check_has_memory(tensor: Tensor, what: str) -> None:
-    """Raises TypeError for a subclass of Tensor whose elements are in other tensors, of which an op has no address."""
-    if type(tensor) in PLAIN_TYPES or tensor.layout != torch.strided or tensor.device.type == "meta":
-        return
-    if tensor.numel() and not tensor.data_ptr():
-        raise TypeError(f"{what} is a {type(tensor).__name__}, which has no memory of its own; use a plain tensor")
 
 
 def check_in_host_memory(param: Tensor, name: str) -> None:
@@ -141,13 +169,14 @@ def _checked_grad(param: Tensor, grad: Tensor, name: str) -> Tensor:
             f"{described} has a grad of layout {grad.layout}; sparse grads are not supported: "
             "use torch.optim.SparseAdam, or an Embedding with sparse=False"
         )
-    _check_has_memory(grad, f"{described}: its grad")
     if grad.shape != param.shape:
         raise ValueError(f"{described} has a grad of shape {tuple(grad.shape)}; the shapes must be equal")
     if grad.device != param.device:
         raise ValueError(f"{described} has a grad on {grad.device}; copy it to the param's device")
-    if grad.dtype not in (param.dtype, torch.float32):
+    if grad.dtype not in (DTYPES if param.dtype == torch.float32 else (param.dtype, torch.float32)):
         raise TypeError(f"{described} has a grad of {grad.dtype}; use {_param_dtype_or_fp32(param)}")
+    grad = resolved(grad)
+    check_memory(grad, f"{described}: its grad")
     return like_param(grad, param)
 
 
@@ -157,7 +186,9 @@ def _described(param: Tensor, name: str) -> str:
 
 
 def _param_dtype_or_fp32(param: Tensor) -> str:
-    return " or ".join(dict.fromkeys([str(param.dtype), "torch.float32"]))
+    if param.dtype == torch.float32:
+        return "torch.float32, torch.bfloat16 or torch.float16"
+    return f"{param.dtype} or torch.float32"
 
 
 def is_dense(tensor: Tensor) -> bool:
@@ -211,7 +242,7 @@ def check_lowp_out(out: Tensor, param: Tensor, name: str) -> None:
         raise ValueError(
             f"{described} has a lowp_out of shape {tuple(out.shape)} on {out.device}; both must be the param's"
         )
-    _check_has_memory(out, f"{described}: its lowp_out")
+    check_memory(out, f"{described}: its lowp_out")
     if not is_dense(out) or not same_layout(out, param):
         raise ValueError(f"{described} has strides {param.stride()}, its lowp_out {out.stride()}; they must be equal")
 
@@ -227,19 +258,42 @@ def check_states(batch: AdamBatch) -> None:
     for name, param, state in zip(batch.names, batch.params, batch.states, strict=True):
         check_state(state, param, name)
         _check_step(state["step"], name)
-        for key in batch.state_dtypes(param):
-            value = state[key]
-            if key == SCALES:
-                if value.shape != scales_shape(param, batch.hyper.amsgrad) or not value.is_contiguous():
-                    raise ValueError(
-                        f"{name} has {SCALES!r} of shape {tuple(value.shape)} and strides {value.stride()}"
-                    )
-                continue
-            if not is_dense(value) or not same_layout(value, param):
-                raise ValueError(
-                    f"{name} has strides {param.stride()}, its state {key!r} has {value.stride()}; "
-                    "load_state_dict() brings states into the layout of their params"
-                )
+        for key, dtype in batch.state_dtypes(param).items():
+            if key != SCALES:
+                _check_state_for_kernel(state[key], key, dtype, param, name)
+        if is_coded(state):
+            _check_scales(state[SCALES], param, batch.hyper.amsgrad, name)
+        if batch.hyper.precision.master_of(param) is Master.FP32 and state["exp_avg"].dtype != torch.float32:
+            raise TypeError(
+                f"{_described(param, name)} has a float32 {MASTER!r} and states of {state['exp_avg'].dtype}; "
+                "master_weights=True goes with float32 states"
+            )
+
+
+def _check_state_for_kernel(value: Tensor, key: str, dtype: torch.dtype, param: Tensor, name: str) -> None:
+    """Raises for a tensor that check_state() takes and kernels do not, as they assume its dtype or order in memory."""
+    if key in (MASTER, REMAINDER) and value.dtype != dtype:
+        raise TypeError(
+            f"{_described(param, name)} has state {key!r} of {value.dtype}, and this optimizer keeps {dtype}; "
+            "load_state_dict() converts it"
+        )
+    if not is_dense(value) or not same_layout(value, param):
+        raise ValueError(
+            f"{name} has strides {param.stride()}, its state {key!r} has {value.stride()}; "
+            "load_state_dict() brings states into the layout of their params"
+        )
+
+
+def _check_scales(scales: Tensor, param: Tensor, amsgrad: bool, name: str) -> None:
+    """Raises for scales that kernels would read or write beyond. There may be more columns than a step needs."""
+    blocks, columns = scales_shape(param, amsgrad)
+    if scales.dim() != 2 or scales.shape[0] != blocks or not columns <= scales.shape[1] <= len(AVERAGES):
+        raise ValueError(
+            f"{_described(param, name)} has {SCALES!r} of shape {tuple(scales.shape)} beside its 8bit states; "
+            f"expected {(blocks, columns)}"
+        )
+    if not scales.is_contiguous():
+        raise ValueError(f"{name} has {SCALES!r} of strides {scales.stride()}; they must be contiguous")
 
 
 def _check_step(step: Any, name: str) -> None:
@@ -251,8 +305,12 @@ def _check_step(step: Any, name: str) -> None:
             return
     elif not isinstance(step, numbers.Real):
         raise TypeError(f"{name} has a {type(step).__name__} as step count; expected an int")
-    if not 0 <= int(step) < MOST_STEPS:
-        raise ValueError(f"{name} has the step count {int(step)}; expected 0 or more, and less than {MOST_STEPS}")
+    try:
+        count = int(step)
+    except (ValueError, OverflowError, RuntimeError) as error:  # NaN, infinity, a tensor without a number
+        raise ValueError(f"{name} has the step count {step}, which is no whole number ({error})") from error
+    if not 0 <= count < MOST_STEPS:
+        raise ValueError(f"{name} has the step count {count}; expected 0 or more, and less than {MOST_STEPS}")
 
 
 def check_state(state: Mapping[str, Any], param: Tensor, name: str, elsewhere: bool = False) -> None:
@@ -266,7 +324,7 @@ def check_state(state: Mapping[str, Any], param: Tensor, name: str, elsewhere: b
         value = state[key]
         if not isinstance(value, Tensor) or value.layout != torch.strided:
             raise TypeError(f"{described} has a {type(value).__name__} as state {key!r}; expected a dense tensor")
-        _check_has_memory(value, f"{described}: its state {key!r}")
+        check_memory(value, f"{described}: its state {key!r}")
         if key != SCALES and value.shape != param.shape:
             raise ValueError(
                 f"{described} has state {key!r} of shape {tuple(value.shape)}; it belongs to another model or shard"
@@ -278,8 +336,13 @@ def check_state(state: Mapping[str, Any], param: Tensor, name: str, elsewhere: b
             raise ValueError(f"{described} has state {key!r} on {value.device}")
         if key in AVERAGES and not coded:
             dtypes.add(value.dtype)
-    if coded and (SCALES not in state or len(state[SCALES]) != blocks_of(param.numel())):
+    if coded and (SCALES not in state or state[SCALES].dim() != 2 or len(state[SCALES]) != blocks_of(param.numel())):
         raise ValueError(f"{described} has 8-bit states without the {SCALES!r} that belong to them")
+    if not coded and SCALES in state and "exp_avg" in state:
+        raise ValueError(
+            f"{described} has a state 'exp_avg' of {state['exp_avg'].dtype} beside the {SCALES!r} of 8bit states: codes of "
+            "8 bits are not numbers to be joined or converted; take state_dict(dequantize=True), change that, and load it"
+        )
     if len(dtypes) > 1:
         raise TypeError(f"{described} has states of different dtypes: {', '.join(sorted(map(str, dtypes)))}")
 

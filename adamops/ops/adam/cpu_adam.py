@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from .batch import AdamBatch, check_in_host_memory, check_params_and_grads, check_state
-from .optimizer import AdamOptimizer, evaluate, waits
+from .optimizer import AdamOptimizer, GroupStep, evaluate, waits
 from .rollback import undo_step
 
 
@@ -112,13 +112,14 @@ class DeepSpeedCPUAdam(AdamOptimizer):
             If not exactly one param has a grad, or as step().
         """
         loss = evaluate(closure)
+        self._settle()  # the closure may have begun a step
         batch = self._subgroup_batch(subgroup_id)
         held = self.state.get(subgroup_id)  # type: ignore[call-overload]
-        batch.states = [held or {}]
-        backend = self._backend_of(batch.params[0], batch.names[0])
-        self._complete_states(backend, batch)
-        backend.prepare(batch)()
-        self.state[subgroup_id] = batch.states[0]  # type: ignore[index]
+        batch.states, batch.owners = [held or {}], batch.params
+        step = GroupStep([])
+        self._prepare_batch(step, self._backend_of(batch.params[0], batch.names[0]), batch)
+        step.new_states = [(subgroup_id, state) for _, state in step.new_states]
+        self._commit([step])
         return loss
 
     @waits
@@ -137,6 +138,7 @@ class DeepSpeedCPUAdam(AdamOptimizer):
             If not exactly one param has a grad, or as step().
         """
         loss = evaluate(closure)
+        self._settle()
         state = self.state.get(sub_group_id)  # type: ignore[call-overload]
         if not state:
             raise RuntimeError(f"Cannot roll back subgroup {sub_group_id}: it was never stepped")

@@ -13,15 +13,18 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from .backend import Update
 from .batch import AdamBatch
 from .hyper import AdamHyper
-from .table_backend import TableBackend, addresses, columns_of_grads, has_norm
+from .memory import addresses
+from .table_backend import TableBackend, has_norm, put_back_spare_scales, set_spare_scales_aside
 
 
 class CudaBackend(TableBackend):
     """Adam by the extension module fused_adam."""
 
     name = "fused_adam"
+    on_host = False  # the step is only enqueued, and has to be on the stream of the calling thread
 
     def skips(self, hyper: AdamHyper) -> bool:
         return False  # the kernels look at found_inf themselves
@@ -29,7 +32,7 @@ class CudaBackend(TableBackend):
     def grad_norm(self, grads: Sequence[Tensor], norm_type: float) -> Tensor | None:
         if not has_norm(grads, norm_type):
             return None
-        columns = columns_of_grads(grads)
+        columns = self._columns(grads)
         chunks = sum(-(-grad.numel() // self.module.NORM_CHUNK) for grad in grads)
         partial = torch.empty(chunks + 1, dtype=torch.float64, device=self.device)
         place = {"partial": partial.data_ptr(), "total": partial.data_ptr() + 8 * chunks, **self._place()}
@@ -44,18 +47,30 @@ class CudaBackend(TableBackend):
         self._refuse_while_capturing("it would make its states anew at each replay; do one step before")
         return [torch.zeros_like(param, dtype=dtype) for param, dtype in zip(params, dtypes, strict=True)]
 
-    def _prepare_checked(self, batch: AdamBatch) -> Callable[[], None]:
+    def _prepare_checked(self, batch: AdamBatch) -> Update:
         if not self._needs_device_counts(batch.hyper) and all(isinstance(s["step"], int) for s in batch.states):
             return super()._prepare_checked(batch)
         counts = [self._device_count(state["step"]) for state in batch.states]
+        spare = set_spare_scales_aside(batch)
         table = self._table_of_addresses(batch, addresses(counts), counts_on_device=True)
 
-        def update() -> None:
-            for state, count in zip(batch.states, counts, strict=True):
+        def run() -> None:
+            for state, count in zip(batch.counted_states, counts, strict=True):
                 state["step"] = count
             self._step(table, batch.hyper)
+            put_back_spare_scales(spare)
 
-        return update
+        return Update(run, batch.borrowed, batch.written(), table, on_host=False)
+
+    def _runner(self, table: Any, hyper: AdamHyper) -> Callable[[], None]:
+        return lambda: self._step(table, hyper)
+
+    def _update_of_params(self, table: Any, hyper: AdamHyper) -> Update:
+        def run() -> None:
+            table.count_writes(self._reader, hyper.zero_grads)
+            self._step(table, hyper)
+
+        return Update(run, lambda: table.borrowed, (), table, on_host=False)
 
     def _counts_fit(self, table: Any, hyper: AdamHyper) -> bool:
         return table.counts_on_device or len(table) == 0 or not self._needs_device_counts(hyper)

@@ -38,15 +38,21 @@ class AdamHyper:
     stream: int = 0  # where the random bits of the group's params begin
 
     @classmethod
-    def of_group(cls, group: dict[str, Any], **others: Any) -> AdamHyper:
-        """From a param group, whose lr, betas and weight_decay may be 0-dim tensors, and what it does not have."""
-        beta1, beta2 = group["betas"]
+    def of_group(cls, group: dict[str, Any], where: str = "", **others: Any) -> AdamHyper:
+        """From a param group, whose numbers may be 0-dim tensors, and what it does not have.
+
+        A `lr` on a GPU stays there. Raises TypeError or ValueError for what is no number; `where` ends the message.
+        """
+        try:
+            beta1, beta2 = group["betas"]
+        except (TypeError, ValueError):
+            raise TypeError(f"Invalid betas: {group['betas']!r}{where}; expected two numbers") from None
         return cls(
-            lr=group["lr"],
-            beta1=float(beta1),
-            beta2=float(beta2),
-            eps=float(group["eps"]),
-            weight_decay=float(group["weight_decay"]),
+            lr=to_number(group["lr"], "lr", where),
+            beta1=float(to_number(beta1, "beta", where)),
+            beta2=float(to_number(beta2, "beta", where)),
+            eps=float(to_number(group["eps"], "eps", where)),
+            weight_decay=float(to_number(group["weight_decay"], "weight_decay", where)),
             bias_correction=bool(group["bias_correction"]),
             amsgrad=bool(group["amsgrad"]),
             maximize=bool(group["maximize"]),
@@ -63,6 +69,21 @@ class AdamHyper:
     def overflowed(self) -> bool:
         """Whether torch.amp.GradScaler found infs or NaNs in the grads."""
         return self.found_inf is not None and float(self.found_inf) != 0
+
+    def numbers(self) -> tuple[float, ...]:
+        """What the ops compute the scalars of a step from: HyperNumbers in csrc/adam/host_scalars.h."""
+        return (
+            float(self.lr),
+            self.beta1,
+            self.beta2,
+            self.eps,
+            self.weight_decay,
+            self.bias_correction,
+            self.adamw_mode,
+            self.maximize,
+            float(self.loss_scale),
+            float(self.grad_factor),
+        )
 
     def scalars(self, step: int) -> tuple[float, ...]:
         """The fields of AdamScalars in csrc/adam/adam_update.h, in order, in double; the op rounds each to float once.
@@ -86,6 +107,26 @@ class AdamHyper:
             1.0 - lr * self.weight_decay if self.adamw_mode else 1.0,
             self.weight_decay if self.l2 else 0.0,
         )
+
+
+def to_number(value: Any, what: str, where: str = "") -> Any:
+    """A hyper-parameter as a float; a 0-dim tensor on a GPU as it is, since float() would wait for that.
+
+    Raises TypeError or ValueError for what is no number; `what` begins the message and `where` ends it.
+    """
+    if type(value) is float:
+        return value
+    if hasattr(value, "numel"):  # a tensor
+        if value.numel() != 1:
+            raise ValueError(f"Tensor {what} must be 1-element, has shape {tuple(value.shape)}{where}")
+        if value.device.type not in ("cpu", "meta"):
+            return value
+    try:
+        if isinstance(value, (str, bytes)):
+            raise TypeError("text is not converted")
+        return float(value)
+    except (TypeError, ValueError, RuntimeError, OverflowError) as error:
+        raise TypeError(f"Invalid {what}: {value!r}{where}; expected a number ({error})") from error
 
 
 def integer_power(base: float, exponent: int) -> float:

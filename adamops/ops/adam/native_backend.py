@@ -2,15 +2,17 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor
 
+from .backend import Update
 from .hyper import AdamHyper
+from .memory import addresses, count_writes
 from .sharding import PLAIN_TYPES
-from .table_backend import TableBackend, addresses, columns_of_grads, has_norm
+from .table_backend import TableBackend, has_norm
 
 
 def _empty_like(params: Sequence[Tensor], dtypes: Sequence[torch.dtype]) -> list[Tensor]:
@@ -51,24 +53,30 @@ class NativeBackend(TableBackend):
         for dtype in dict.fromkeys(dtypes):
             chosen = [tensor for tensor in tensors if tensor.dtype == dtype]
             numels = list(map(Tensor.numel, chosen))
-            self.module.zero_fill(addresses(chosen), numels, dtype.itemsize, torch.get_num_threads())
+            self.module.zero_fill(addresses(chosen, "a new state"), numels, dtype.itemsize, torch.get_num_threads())
         return tensors
 
     def _counts_fit(self, table: Any, hyper: AdamHyper) -> bool:
         return not table.counts_on_device
 
-    def _step(self, table: Any, hyper: AdamHyper) -> None:
-        scalars = [hyper.scalars(step) for step in table.steps]
-        self.module.adam_step(
-            table,
-            scalars,
-            hyper.l2,
-            hyper.threads or torch.get_num_threads(),
-            zero_grads=hyper.zero_grads,
-            stochastic_rounding=hyper.precision.stochastic_rounding,
-        )
+    def run_all(self, updates: Sequence[Update]) -> None:
+        """Runs updates that have a `call`, in one call of the op: no signal's handler can run between them."""
+        for update in updates:
+            count_writes(update.written)
+        self._run([update.call for update in updates])
+
+    def _call(self, table: Any, hyper: AdamHyper) -> tuple[Any, ...]:
+        mode = (hyper.l2, hyper.zero_grads, hyper.precision.stochastic_rounding)
+        return table, hyper.numbers(), *mode, hyper.threads or torch.get_num_threads()
+
+    def _runner(self, table: Any, hyper: AdamHyper) -> Callable[[], None]:
+        call = self._call(table, hyper)
+        return lambda: self._run([call])
+
+    def _run(self, calls: list[Any]) -> None:
+        self.module.adam_steps(self._reader, calls)
 
     def grad_norm(self, grads: Sequence[Tensor], norm_type: float) -> float | None:
         if not has_norm(grads, norm_type):
             return None
-        return self.module.grad_norm(*columns_of_grads(grads), norm_type, torch.get_num_threads())
+        return self.module.grad_norm(*self._columns(grads), norm_type, torch.get_num_threads())

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import functools
 import hashlib
 import inspect
@@ -19,8 +20,8 @@ from torch.optim.optimizer import _global_optimizer_post_hooks
 from ... import op_builder
 from . import remainders, sharding
 from .amp import UnscalesInStep
-from .backend import Backend
-from .background import AsyncStep
+from .backend import Backend, Update
+from .background import AsyncStep, are_one_call, run_updates
 from .batch import (
     AdamBatch,
     check_in_host_memory,
@@ -28,13 +29,17 @@ from .batch import (
     check_no_overlap,
     check_param,
     check_params_and_grads,
+    is_coded,
     is_dense,
     like_param,
 )
-from .hyper import AdamHyper
+from .clipping import ClippedGrads
+from .hyper import AdamHyper, to_number
+from .interrupts import deferred_signals
 from .loading import adopted_states, shield_states
+from .memory import count_writes, resolved
 from .native_backend import NativeBackend
-from .precision import MASTER, REMAINDER, SCALES, STATE_TENSORS, Master, Precision, scales_shape
+from .precision import AVERAGES, MASTER, REMAINDER, SCALES, STATE_TENSORS, Master, Precision, scales_shape
 from .profiled import profiled
 from .saving import in_fp32, portable
 from .shared import Shared
@@ -84,13 +89,24 @@ def waits(method: _Method) -> _Method:
     return cast(_Method, waiting)
 
 
+@dataclasses.dataclass
+class GroupStep:
+    """One step of a param group, or of a part of it, prepared: nothing of it has been written yet."""
+
+    updates: list[tuple[Backend, Update]]
+    new_states: list[tuple[Any, dict[str, Any]]] = dataclasses.field(default_factory=list)  # by their keys in `state`
+    after: list[Callable[[], object]] = dataclasses.field(default_factory=list)  # what the ops leave to torch
+    sharded: list[Tensor] = dataclasses.field(default_factory=list)  # DTensors that the step writes
+    has_new_params: bool = False  # for which it was never asked whether they share memory
+
+
 class AdamOptimizer(Optimizer):
     """Adam and AdamW for params in host memory; the classes that users take differ in arguments, and in what they add.
 
     Under torch.amp.GradScaler the grads are unscaled inside the step, which reads them and does not write them.
     """
 
-    _grad_factor = Shared[float | Tensor](1.0)  # what clip_grad_norm_() has the next step multiply the grads by
+    _clipped = Shared[ClippedGrads | None](None)  # what clip_grad_norm_() has steps multiply the grads by
     _running = Shared[AsyncStep | None](None)  # the step in the background
     _preparing = Shared[AsyncStep | None](None)  # where step() is to leave its work instead of doing it
     _step_supports_amp_scaling = UnscalesInStep()  # by the name that GradScaler asks for
@@ -151,7 +167,7 @@ class AdamOptimizer(Optimizer):
     @waits
     def zero_grad(self, set_to_none: bool = True) -> None:
         """Sets the grads to None, or to zero, as torch.optim.Optimizer does."""
-        self._grad_factor = 1.0
+        self._clipped = None
         _unguarded(Optimizer.zero_grad)(self, set_to_none)
 
     @waits
@@ -160,8 +176,8 @@ class AdamOptimizer(Optimizer):
         """Clips the grads of all params to a norm, as torch.nn.utils.clip_grad_norm_ does, without writing them.
 
         They are read once for their norm, which is the same bits for any number of threads; the next step() multiplies
-        them by ``min(1, max_norm / (norm + 1e-6))`` where it reads them anyway. zero_grad() forgets the factor. If
-        ``self.grad_scale`` is set (what the loss was multiplied by), the norm is that of the unscaled grads. On a GPU
+        them by ``min(1, max_norm / (norm + 1e-6))`` where it reads them anyway. The factor belongs to these grads as they
+        are now: it is dropped once they are replaced or written, by whomever. If ``self.grad_scale`` is set (what the loss was multiplied by), the norm is that of the unscaled grads. On a GPU
         the norm stays there, nothing waits for it, and step counts are kept there from then on. With grads on several
         devices torch's function does it all, which writes them.
 
@@ -207,13 +223,15 @@ class AdamOptimizer(Optimizer):
         scale = getattr(self, "grad_scale", None)
         if scale is not None:
             norm = norm / torch.as_tensor(scale, dtype=torch.float64, device=norm.device).reshape(()).abs()
-        norm = norm * self._grad_factor
+        factor = self._grad_factor([grad for *_, grad in named])
+        norm = norm * factor
         if error_if_nonfinite and not norm.isfinite():
             raise RuntimeError(
                 f"The total norm of order {norm_type} of the grads is {float(norm)}, so they cannot be clipped; "
                 "to go on regardless, set error_if_nonfinite=False"
             )
-        self._grad_factor = (max_norm / (norm + 1e-6)).clamp(max=1.0) * self._grad_factor  # NaN stays
+        factor = (max_norm / (norm + 1e-6)).clamp(max=1.0) * factor  # NaN stays
+        self._clipped = ClippedGrads(factor, [grad for *_, grad in named])
         return norm.float()
 
     @torch.no_grad()
@@ -250,18 +268,80 @@ class AdamOptimizer(Optimizer):
         """
         self._settle()
         loss = evaluate(closure)
-        groups = [(f"param group {i}", group) for i, group in enumerate(self.param_groups)]
+        self._settle()  # the closure may have begun a step
+        # All that is to become a number first, as it may be an object that runs code of its own.
+        factor = self._grad_factor()
+        groups = [
+            (f"param group {i}", group, self._hyper(group, f"param group {i}", zero_grads, factor))
+            for i, group in enumerate(self.param_groups)
+        ]
         outs = self._checked_lowp_outs(lowp_out)
-        prepared = [self._prepare(group, where, zero_grads, outs) for where, group in groups]
-        if any(states_are_new for _, states_are_new in prepared):
-            check_no_overlap({name: param for where, group in groups for _, name, param, _ in with_grads(group, where)})
-        for (_, group), (update, _) in zip(groups, prepared, strict=True):
-            if self._preparing and all(param.device.type == "cpu" for param in group["params"]):
-                self._preparing.add(update)
-            else:
-                update()  # on a GPU it is only enqueued, and has to be on the stream of this thread
-        self._grad_factor = 1.0
+        steps = [self._prepare(group, where, hyper, outs) for where, group, hyper in groups]
+        if zero_grads and self._grads_overlap(steps):
+            steps = [
+                self._prepare(group, where, dataclasses.replace(hyper, zero_grads=False), outs)
+                for where, group, hyper in groups
+            ]
+            steps[-1].after += [grad.zero_ for where, group, _ in groups for *_, grad in with_grads(group, where)]
+        if any(step.has_new_params for step in steps):
+            check_no_overlap(
+                {name: param for where, group, _ in groups for _, name, param, _ in with_grads(group, where)}
+            )
+        self._commit(steps)
         return loss
+
+    def _grads_overlap(self, steps: list[GroupStep]) -> bool:
+        """Whether grads share memory, as autograd may give: then none may be zeroed before all are read."""
+        by_backend: dict[int, tuple[Any, list[Any]]] = {}
+        for step in steps:
+            for backend, update in step.updates:
+                if update.table is not None:
+                    by_backend.setdefault(id(backend), (backend, []))[1].append(update.table)
+        return any(backend.module.grads_overlap(tables) for backend, tables in by_backend.values())
+
+    def _commit(self, steps: Sequence[GroupStep]) -> None:
+        """Does what was prepared: all of it, or nothing if a signal's handler raises before it begins."""
+        states: Any = self.state
+        former = {key: states.get(key) for step in steps for key, _ in step.new_states}
+        try:
+            for step in steps:  # of zeros, and no step counted: they say no more than no state does
+                for key, state in step.new_states:
+                    states[key] = state
+        except BaseException:
+            for key, state in former.items():
+                states.pop(key, None) if state is None else states.__setitem__(key, state)
+            raise
+        if self._preparing is not None:
+            self._leave_to_background(steps, self._preparing)
+            return
+        updates = [entry for step in steps for entry in step.updates]
+        others = [step for step in steps if step.after or step.sharded]
+        if not others and are_one_call(updates):
+            run_updates(updates)
+            return
+        with deferred_signals():
+            run_updates(updates)
+            for step in others:
+                self._finish(step)
+
+    def _finish(self, step: GroupStep) -> None:
+        for call in step.after:
+            call()
+        for param in step.sharded:  # autograd sees the DTensors, and what was written are their local tensors
+            state = self.state.get(param) or {}
+            count_writes([param, *(value for value in state.values() if sharding.is_sharded(value))])
+
+    def _leave_to_background(self, steps: Sequence[GroupStep], background: AsyncStep) -> None:
+        """Hands updates of params on the CPU to the background; others are enqueued on the stream of this thread."""
+        for step in steps:
+            for backend, update in step.updates:
+                if update.on_host:
+                    background.add(backend, update)
+                else:
+                    update()
+        for step in steps:
+            if step.after or step.sharded:
+                background.add(None, Update(functools.partial(self._finish, step), list))
 
     @uncompiled
     def step_async(
@@ -338,40 +418,34 @@ class AdamOptimizer(Optimizer):
         return outs
 
     def _prepare(
-        self,
-        group: dict[str, Any],
-        where: str,
-        zero_grads: bool,
-        lowp_outs: dict[Tensor, Tensor],
-        stream_offset: int = 0,
-    ) -> tuple[Callable[[], None], bool]:
-        """What updates the group when called, and whether any of its states is new and not yet in self.state."""
-        hyper = self._hyper(group, where, zero_grads, stream_offset)
+        self, group: dict[str, Any], where: str, hyper: AdamHyper, lowp_outs: dict[Tensor, Tensor]
+    ) -> GroupStep:
+        """The step of a group whose hyper-parameters are given. Raises what is wrong; nothing is written."""
         params = group["params"]
         backend = self._backends.get(params[0].device) if params else None
         update = backend.prepare_group(where, hyper, params, self.state) if backend and not lowp_outs else None
         if backend and update and not backend.skips(hyper):
-            return update, False
+            sharded = [param for param in params if param.grad is not None] if update.table.sharded else []
+            return GroupStep([(backend, update)], sharded=sharded)
 
         batches = self._batches(group, where, hyper)
         left = {param: lowp_outs[param] for param in params if param in lowp_outs}
+        step = GroupStep([])
         for backend, batch in batches:
             if left and backend.writes_copies:
                 batch.lowp_outs = [left.pop(owner, None) for owner in batch.owners]
-        prepared = [self._prepare_batch(*batch) for batch in batches]
-        read = {id(grad) for _, batch in batches for grad in batch.grads}  # others were copied first, or are skipped
-        unread = [grad for _, _, _, grad in with_grads(group, where) if id(grad) not in read]
+            self._prepare_batch(step, backend, batch)
+        if hyper.zero_grads:
+            read = {
+                id(grad) for _, batch in batches for grad in batch.grads
+            }  # others were copied first, or are skipped
+            grads = (grad for _, _, _, grad in with_grads(group, where))
+            step.after += [grad.zero_ for grad in grads if id(grad) not in read and not grad._is_zerotensor()]
+        step.after += [functools.partial(self._write_copy, param, out) for param, out in left.items()]
+        return step
 
-        def update_all() -> None:
-            for update, _ in prepared:
-                update()
-            if zero_grads:
-                for grad in unread:
-                    grad.zero_()
-            for param, out in left.items():
-                out.copy_(sharding.local(self._fp32_param(param)))
-
-        return update_all, any(states_are_new for _, states_are_new in prepared)
+    def _write_copy(self, param: Tensor, out: Tensor) -> None:
+        out.copy_(sharding.local(self._fp32_param(param)))
 
     @waits
     @torch.no_grad()
@@ -379,8 +453,7 @@ class AdamOptimizer(Optimizer):
         """Updates one param, given by its places, as step() would; for adamops.step_in_backward()."""
         group, where = self.param_groups[group_index], f"param group {group_index}"
         own = {**group, "params": group["params"][index : index + 1]}
-        update, _ = self._prepare(own, where, False, {}, stream_offset=index)
-        update()
+        self._commit([self._prepare(own, where, self._hyper(group, where, stream_offset=index), {})])
 
     def _batches(self, group: dict[str, Any], where: str, hyper: AdamHyper) -> list[tuple[Backend, AdamBatch]]:
         """The group's params that have a grad, by the backends that update them; without those to be skipped."""
@@ -393,48 +466,69 @@ class AdamOptimizer(Optimizer):
             batches[param.device][1].append(index, name, param, grad, state, owner)
         return [(backend, batch) for backend, batch in batches.values() if not backend.skips(hyper)]
 
-    def _prepare_batch(self, backend: Backend, batch: AdamBatch) -> tuple[Callable[[], None], bool]:
-        """As _prepare(), for a batch."""
-        needed = [{"step", *batch.state_dtypes(param)} for param in batch.params]
-        complete = all(state.keys() >= keys for state, keys in zip(batch.states, needed, strict=True))
+    def _prepare_batch(self, step: GroupStep, backend: Backend, batch: AdamBatch) -> None:
+        """Adds a batch to the step of its group."""
+        complete = all(map(_is_complete, batch.states, batch.params, [batch] * len(batch.params)))
         if not complete:
             check_params_and_grads(batch)
             self._complete_states(backend, batch)
-        update = backend.prepare(batch)
-        if complete and not batch.has_shards:
-            return update, False
-
-        def update_and_keep_states() -> None:
-            update()
-            for owner, state in zip(batch.owners, batch.states, strict=True):
-                self.state[owner] = sharding.owned_state(state, owner, self.state.get(owner))
-
-        return update_and_keep_states, not complete
+        if not complete or batch.has_shards:
+            batch.owned_states = [
+                sharding.owned_state(state, owner, self.state.get(owner))
+                for owner, state in zip(batch.owners, batch.states, strict=True)
+            ]
+            step.new_states += zip(batch.owners, batch.owned_states, strict=True)
+        step.has_new_params |= not complete
+        step.updates.append((backend, backend.prepare(batch)))
+        step.sharded += [owner for owner in batch.owners if sharding.is_sharded(owner)]
 
     def _backend_of(self, param: Tensor, name: str) -> Backend:
         """What updates the param. Raises ValueError if that can be nothing."""
         check_in_host_memory(param, name)
         return self._backends[_HOST]
 
-    def _hyper(self, group: dict[str, Any], where: str, zero_grads: bool = False, stream_offset: int = 0) -> AdamHyper:
+    def _hyper(
+        self,
+        group: dict[str, Any],
+        where: str,
+        zero_grads: bool = False,
+        grad_factor: float | Tensor | None = None,
+        stream_offset: int = 0,
+    ) -> AdamHyper:
         """The group's hyper-parameters, checked, with what torch.amp.GradScaler sets for a step."""
-        loss_scale = getattr(self, "grad_scale", None)
+        loss_scale, found_inf = getattr(self, "grad_scale", None), getattr(self, "found_inf", None)
+        in_group = f" in {where}"
         hyper = AdamHyper.of_group(
             group,
+            in_group,
             adamw_mode=self.adam_w_mode,
             precision=self._precision,
-            grad_factor=self._grad_factor,
+            grad_factor=self._grad_factor() if grad_factor is None else grad_factor,
             zero_grads=zero_grads,
             stream=(_stream(group.get("stochastic_rounding_seed"), where) + stream_offset) & 0xFFFFFFFF,
-            loss_scale=1.0 if loss_scale is None else loss_scale,
-            found_inf=getattr(self, "found_inf", None),
+            loss_scale=1.0 if loss_scale is None else to_number(loss_scale, "grad_scale"),
+            found_inf=None if found_inf is None else to_number(found_inf, "found_inf"),
             threads=self._preparing.threads if self._preparing else None,
         )
-        _check_betas(hyper.beta1, hyper.beta2, f" in {where}")
+        _check_betas(hyper.beta1, hyper.beta2, in_group)
         return hyper
+
+    def _grad_factor(self, grads: Sequence[Tensor] | None = None) -> float | Tensor:
+        """What the grads are to be multiplied by, as clip_grad_norm_() has found: 1 where they are others by now."""
+        if self._clipped is None:
+            return 1.0
+        if grads is None:
+            named = (with_grads(group, f"param group {i}") for i, group in enumerate(self.param_groups))
+            grads = [grad for entries in named for *_, grad in entries]
+        if not self._clipped.are(grads):
+            self._clipped = self._clipped.settle(grads)
+            return 1.0
+        return to_number(self._clipped.factor, "clip factor")
 
     def _complete_states(self, backend: Backend, batch: AdamBatch) -> None:
         """Gives the batch's states what they lack: a step count of 0, and zeros; master weights begin as the params."""
+        for name, state in zip(batch.names, batch.states, strict=True):
+            _check_not_lost(state, name)
         completed = [
             {**state} if "step" in state else {"step": backend.new_step_count(batch.hyper), **state}
             for state in batch.states
@@ -446,11 +540,13 @@ class AdamOptimizer(Optimizer):
                 if key != SCALES and key in batch.state_dtypes(param) and key not in completed[i]
             ]
             like = [batch.params[i] for i in lacking]
-            dtypes = [batch.state_dtypes(param)[key] for param in like]
+            dtypes = [batch.state_dtypes(batch.params[i])[key] for i in lacking]
+            if key == AVERAGES[2]:  # beside averages of another dtype than new ones would have
+                dtypes = [completed[i][AVERAGES[1]].dtype for i in lacking]
             for i, zeros in zip(lacking, backend.zeros_like(like, dtypes), strict=True):
                 completed[i][key] = zeros.copy_(batch.params[i]) if key == MASTER else zeros
         for param, state in zip(batch.params, completed, strict=True):
-            if SCALES in batch.state_dtypes(param):
+            if is_coded(state):
                 _complete_scales(state, param, batch.hyper.amsgrad)
         batch.states = completed
 
@@ -614,6 +710,27 @@ def _stream(seed: int | None, where: str) -> int:
     return int.from_bytes(hashlib.blake2s(f"{seed} {where}".encode(), digest_size=4).digest(), "little")
 
 
+def _is_complete(state: dict[str, Any], param: Tensor, batch: AdamBatch) -> bool:
+    """Whether a state has all that a step needs."""
+    needed = {"step", *batch.state_dtypes(param)} - {SCALES}
+    if not state.keys() >= needed:
+        return False
+    scales = state.get(SCALES)
+    return not is_coded(state) or scales is None or scales.dim() != 2 or scales.shape[1] >= len(needed & {*AVERAGES})
+
+
+def _check_not_lost(state: dict[str, Any], name: str) -> None:
+    """Raises ValueError if there are averages or steps in a state, but not all: it would begin anew without a word."""
+    step = state.get("step")
+    begun = {key for key in AVERAGES[:2] if key in state}
+    missing = [key for key in ("step", *AVERAGES[:2]) if key not in state]
+    if missing and (begun or isinstance(step, Tensor) or (isinstance(step, int) and step > 0)):
+        raise ValueError(
+            f"{name} has lost {', '.join(map(repr, missing))} of its state, which has {', '.join(map(repr, state))}; "
+            "put it back, or delete the whole state to begin anew"
+        )
+
+
 def _complete_scales(state: dict[str, Any], param: Tensor, amsgrad: bool) -> None:
     """Gives a state in codes the scales that it lacks: of zeros, which all scales fit."""
     shape = scales_shape(param, amsgrad)
@@ -631,7 +748,7 @@ def _norm_of(backend: Backend, device: torch.device, grads: list[Tensor], norm_t
     if not grads:
         return torch.full((), sharding.norm_of_nothing(norm_type), dtype=torch.float64, device=device)
     if all(grad.layout == torch.strided for grad in grads):
-        dense = [grad if is_dense(grad) else grad.contiguous() for grad in grads]
+        dense = [grad if is_dense(grad) else grad.contiguous() for grad in map(resolved, grads)]
         norm = backend.grad_norm(dense, norm_type)
         if norm is not None:
             return torch.as_tensor(norm, dtype=torch.float64)

@@ -1,7 +1,7 @@
 """What the backends of the compiled ops share: they hand over params, grads and states as tables of addresses.
 
 The ops' kernels trust what they are given, so every tensor is checked on the way: plain ones by the op's own reader,
-all others by batch.py, which also words the errors.
+all others by batch.py and memory.py, which also word the errors.
 """
 
 from __future__ import annotations
@@ -16,9 +16,12 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from . import tensor_layout
+from .backend import Update
 from .batch import AdamBatch, check_params_and_grads, check_states
 from .hyper import AdamHyper
-from .precision import DTYPES, Master
+from .memory import addresses
+from .precision import DTYPES, SCALES, Master, averages_of
 from .sharding import PLAIN_TYPES, dtensor_class
 
 _CODE = {dtype: code for code, dtype in enumerate((*DTYPES, torch.int8))}  # enum Dtype in csrc/dtype.h; codes last
@@ -26,72 +29,108 @@ _DLPACK_DEVICE_TYPE = {"cpu": 1, "cuda": 2}
 _dtype = attrgetter("dtype")
 
 
-def addresses(tensors: Sequence[Tensor | None]) -> list[int]:
-    """Where the tensors' elements begin; 0 for none."""
-    return [0 if tensor is None else tensor.data_ptr() for tensor in tensors]
-
-
 def has_norm(grads: Sequence[Tensor], norm_type: float) -> bool:
     """Whether the ops compute this norm of these grads."""
     return norm_type in (1.0, 2.0, math.inf) and all(grad.dtype in DTYPES for grad in grads)
-
-
-def columns_of_grads(grads: Sequence[Tensor]) -> tuple[list[int], list[int], list[int]]:
-    """Addresses, sizes and dtype codes of dense grads, as the ops' grad_norm() takes them."""
-    return addresses(grads), list(map(Tensor.numel, grads)), [DTYPES.index(grad.dtype) for grad in grads]
 
 
 class TableBackend:
     """Adam by an extension module that takes tables; a subclass says how a step is done."""
 
     writes_copies = True
+    on_host = True  # whether a step has been done when the op returns
 
     def __init__(self, module: Any, device: torch.device) -> None:
         self.module = module
         self.device = device
-        capsule = getattr(Tensor, "__dlpack_c_exchange_api__", None)  # torch 2.10 and later
-        self._reader = None
-        if capsule is not None:
-            place = (_DLPACK_DEVICE_TYPE[device.type], device.index or 0)
-            with contextlib.suppress(ValueError):  # a table of another version of DLPack: tensors are read from Python
-                self._reader = module.TensorReader(capsule, PLAIN_TYPES, *place)
+        self._reader = self._new_reader()  # None: tensors are read, and checked, from Python
         self._first_states: dict[str, int] = {}  # by group: where the next step finds its states without search
+
+    def _new_reader(self) -> Any:
+        capsule = getattr(Tensor, "__dlpack_c_exchange_api__", None)  # torch 2.10 and later
+        layout = tensor_layout.arguments(self.device) if capsule is not None else None
+        if layout is None:
+            return None
+        place = (_DLPACK_DEVICE_TYPE[self.device.type], self.device.index or 0)
+        with contextlib.suppress(ValueError):  # a table of another version of DLPack
+            return self.module.TensorReader(capsule, PLAIN_TYPES, self.module.TensorLayout(**layout), *place)
+        return None
 
     def prepare_group(
         self, where: str, hyper: AdamHyper, params: list[Tensor], states: dict[Any, Any]
-    ) -> Callable[[], None] | None:
+    ) -> Update | None:
         table = self._table_of_params(hyper, params, states, self._first_states.get(where, 0))
         if table is None:
             return None
         self._first_states[where] = table.first_state
-        return lambda: self._step(table, hyper)
+        return self._update_of_params(table, hyper)
 
-    def prepare(self, batch: AdamBatch) -> Callable[[], None]:
+    def prepare(self, batch: AdamBatch) -> Update:
         if batch.has_shards and self._reader is not None:
             self._reader.sharded_type = dtensor_class()  # from now on prepare_group() takes them
         states = dict(zip(batch.params, batch.states, strict=True))
-        table = self._table_of_params(batch.hyper, batch.params, states) if batch.has_all_defaults else None
+        # Its counts would go to the local states of DTensors, which are copies.
+        all_default = batch.has_all_defaults and batch.owned_states is None
+        table = self._table_of_params(batch.hyper, batch.params, states) if all_default else None
         if table is not None:
-            return lambda: self._step(table, batch.hyper)
+            return self._update_of_params(table, batch.hyper)
         check_params_and_grads(batch)
         check_states(batch)
         return self._prepare_checked(batch)
 
-    def _prepare_checked(self, batch: AdamBatch) -> Callable[[], None]:
-        """What updates a batch that has been checked, its step counts kept as numbers."""
-        table = self._table_of_addresses(batch, batch.steps)
+    def run_all(self, updates: Sequence[Update]) -> None:
+        for update in updates:
+            update()
 
-        def update() -> None:
-            self._step(table, batch.hyper)
-            batch.count_step()
+    def _columns(self, grads: Sequence[Tensor]) -> tuple[list[int], list[int], list[int]]:
+        """Addresses, sizes and dtype codes of dense grads, as the ops' grad_norm() takes them."""
+        found = None if self._reader is None else self.module.columns_of(self._reader, list(grads))
+        return found or (
+            addresses(grads, "a grad"),
+            list(map(Tensor.numel, grads)),
+            [DTYPES.index(grad.dtype) for grad in grads],
+        )
 
-        return update
+    def _prepare_checked(self, batch: AdamBatch) -> Update:
+        """The update of a batch that has been checked, its step counts kept as numbers."""
+        steps = batch.steps
+        spare = set_spare_scales_aside(batch)
+        counts_here = batch.counts_in_tensors
+        table = self._table_of_addresses(batch, steps, states=None if counts_here else batch.counted_states)
+        run = self._runner(table, batch.hyper)
+        call = self._call(table, batch.hyper)
+
+        def run_and_count() -> None:
+            run()
+            put_back_spare_scales(spare)
+            if counts_here:
+                batch.count_step(steps)
+
+        is_simple = not spare and not counts_here
+        return Update(
+            run if is_simple else run_and_count,
+            batch.borrowed,
+            batch.written(),
+            table,
+            call if is_simple else None,
+            self.on_host,
+        )
+
+    def _update_of_params(self, table: Any, hyper: AdamHyper) -> Update:
+        """The update of a table of the op's own reader, which is to tell autograd."""
+        call = self._call(table, hyper)
+        return Update(self._runner(table, hyper), lambda: table.borrowed, (), table, call, self.on_host)
+
+    def _runner(self, table: Any, hyper: AdamHyper) -> Callable[[], None]:
+        """What does a step for a table when called."""
+        raise NotImplementedError
+
+    def _call(self, table: Any, hyper: AdamHyper) -> tuple[Any, ...] | None:
+        """The arguments of the CPU op's `adam_steps`; None for another op."""
+        return None
 
     def _counts_fit(self, table: Any, hyper: AdamHyper) -> bool:
         """Whether step counts are kept as this step needs them: as numbers, or in tensors on the device."""
-        raise NotImplementedError
-
-    def _step(self, table: Any, hyper: AdamHyper) -> None:
         raise NotImplementedError
 
     def _table_of_params(
@@ -104,7 +143,13 @@ class TableBackend:
         )
         return table if table is not None and self._counts_fit(table, hyper) else None
 
-    def _table_of_addresses(self, batch: AdamBatch, steps: list[int], counts_on_device: bool = False) -> Any:
+    def _table_of_addresses(
+        self,
+        batch: AdamBatch,
+        steps: list[int],
+        states: list[dict[str, Any]] | None = None,
+        counts_on_device: bool = False,
+    ) -> Any:
         exp_avgs = batch.column("exp_avg")
         columns = [list(map(_dtype, tensors)) for tensors in (batch.params, batch.grads, exp_avgs)]
         combinations = list(zip(*columns, strict=True))
@@ -128,4 +173,26 @@ class TableBackend:
             scales=addresses(batch.scales),
             lowp_outs=addresses(outs) if outs else None,
             streams=[(batch.hyper.stream + index) & 0xFFFFFFFF for index in batch.indices] or None,
+            states=states,
         )
+
+
+def set_spare_scales_aside(batch: AdamBatch) -> list[tuple[Tensor, Tensor]]:
+    """Gives the batch copies of scales that have a column more than the step takes, as amsgrad was switched off.
+
+    Returns the scales with their copies.
+    """
+    columns = len(averages_of(batch.hyper.amsgrad))
+    aside = []
+    for i, scales in enumerate(batch.scales):
+        if scales is not None and scales.shape[1] > columns:
+            narrow = scales[:, :columns].contiguous()
+            aside.append((scales, narrow))
+            batch.states[i] = {**batch.states[i], SCALES: narrow}
+    return aside
+
+
+def put_back_spare_scales(aside: list[tuple[Tensor, Tensor]]) -> None:
+    """Writes the copies back into the scales that they were made of."""
+    for scales, narrow in aside:
+        scales[:, : narrow.shape[1]] = narrow

@@ -5,13 +5,14 @@ This is the module that the op "torch_adam" loads; it stands in where cpu_adam c
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from . import remainders
+from .backend import Update
 from .batch import AdamBatch, check_params_and_grads, check_states, is_coded
 from .coded_states import float_states, store_codes
 from .hyper import AdamHyper
@@ -33,20 +34,26 @@ class TorchBackend:
     def prepare_group(self, where: str, hyper: AdamHyper, params: list[Tensor], states: Any) -> None:
         """None: there is no quick way here; prepare() does it."""
 
-    def prepare(self, batch: AdamBatch) -> Callable[[], None]:
-        """Checks the batch, and returns what updates its params and states in place when called."""
+    def prepare(self, batch: AdamBatch) -> Update:
+        """Checks the batch, and returns what updates its params and states."""
         if batch.hyper.precision.stochastic_rounding:
             raise NotImplementedError(
                 "stochastic_rounding needs the compiled CPU op; python -m adamops.report says why it is not there"
             )
         check_params_and_grads(batch)
         check_states(batch)
-        return lambda: self._step(batch)
+        steps = batch.steps
+        return Update(lambda: self._step(batch, steps), batch.borrowed)
 
-    def _step(self, batch: AdamBatch) -> None:
+    def run_all(self, updates: Sequence[Update]) -> None:
+        """Runs updates, one after another."""
+        for update in updates:
+            update()
+
+    def _step(self, batch: AdamBatch, steps: list[int]) -> None:
         hyper = batch.hyper
         names = averages_of(hyper.amsgrad)
-        for i, step in enumerate(batch.steps):
+        for i, step in enumerate(steps):
             param, grad, state = batch.params[i], batch.grads[i], batch.states[i]
             kind, coded = hyper.precision.master_of(param), is_coded(state)
             master = param if kind is Master.NONE else _master(param, state, kind)
@@ -68,9 +75,10 @@ class TorchBackend:
                 upper, rest = remainders.split(master, param.dtype, kind.dtype)
                 param.copy_(upper)
                 state[kind.key].copy_(rest)
-            if hyper.zero_grads:
+        if hyper.zero_grads:  # after all are read, as they may share memory
+            for grad in batch.grads:
                 grad.zero_()
-        batch.count_step()
+        batch.count_step(steps)
 
     def grad_norm(self, grads: Sequence[Tensor], norm_type: float) -> None:
         """None: torch computes it."""

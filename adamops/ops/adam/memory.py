@@ -1,0 +1,94 @@
+"""The proof that goes with every address: that a tensor's elements are there, are its own numbers, and lie in its storage.
+
+Whatever reaches an op as an address comes from here, or from csrc/tensor_reader.h, which proves the same of plain
+tensors in C++. Must not know of optimizers.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+
+import torch
+from torch import Tensor
+from torch.autograd import graph
+
+from .sharding import PLAIN_TYPES
+
+
+def is_lazy(tensor: Tensor) -> bool:
+    """Whether the numbers in memory are not the tensor's: it is lazily negated or conjugated, or has no memory."""
+    return tensor.is_neg() or tensor.is_conj() or tensor._is_zerotensor()
+
+
+def resolved(tensor: Tensor) -> Tensor:
+    """The tensor with its numbers in memory: itself, or a new one if it is lazy."""
+    if not is_lazy(tensor):
+        return tensor
+    if tensor._is_zerotensor():  # a copy of it would have no memory either
+        return torch.zeros(tensor.shape, dtype=tensor.dtype, device=tensor.device)
+    return tensor.resolve_conj().resolve_neg()
+
+
+def check_memory(tensor: Tensor, what: str) -> None:
+    """Raises unless all elements of a strided tensor lie in its storage. `what` begins the message.
+
+    Raises
+    ------
+    TypeError
+        For a tensor that has no memory of its own: of a subclass whose elements are in other tensors, of a mode or
+        transform of torch that only records what is done, or lazily negated, conjugated or zero.
+    ValueError
+        If its storage was freed or shortened (`untyped_storage().resize_()`, as FullyShardedDataParallel does).
+    """
+    if tensor.layout != torch.strided:
+        raise TypeError(f"{what} has layout {tensor.layout}; expected a dense (strided) tensor")
+    if tensor.device.type == "meta":  # has no memory, and no op takes its address
+        return
+    if is_lazy(tensor):
+        kind = "a zero tensor" if tensor._is_zerotensor() else "lazily negated or conjugated"
+        raise TypeError(f"{what} is {kind}, so its memory does not hold its values; use tensor.clone()")
+    kind = "tensor" if type(tensor) in PLAIN_TYPES else type(tensor).__name__
+    needed = _bytes_spanned(tensor)
+    if not needed:
+        return
+    try:
+        storage = tensor.untyped_storage()
+        is_recorded = storage.device.type == "meta"  # a fake tensor's
+        address, begin, length = (0, 0, needed) if is_recorded else _place(tensor, storage)
+    except RuntimeError as error:  # what torch says where there is no storage, or only a recorded one
+        raise TypeError(f"{what} is a {kind}, which has no memory of its own ({error}); use a plain tensor") from error
+    if not address and length >= needed:
+        raise TypeError(f"{what} is a {kind}, which has no memory of its own; use a plain tensor")
+    if not begin or address < begin or address + needed > begin + length:
+        raise ValueError(
+            f"{what} needs {needed} bytes, and its storage has {length}: it was freed or shortened; "
+            "step before that, or restore it"
+        )
+
+
+def addresses(tensors: Sequence[Tensor | None], what: str = "a tensor") -> list[int]:
+    """Where the tensors' elements begin; 0 for none. Raises what check_memory() raises."""
+    for tensor in tensors:
+        if tensor is not None:
+            check_memory(tensor, what)
+    return [0 if tensor is None else tensor.data_ptr() for tensor in tensors]
+
+
+def count_writes(tensors: Iterable[Tensor]) -> None:
+    """Tells autograd that the tensors have been written in place, as torch's own operations do."""
+    for tensor in tensors:
+        if not tensor.is_inference():  # those have no version to count
+            graph.increment_version(tensor)
+
+
+def _place(tensor: Tensor, storage: torch.UntypedStorage) -> tuple[int, int, int]:
+    """Where a tensor's elements and its storage begin, and how many bytes the storage has."""
+    return tensor.data_ptr(), storage.data_ptr(), storage.nbytes()
+
+
+def _bytes_spanned(tensor: Tensor) -> int:
+    """From the first byte of the first element to the last byte of the last; 0 if there are no elements."""
+    if not tensor.numel():
+        return 0
+    last = sum((size - 1) * stride for size, stride in zip(tensor.shape, tensor.stride(), strict=True))
+    return (last + 1) * tensor.element_size()

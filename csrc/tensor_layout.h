@@ -1,0 +1,71 @@
+// Where torch keeps, in memory, what proves that a tensor's address may be used: which kind of tensor it is, where its
+// storage begins and ends, and its version counter. The places differ between releases of torch, so they are found by
+// experiment when the op is loaded (adamops/ops/adam/tensor_layout.py), which gives up where anything is unclear; then
+// every tensor is checked through torch's Python API, which takes some 300 ns where this takes 3.
+#pragma once
+
+#include <pybind11/pybind11.h>
+
+#include <atomic>
+#include <cstdint>
+#include <cstring>
+
+namespace adamops {
+
+struct TensorLayout {
+  // Offsets in bytes.
+  int64_t impl;                               // in the Python object: the pointer to torch's TensorImpl
+  int64_t key_set, storage, version_counter;  // in the TensorImpl
+  int64_t data, nbytes;                       // in the StorageImpl
+  int64_t version;                            // in the version counter
+  // What is found there in a plain tensor: no subclass of TensorImpl or StorageImpl, and neither lazily negated or
+  // conjugated, nor a zero tensor, nor one that a mode or transform of torch has wrapped.
+  uint64_t tensor_type, storage_type, plain_keys;
+
+  // Whether this object, of a type whose instances are torch tensors, has the `size` bytes at `address` in its storage.
+  bool proves(const PyObject* tensor, const char* address, int64_t size) const {
+    const char* const tensor_impl = at<const char*>(tensor, impl);
+    if (!tensor_impl || at<uint64_t>(tensor_impl, 0) != tensor_type || at<uint64_t>(tensor_impl, key_set) != plain_keys)
+      return false;
+    const char* const storage_impl = at<const char*>(tensor_impl, storage);
+    if (!storage_impl || at<uint64_t>(storage_impl, 0) != storage_type) return false;
+    __builtin_prefetch(at<const char*>(tensor_impl, version_counter), 1);  // for count_write()
+    const char* const begin = at<const char*>(storage_impl, data);
+    const int64_t length = at<int64_t>(storage_impl, nbytes);
+    if (size == 0) return true;
+    return begin && length >= size && address >= begin && address - begin <= length - size;
+  }
+
+  // Bumps the version of a tensor that proves() took, as each operation of torch that writes in place does, so that
+  // autograd notices that a value it has saved is gone.
+  void count_write(const PyObject* tensor) const {
+    char* const counter = at<char*>(at<const char*>(tensor, impl), version_counter);
+    reinterpret_cast<std::atomic<uint32_t>*>(counter + version)->fetch_add(1, std::memory_order_relaxed);
+  }
+
+ private:
+  template <class T>
+  static T at(const void* from, int64_t offset) {
+    T value;
+    std::memcpy(&value, static_cast<const char*>(from) + offset, sizeof value);
+    return value;
+  }
+};
+
+// Makes Python know TensorLayout, as the module's own.
+inline void bind_tensor_layout(pybind11::module_& module) {
+  namespace py = pybind11;
+  py::class_<TensorLayout>(module, "TensorLayout", "Where torch keeps what proves a tensor's address; in bytes.",
+                           py::module_local())
+      .def(py::init([](int64_t impl, int64_t key_set, int64_t storage, int64_t version_counter, int64_t data,
+                       int64_t nbytes, int64_t version, uint64_t tensor_type, uint64_t storage_type,
+                       uint64_t plain_keys) {
+             return TensorLayout{impl,   key_set, storage,     version_counter, data,
+                                 nbytes, version, tensor_type, storage_type,    plain_keys};
+           }),
+           py::kw_only(), py::arg("impl"), py::arg("key_set"), py::arg("storage"), py::arg("version_counter"),
+           py::arg("data"), py::arg("nbytes"), py::arg("version"), py::arg("tensor_type"), py::arg("storage_type"),
+           py::arg("plain_keys"));
+}
+
+}  // namespace adamops
