@@ -11,6 +11,8 @@
 #include <string>
 #include <vector>
 
+#include "float_environment.h"
+#include "gil.h"
 #include "parallel.h"
 #include "simd/cpu_features.h"
 
@@ -45,6 +47,9 @@ class SimdTargets {
         "use_target", [this](const std::string& name) { use(name); }, pybind11::arg("name"),
         "Chooses a SIMD target; ValueError if it cannot run here.");
     module.def("openmp_runtime", &openmp_runtime, "The file of the OpenMP runtime in use; empty if there is none.");
+    module.attr("DEFAULT_FLOAT_CONTROL") = kDefaultFloatControl;
+    module.def("set_float_control", &set_float_control, pybind11::arg("value"),
+               "Sets the calling thread's floating-point control register, and returns what it was.");
   }
 
  private:
@@ -87,7 +92,7 @@ constexpr int64_t kLeastElementsPerPart = 8192;
 // without the GIL.
 template <class Visit>
 void for_each_piece(const std::vector<int64_t>& sizes, int threads, const Visit& visit) {
-  const pybind11::gil_scoped_release release;
+  const GilRelease release;
   const Partition partition(sizes, threads, kLeastElementsPerPart);
   parallel_for(partition.parts(), [&](int part) { partition.for_each(part, visit); });
 }

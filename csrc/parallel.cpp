@@ -8,32 +8,11 @@
 #include <mutex>
 #include <thread>
 
-#if defined(__SSE2__)
-#include <xmmintrin.h>
-#endif
+#include "float_environment.h"
 
 namespace adamops {
 
 namespace {
-
-// The floating-point control register, set to its default while an object lives. A program may have turned on flushing
-// of subnormals in one thread only (torch.set_flush_denormal does), and then results would depend on the split.
-class DefaultFloatEnvironment {
- public:
-#if defined(__SSE2__)
-  DefaultFloatEnvironment() : saved_(_mm_getcsr()) { _mm_setcsr(0x1F80); }
-  ~DefaultFloatEnvironment() { _mm_setcsr(saved_); }
-
- private:
-  unsigned saved_;
-#elif defined(__aarch64__)
-  DefaultFloatEnvironment() : saved_(__builtin_aarch64_get_fpcr()) { __builtin_aarch64_set_fpcr(0); }
-  ~DefaultFloatEnvironment() { __builtin_aarch64_set_fpcr(saved_); }
-
- private:
-  unsigned saved_;
-#endif
-};
 
 // libgomp's entry points; LLVM's and Intel's libomp have them too.
 struct OpenMp {

@@ -1,5 +1,5 @@
-// The scalars of one step, computed where the step count and the learning rate are: on the device, without asking the
-// host. The same arithmetic, operation by operation, as AdamHyper.scalars() in adamops/ops/adam/hyper.py, in double.
+// The scalars of one step, computed where the step count and the learning rate are: on the host or on the device.
+// The same arithmetic, operation by operation, as AdamHyper.scalars() in adamops/ops/adam/hyper.py, in double.
 #pragma once
 
 #include <cstdint>

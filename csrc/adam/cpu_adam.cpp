@@ -14,8 +14,8 @@
 #include "../cpu_op.h"
 #include "adam_table.h"
 #include "cpu_adam_kernel.h"
+#include "host_scalars.h"
 #include "norm_type.h"
-#include "scalar_rows.h"
 
 namespace py = pybind11;
 
@@ -54,7 +54,7 @@ bool in_blocks(const AdamDtypes& dtypes, const AdamTensor& tensor, int prefetch_
   return tensor.lowp_out || (prefetch_bytes && dtypes.param == kFloat32 && tensor.numel >= kLarge);
 }
 
-void adam_step(AdamTable& table, const std::vector<ScalarRow>& scalar_rows, bool l2, int threads, bool zero_grads,
+void adam_step(AdamTable& table, const HostScalars& host_scalars, bool l2, int threads, bool zero_grads,
                bool stochastic_rounding) {
   const AdamTarget& target = simd_targets.in_use();
   const AdamMode mode = {l2, table.amsgrad, zero_grads, stochastic_rounding};
@@ -63,7 +63,7 @@ void adam_step(AdamTable& table, const std::vector<ScalarRow>& scalar_rows, bool
     return target.adam_range(dtypes, mode, in_blocks(dtypes, tensor, prefetch_bytes));
   });
   if (table.counts_on_device()) throw py::value_error("the CPU op takes step counts as numbers");
-  const std::vector<AdamScalars> scalars = scalars_of(scalar_rows, table.steps);
+  const std::vector<AdamScalars> scalars = scalars_of(host_scalars, table.steps);
 
   table.count_steps();  // before the update, as the states are still in the caches
   for_each_piece(sizes_of(table), threads, [&](size_t i, int64_t begin, int64_t end) {
@@ -96,7 +96,7 @@ double grad_norm(const py::list& addresses, const py::list& numels, const py::li
   std::vector<double> partial(chunks.size());
   const NormRange norm_range = simd_targets.in_use().norm_range;
   {
-    const py::gil_scoped_release release;
+    const GilRelease release;
     const int most_parts = static_cast<int>(std::clamp<int64_t>(
         Partition(sizes, threads, kLeastElementsPerPart).parts(), 1, std::max<int64_t>(chunks.size(), 1)));
     parallel_for(most_parts, [&](int part) {
@@ -106,8 +106,11 @@ double grad_norm(const py::list& addresses, const py::list& numels, const py::li
     });
   }
   double result = 0.0;
-  for (const double one : partial)
-    result = norm == kNormInf ? (one > result || one != one ? one : result) : result + one;
+  in_default_float_environment([&] {
+    for (const double one : partial)
+      result = norm == kNormInf ? (one > result || one != one ? one : result) : result + one;
+    if (norm == kNorm2) result = std::sqrt(result);
+  });
   return result;
 }
 
@@ -144,14 +147,13 @@ PYBIND11_MODULE(cpu_adam, module) {
   bind_adam_table(module);
   module.def("adam_step", &adam_step, py::arg("table"), py::arg("scalars"), py::arg("l2"), py::arg("threads"),
              py::arg("zero_grads") = false, py::arg("stochastic_rounding") = false,
-             "One step for the table's tensors, with a row of scalars for each of the table's steps. Counts it in the "
-             "states that the table was made from, and lets go of the tensors.");
+             "One step for the table's tensors, with the scalars of AdamHyper.numbers(), or with a row of scalars for "
+             "each of the table's steps. Counts it in the states that the table was made from, and releases the "
+             "references to the tensors.");
   module.def(
       "grad_norm",
       [](const py::list& addresses, const py::list& numels, const py::list& dtypes, double norm_type, int threads) {
-        const Norm norm = norm_of_type(norm_type);
-        const double result = grad_norm(addresses, numels, dtypes, norm, threads);
-        return norm == kNorm2 ? std::sqrt(result) : result;
+        return grad_norm(addresses, numels, dtypes, norm_of_type(norm_type), threads);
       },
       py::arg("addresses"), py::arg("numels"), py::arg("dtypes"), py::arg("norm_type"), py::arg("threads"),
       "The norm of all elements of grads, in double, the same bits for any number of threads; NaN if one of them is.");

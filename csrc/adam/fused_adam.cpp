@@ -6,9 +6,10 @@
 #include <pybind11/stl.h>
 
 #include "../column.h"
+#include "../gil.h"
 #include "adam_table.h"
+#include "host_scalars.h"
 #include "norm_type.h"
-#include "scalar_rows.h"
 
 namespace py = pybind11;
 
@@ -20,7 +21,7 @@ T* pointer(uintptr_t address) {
   return reinterpret_cast<T*>(address);
 }
 
-void adam_step(AdamTable& table, const std::vector<ScalarRow>& scalar_rows, bool l2, uintptr_t device_scalars,
+void adam_step(AdamTable& table, const HostScalars& host_scalars, bool l2, uintptr_t device_scalars,
                uintptr_t found_inf, int device, uintptr_t stream, bool zero_grads, bool stochastic_rounding) {
   CudaAdamStep step{table.tensors,
                     table.dtypes,
@@ -31,10 +32,10 @@ void adam_step(AdamTable& table, const std::vector<ScalarRow>& scalar_rows, bool
                     pointer<const float>(found_inf)};
   if (!device_scalars) {
     if (table.counts_on_device()) throw py::value_error("step counts on the device need scalars there");
-    step.scalars = scalars_of(scalar_rows, table.steps);
+    step.scalars = scalars_of(host_scalars, table.steps);
   }
   {
-    const py::gil_scoped_release release;
+    const GilRelease release;
     cuda_adam_step(step, {device, pointer<void>(stream)});
   }
   table.count_steps();
@@ -52,7 +53,7 @@ void count_steps(const AdamTable& table, uintptr_t scalars, double lr, uintptr_t
                          pointer<const float>(found_inf),
                          table.device_steps,
                          pointer<AdamScalars>(scalars)};
-  const py::gil_scoped_release release;
+  const GilRelease release;
   cuda_adam_scalars(work, {device, pointer<void>(stream)});
 }
 
@@ -67,7 +68,7 @@ void grad_norm(const py::list& addresses, const py::list& numels, const py::list
     work.numels.push_back(static_cast<int64_t>(numel[i]));
     work.dtypes.push_back(static_cast<Dtype>(dtype[i]));
   }
-  const py::gil_scoped_release release;
+  const GilRelease release;
   cuda_grad_norm(work, {device, pointer<void>(stream)});
 }
 
@@ -83,9 +84,9 @@ PYBIND11_MODULE(fused_adam, module) {
       "adam_step", &adam_step, py::arg("table"), py::arg("scalars"), py::arg("l2"), py::arg("device_scalars"),
       py::arg("found_inf"), py::arg("device"), py::arg("stream"), py::arg("zero_grads") = false,
       py::arg("stochastic_rounding") = false,
-      "Enqueues one step for the table's tensors, counts it in the states that the table was made from, and lets "
-      "go of the tensors. Scalars come as a row for each of the table's steps, or lie on the device, one after "
-      "another for each tensor, where the address device_scalars is not 0.");
+      "Enqueues one step for the table's tensors, counts it in the states that the table was made from, and releases "
+      "the references to the tensors. Scalars come from AdamHyper.numbers() or as a row for each of the table's steps, "
+      "or lie on the device, one after another for each tensor, where the address device_scalars is not 0.");
   module.def("count_steps", &count_steps, py::arg("table"), py::arg("scalars"), py::arg("lr"), py::arg("lr32"),
              py::arg("lr64"), py::arg("beta1"), py::arg("beta2"), py::arg("eps"), py::arg("weight_decay"),
              py::arg("bias_correction"), py::arg("adamw_mode"), py::arg("maximize"), py::arg("loss_scale"),

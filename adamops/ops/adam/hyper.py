@@ -64,10 +64,26 @@ class AdamHyper:
         """Whether torch.amp.GradScaler found infs or NaNs in the grads."""
         return self.found_inf is not None and float(self.found_inf) != 0
 
-    def scalars(self, step: int) -> tuple[float, ...]:
-        """The fields of AdamScalars in csrc/adam/adam_update.h, in order, in double; the op rounds each to float once.
+    def numbers(self) -> tuple[float, ...]:
+        """What the ops compute the scalars of a step from: HyperNumbers in csrc/adam/host_scalars.h."""
+        return (
+            float(self.lr),
+            self.beta1,
+            self.beta2,
+            self.eps,
+            self.weight_decay,
+            self.bias_correction,
+            self.adamw_mode,
+            self.maximize,
+            float(self.loss_scale),
+            float(self.grad_factor),
+        )
 
-        `step` counts from 1 (t in Algorithm 1 of arXiv 1412.6980).
+    def scalars(self, step: int) -> tuple[float, ...]:
+        """The fields of AdamScalars in csrc/adam/adam_update.h, in order, in double, each to be rounded to float once.
+
+        For updates by torch calls; the ops compute the same ones from numbers(), whatever the calling thread's
+        floating-point environment is. `step` counts from 1 (t in Algorithm 1 of arXiv 1412.6980).
         """
         lr, scale = float(self.lr), float(self.loss_scale)
         inverse_scale = 1.0 / scale if scale else math.copysign(math.inf, scale)  # as IEEE has it, and so GPUs

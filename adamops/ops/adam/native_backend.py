@@ -58,10 +58,9 @@ class NativeBackend(TableBackend):
         return not table.counts_on_device
 
     def _step(self, table: Any, hyper: AdamHyper) -> None:
-        scalars = [hyper.scalars(step) for step in table.steps]
         self.module.adam_step(
             table,
-            scalars,
+            hyper.numbers(),
             hyper.l2,
             hyper.threads or torch.get_num_threads(),
             zero_grads=hyper.zero_grads,

@@ -1,0 +1,56 @@
+// The floating-point control register of the calling thread. A program may have turned on flushing of subnormals, or
+// another rounding mode, in one thread only (torch.set_flush_denormal does); results must not depend on it.
+#pragma once
+
+#include <cstdint>
+
+#if defined(__SSE2__)
+#include <xmmintrin.h>
+#endif
+
+namespace adamops {
+
+// Nearest-even, subnormals kept, no traps.
+#if defined(__SSE2__)
+constexpr uint64_t kDefaultFloatControl = 0x1F80;
+#else
+constexpr uint64_t kDefaultFloatControl = 0;
+#endif
+
+// Sets the control register and returns what it was. Does nothing on other architectures than x86-64 and AArch64.
+inline uint64_t set_float_control([[maybe_unused]] uint64_t value) {
+#if defined(__SSE2__)
+  const unsigned before = _mm_getcsr();
+  _mm_setcsr(static_cast<unsigned>(value));
+  return before;
+#elif defined(__aarch64__)
+  const auto before = __builtin_aarch64_get_fpcr();
+  __builtin_aarch64_set_fpcr(static_cast<unsigned>(value));
+  return before;
+#else
+  return 0;
+#endif
+}
+
+// The default environment while an object lives. For code behind a call that the compiler cannot look into, as
+// arithmetic in the same function may be moved past the change: otherwise use in_default_float_environment().
+class DefaultFloatEnvironment {
+ public:
+  DefaultFloatEnvironment() : saved_(set_float_control(kDefaultFloatControl)) {}
+  ~DefaultFloatEnvironment() { set_float_control(saved_); }
+  DefaultFloatEnvironment(const DefaultFloatEnvironment&) = delete;
+  DefaultFloatEnvironment& operator=(const DefaultFloatEnvironment&) = delete;
+
+ private:
+  uint64_t saved_;
+};
+
+// Calls body() in the default environment.
+template <class Body>
+void in_default_float_environment(const Body& body) {
+  void (*volatile call)(const Body&) = [](const Body& body) { body(); };  // volatile: so no arithmetic is moved out
+  const DefaultFloatEnvironment environment;
+  call(body);
+}
+
+}  // namespace adamops
