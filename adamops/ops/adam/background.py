@@ -16,7 +16,7 @@ class AsyncStep:
     """
 
     def __init__(self, threads: int) -> None:
-        self.threads = threads
+        self.threads = min(threads, 2**31 - 1)  # a C int; the op takes no more threads than make sense
         self._updates: list[Callable[[], None]] = []
         self._thread: threading.Thread | None = None
         self._error: BaseException | None = None
