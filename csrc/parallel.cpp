@@ -2,11 +2,19 @@
 #include "parallel.h"
 
 #include <dlfcn.h>
+#include <fcntl.h>
 #include <unistd.h>
 
 #include <algorithm>
-#include <mutex>
+#include <atomic>
+#include <cstdio>
+#include <cstring>
+#include <system_error>
 #include <thread>
+
+#if defined(__linux__)
+#include <sys/syscall.h>
+#endif
 
 #include "float_environment.h"
 
@@ -23,18 +31,25 @@ struct OpenMp {
   explicit operator bool() const { return parallel && thread_num && num_threads; }
 };
 
+// A function of the process by name, looked up until it is found. Without a lock, which a fork could leave locked.
+template <class Function>
+Function symbol(std::atomic<Function>& kept, const char* name) {
+  Function found = kept.load(std::memory_order_relaxed);
+  if (!found) {
+    found = reinterpret_cast<Function>(dlsym(RTLD_DEFAULT, name));
+    kept.store(found, std::memory_order_relaxed);
+  }
+  return found;
+}
+
 // torch loads its runtime with global visibility, under a file name that differs between releases, so it is asked for
 // by symbol. Asked again until it is found, since this code may be loaded before torch.
 OpenMp find_openmp() {
-  static std::mutex mutex;
-  static OpenMp found;
-  const std::lock_guard<std::mutex> lock(mutex);
-  if (!found) {
-    found.parallel = reinterpret_cast<decltype(found.parallel)>(dlsym(RTLD_DEFAULT, "GOMP_parallel"));
-    found.thread_num = reinterpret_cast<decltype(found.thread_num)>(dlsym(RTLD_DEFAULT, "omp_get_thread_num"));
-    found.num_threads = reinterpret_cast<decltype(found.num_threads)>(dlsym(RTLD_DEFAULT, "omp_get_num_threads"));
-  }
-  return found;
+  static std::atomic<decltype(OpenMp::parallel)> parallel;
+  static std::atomic<decltype(OpenMp::thread_num)> thread_num;
+  static std::atomic<decltype(OpenMp::num_threads)> num_threads;
+  return {symbol(parallel, "GOMP_parallel"), symbol(thread_num, "omp_get_thread_num"),
+          symbol(num_threads, "omp_get_num_threads")};
 }
 
 struct Region {
@@ -55,26 +70,63 @@ void run_in_team(void* argument) {
   run_parts(region, region.openmp.thread_num(), region.openmp.num_threads());
 }
 
+// More threads than anyone has a use for: the runtime ends the process where the system refuses it one.
+unsigned most_threads() {
+  static const unsigned most = std::max(64u, 2 * std::thread::hardware_concurrency());
+  return most;
+}
+
 void run_region(Region& region) {
-  region.openmp.parallel(run_in_team, &region, static_cast<unsigned>(region.parts), 0);
+  const unsigned threads = std::min(static_cast<unsigned>(region.parts), most_threads());
+  region.openmp.parallel(run_in_team, &region, threads, 0);
+}
+
+// Whether this process came from fork() without an exec() since, however long before this code was loaded; false where
+// the system does not tell. Linux marks it in the flags of /proc/self/stat, the seventh field after the name in
+// parentheses (proc(5); PF_FORKNOEXEC of linux/sched.h).
+bool is_forked_child() {
+  constexpr unsigned kForkedWithoutExec = 0x40;
+  char text[512];
+  const int file = open("/proc/self/stat", O_RDONLY | O_CLOEXEC);
+  if (file < 0) return false;
+  const ssize_t size = read(file, text, sizeof text - 1);
+  close(file);
+  text[std::max<ssize_t>(size, 0)] = 0;
+  const char* const after_name = std::strrchr(text, ')');
+  unsigned flags = 0;
+  if (!after_name || std::sscanf(after_name + 1, " %*c %*d %*d %*d %*d %*d %u", &flags) != 1) return false;
+  return flags & kForkedWithoutExec;
 }
 
 const pid_t process_at_load = getpid();
+const bool loaded_in_a_forked_child = is_forked_child();
+
+// Whether the calling thread is the one that survived a fork. Its team did not, but libgomp still believes in it, if
+// there was one, and would wait for it forever. Threads started since have none but their own.
+bool has_survived_a_fork() {
+  const pid_t process = getpid();
+  if (process == process_at_load && !loaded_in_a_forked_child) return false;
+#if defined(__linux__)
+  return syscall(SYS_gettid) == process;
+#else
+  return true;
+#endif
+}
 
 }  // namespace
 
 void parallel_for(int parts, void (*body)(void* context, int part), void* context) {
   Region region{{}, parts, body, context};
   if (parts > 1) region.openmp = find_openmp();
-  if (!region.openmp) {
-    run_parts(region, 0, 1);
-  } else if (getpid() == process_at_load) {
-    run_region(region);
-  } else {
-    // A forked child. The forking thread's team did not survive the fork, but libgomp still believes in it and would
-    // wait for it forever; a new thread starts with a team of its own.
-    std::thread([&region] { run_region(region); }).join();
+  if (!region.openmp) return run_parts(region, 0, 1);
+  if (!has_survived_a_fork()) return run_region(region);
+  std::thread with_a_team_of_its_own;
+  try {
+    with_a_team_of_its_own = std::thread([&region] { run_region(region); });
+  } catch (const std::system_error&) {  // the system refuses a thread
+    return run_parts(region, 0, 1);
   }
+  with_a_team_of_its_own.join();
 }
 
 const char* openmp_runtime() {

@@ -8,6 +8,9 @@ from __future__ import annotations
 import dataclasses
 import importlib
 import importlib.util
+import os
+import threading
+import weakref
 from collections.abc import Sequence
 from pathlib import Path
 from types import ModuleType
@@ -34,6 +37,19 @@ class Compatibility:
         return self.ok
 
 
+_builders: weakref.WeakSet[OpBuilder] = weakref.WeakSet()
+
+
+def _unlock_after_fork() -> None:
+    """In a forked child the thread that held a builder's lock is gone, and nobody would release it."""
+    for builder in _builders:
+        builder._lock = threading.RLock()
+
+
+if hasattr(os, "register_at_fork"):
+    os.register_at_fork(after_in_child=_unlock_after_fork)
+
+
 class OpBuilder:
     """One op: what to compile, whether that is possible here, and how to get the result.
 
@@ -57,6 +73,8 @@ class OpBuilder:
     def __init__(self) -> None:
         self._module: Any = None
         self._failure: OpUnavailableError | None = None
+        self._lock = threading.RLock()  # held while the op is loaded, which may take a build
+        _builders.add(self)
 
     # What to compile -----------------------------------------------------------------------------------------------
 
@@ -164,14 +182,25 @@ class OpBuilder:
         OpUnavailableError
             If neither works. The outcome is kept: later calls return or raise the same.
         """
-        if self._module is None and self._failure is None:
+        if self._module is None:
+            with self._lock:
+                self._load_once()
+        return self._module
+
+    def loaded(self) -> Any:
+        """The op's module if load() has succeeded, else None."""
+        return self._module
+
+    def _load_once(self) -> None:
+        if self._failure is not None:
+            # Without the frames of earlier calls, which hold what they were called with.
+            raise self._failure.with_traceback(None)
+        if self._module is None:
             try:
                 self._module = self._load_first_possible()
             except OpUnavailableError as error:
                 self._failure = error
-        if self._failure is not None:
-            raise self._failure
-        return self._module
+                raise
 
     def _load_first_possible(self) -> Any:
         attempts = []

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import dataclasses
 import functools
+import importlib.machinery
 import importlib.util
 import json
 import os
@@ -126,7 +127,8 @@ def python_headers() -> Path:
 
 def extension_suffix() -> str:
     """How the file name of an extension for this Python ends."""
-    return sysconfig.get_config_var("EXT_SUFFIX") or ".so"
+    # Not sysconfig's EXT_SUFFIX: that is None for a moment, while another thread asks sysconfig for the first time.
+    return importlib.machinery.EXTENSION_SUFFIXES[0]
 
 
 def pybind11_headers() -> Path | None:

@@ -259,8 +259,9 @@ class CUDAOpBuilder(OpBuilder):
         OpUnavailableError
             If neither works. The outcome is kept, as that of load() is.
         """
-        if device not in self._for_devices:
-            self._for_devices[device] = self._load_for_device(device)
+        with self._lock:
+            if device not in self._for_devices:
+                self._for_devices[device] = self._load_for_device(device)
         found = self._for_devices[device]
         if isinstance(found, OpUnavailableError):
             raise found

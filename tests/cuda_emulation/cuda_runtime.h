@@ -12,6 +12,8 @@
 #include <cstring>
 #include <memory>
 
+#include "float_environment.h"
+
 #define __global__
 #define __device__
 #define __host__
@@ -258,6 +260,7 @@ cudaError_t cudaLaunchKernel(void (*kernel)(Parameters), dim3 grid, dim3 block, 
                              cudaStream_t) {
   if (std::getenv("EMULATED_CUDA_ERROR")) return cudaErrorInvalidValue;
   if (block.x % 32) return cudaErrorInvalidValue;
+  const adamops::DefaultFloatEnvironment as_on_a_gpu;
   EmulatedWarps(kernel, *static_cast<const Parameters*>(arguments[0]), grid, block);
   return cudaSuccess;
 }

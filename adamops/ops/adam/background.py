@@ -19,7 +19,7 @@ class AsyncStep:
     """
 
     def __init__(self, threads: int) -> None:
-        self.threads = threads
+        self.threads = min(threads, 2**31 - 1)  # a C int; the op takes no more threads than make sense
         self._updates: list[tuple[Backend | None, Update]] = []
         self._kept: list[object] = []
         self._ended = threading.Event()  # not the thread's own end: an interrupted join() takes a thread for ended

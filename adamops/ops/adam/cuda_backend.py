@@ -101,10 +101,9 @@ class CudaBackend(TableBackend):
 
     def _step_by_host_counts(self, table: Any, hyper: AdamHyper) -> None:
         self._refuse_while_capturing("its step counts are on the host; construct FusedAdam with capturable=True")
-        scalars = [hyper.scalars(step) for step in table.steps]
-        self._enqueue(table, scalars, hyper, device_scalars=0, found_inf=0)
+        self._enqueue(table, hyper.numbers(), hyper, device_scalars=0, found_inf=0)
 
-    def _enqueue(self, table: Any, scalars: list[Any], hyper: AdamHyper, **on_device: int) -> None:
+    def _enqueue(self, table: Any, scalars: Sequence[Any], hyper: AdamHyper, **on_device: int) -> None:
         self.module.adam_step(
             table,
             scalars,

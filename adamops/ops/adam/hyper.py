@@ -86,9 +86,10 @@ class AdamHyper:
         )
 
     def scalars(self, step: int) -> tuple[float, ...]:
-        """The fields of AdamScalars in csrc/adam/adam_update.h, in order, in double; the op rounds each to float once.
+        """The fields of AdamScalars in csrc/adam/adam_update.h, in order, in double, each to be rounded to float once.
 
-        `step` counts from 1 (t in Algorithm 1 of arXiv 1412.6980).
+        For updates by torch calls; the ops compute the same ones from numbers(), whatever the calling thread's
+        floating-point environment is. `step` counts from 1 (t in Algorithm 1 of arXiv 1412.6980).
         """
         lr, scale = float(self.lr), float(self.loss_scale)
         inverse_scale = 1.0 / scale if scale else math.copysign(math.inf, scale)  # as IEEE has it, and so GPUs

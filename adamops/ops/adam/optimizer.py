@@ -34,6 +34,7 @@ from .batch import (
     like_param,
 )
 from .clipping import ClippedGrads
+from .float_environment import in_default_float_environment
 from .hyper import AdamHyper, to_number
 from .interrupts import deferred_signals
 from .loading import adopted_states, shield_states
@@ -171,6 +172,7 @@ class AdamOptimizer(Optimizer):
         _unguarded(Optimizer.zero_grad)(self, set_to_none)
 
     @waits
+    @in_default_float_environment
     @torch.no_grad()
     def clip_grad_norm_(self, max_norm: float, norm_type: float = 2.0, error_if_nonfinite: bool = False) -> Tensor:
         """Clips the grads of all params to a norm, as torch.nn.utils.clip_grad_norm_ does, without writing them.
@@ -551,6 +553,7 @@ class AdamOptimizer(Optimizer):
         batch.states = completed
 
     @waits
+    @in_default_float_environment
     def state_dict(self, dequantize: bool = False) -> dict[str, Any]:
         """The state and settings, as torch.optim.Optimizer gives them.
 
@@ -569,6 +572,7 @@ class AdamOptimizer(Optimizer):
         return {**state_dict, "state": {key: saved(entry) for key, entry in state_dict["state"].items()}}
 
     @waits
+    @in_default_float_environment
     @torch.no_grad()
     def fp32_params(self) -> list[Tensor]:
         """The params of all groups in order, in float32: new tensors, of the masters where there are any.
@@ -589,6 +593,7 @@ class AdamOptimizer(Optimizer):
         return sharding.like_param_placed(values, param)
 
     @waits
+    @in_default_float_environment
     @torch.no_grad()
     def load_fp32_params(self, params: Sequence[Tensor]) -> None:
         """Sets the params of all groups, in order, and their masters from float32 tensors, as of a checkpoint.
@@ -625,6 +630,7 @@ class AdamOptimizer(Optimizer):
                     sharding.local(self.state[param][MASTER]).copy_(value)
 
     @waits
+    @in_default_float_environment
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Loads the state of the classes here, of torch.optim.Adam or AdamW, or of DeepSpeed's or apex' Adam.
 

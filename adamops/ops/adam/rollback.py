@@ -19,11 +19,13 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from .float_environment import in_default_float_environment
 from .hyper import AdamHyper
 
 _PIECE = 2**20  # elements taken to float64 at a time
 
 
+@in_default_float_environment
 def undo_step(param: Tensor, grad: Tensor, state: dict[str, Any], hyper: AdamHyper) -> None:
     """Restores param, exp_avg and exp_avg_sq in place; the caller decrements the step count.
 
