@@ -86,7 +86,16 @@ class AdamBatch:
     def count_step(self) -> None:
         """Writes the step counts, this step included, into the states."""
         for state, step in zip(self.states, self.steps, strict=True):
-            state["step"] = step
+            held = state["step"]
+            if isinstance(held, Tensor) and is_shared_count(held):
+                held.fill_(step)
+            else:
+                state["step"] = step
+
+
+def is_shared_count(step: Tensor) -> bool:
+    """Whether a step count is in memory that processes share: it is counted there, as the others are to see it."""
+    return step.device.type == "cpu" and step.is_shared()
 
 
 def check_params_and_grads(batch: AdamBatch) -> None:
@@ -226,8 +235,10 @@ def check_states(batch: AdamBatch) -> None:
     """
     for name, param, state in zip(batch.names, batch.params, batch.states, strict=True):
         check_state(state, param, name)
-        _check_step(state["step"], name)
+        check_step(state["step"], name)
         for key in batch.state_dtypes(param):
+            if key == SCALES and not is_coded(state):
+                continue  # someone gave it floats, which stay floats
             value = state[key]
             if key == SCALES:
                 if value.shape != scales_shape(param, batch.hyper.amsgrad) or not value.is_contiguous():
@@ -242,17 +253,21 @@ def check_states(batch: AdamBatch) -> None:
                 )
 
 
-def _check_step(step: Any, name: str) -> None:
+def check_step(step: Any, name: str) -> None:
     """Raises for what is no step count. One on a GPU is not looked at, as that would wait for the GPU."""
     if isinstance(step, Tensor):
         if step.numel() != 1:
             raise ValueError(f"{name} has a step count of shape {tuple(step.shape)}; expected one number")
+        if step.device.type == "meta":
+            raise ValueError(f"{name} has a step count on the device meta, which has no value")
         if step.device.type != "cpu":
             return
     elif not isinstance(step, numbers.Real):
         raise TypeError(f"{name} has a {type(step).__name__} as step count; expected an int")
-    if not 0 <= int(step) < MOST_STEPS:
-        raise ValueError(f"{name} has the step count {int(step)}; expected 0 or more, and less than {MOST_STEPS}")
+    count = step.item() if isinstance(step, Tensor) else step
+    if not 0 <= count < MOST_STEPS:
+        shown = count if isinstance(count, float) and not count.is_integer() else int(count)  # NaN is no integer
+        raise ValueError(f"{name} has the step count {shown}; expected 0 or more, and less than {MOST_STEPS}")
 
 
 def check_state(state: Mapping[str, Any], param: Tensor, name: str, elsewhere: bool = False) -> None:
@@ -278,10 +293,48 @@ def check_state(state: Mapping[str, Any], param: Tensor, name: str, elsewhere: b
             raise ValueError(f"{described} has state {key!r} on {value.device}")
         if key in AVERAGES and not coded:
             dtypes.add(value.dtype)
-    if coded and (SCALES not in state or len(state[SCALES]) != blocks_of(param.numel())):
-        raise ValueError(f"{described} has 8-bit states without the {SCALES!r} that belong to them")
+    _check_scales(state, param, described, coded)
     if len(dtypes) > 1:
         raise TypeError(f"{described} has states of different dtypes: {', '.join(sorted(map(str, dtypes)))}")
+
+
+def _check_scales(state: Mapping[str, Any], param: Tensor, described: str, coded: bool) -> None:
+    """Raises ValueError for 8-bit states without their scales, and for scales whose states have become floats."""
+    if SCALES in state and not coded and any(key in state for key in AVERAGES):
+        raise ValueError(
+            f"{described} has float states beside {SCALES!r}, which are of 8-bit states (state_dtype='8bit'): "
+            "quantized states were taken for numbers, as by torch.cat; state_dict(dequantize=True) gives floats"
+        )
+    if not coded:
+        return
+    scales = state.get(SCALES)
+    fits = scales is not None and scales.dim() == 2 and len(scales) == blocks_of(param.numel())
+    if not fits or scales is None or not 2 <= scales.shape[1] <= len(AVERAGES):
+        raise ValueError(
+            f"{described} has 8-bit states without the {SCALES!r} that belong to them (state_dtype='8bit'): expected "
+            f"{blocks_of(param.numel())} rows, one for each block, and a column for each state"
+        )
+
+
+def check_nothing_lost(state: Mapping[str, Any], name: str) -> None:
+    """Raises ValueError for a state that has lost a tensor; it would silently begin anew.
+
+    A state may be without averages if it has not made a step: master weights may have been loaded before the first.
+    """
+    held = [key for key in ("step", *AVERAGES) if key in state]
+    step = state.get("step", 0)
+    check_step(step, name)
+    unknown = isinstance(step, Tensor) and step.device.type != "cpu"  # to look at it would wait for the GPU
+    if not any(key in state for key in AVERAGES) and (unknown or step == 0):
+        return
+    missing = [key for key in ("step", *AVERAGES[:2]) if key not in state]
+    if missing:
+        raise ValueError(
+            f"{name} has no {', '.join(map(repr, missing))} in its state but {', '.join(map(repr, held))}: it has been "
+            "lost; load a checkpoint, or delete the whole state of the param to begin anew"
+        )
+    if is_coded(state) and SCALES not in state:
+        raise ValueError(f"{name} has 8-bit states (state_dtype='8bit') without the {SCALES!r} that belong to them")
 
 
 def is_coded(state: Mapping[str, Any]) -> bool:

@@ -10,6 +10,7 @@ import math
 from typing import Any, SupportsFloat
 
 from .precision import Precision
+from .settings import check_number, check_numbers
 
 
 @dataclasses.dataclass(frozen=True)
@@ -38,15 +39,27 @@ class AdamHyper:
     stream: int = 0  # where the random bits of the group's params begin
 
     @classmethod
-    def of_group(cls, group: dict[str, Any], **others: Any) -> AdamHyper:
-        """From a param group, whose lr, betas and weight_decay may be 0-dim tensors, and what it does not have."""
-        beta1, beta2 = group["betas"]
+    def of_group(cls, group: dict[str, Any], where: str = "", **others: Any) -> AdamHyper:
+        """From a param group, whose numbers may be 0-dim tensors, and what it does not have.
+
+        Raises TypeError or ValueError for what is no number, here and not in the middle of a step; `where` ends the
+        message.
+        """
+        if type(group["lr"]) is not float:
+            check_number(group["lr"], "lr", where)  # it stays what it is, as a step on a GPU may read it there
+        try:
+            beta1, beta2 = group["betas"]
+            numbers = float(beta1), float(beta2), float(group["eps"]), float(group["weight_decay"])
+        except (TypeError, ValueError, RuntimeError):
+            check_numbers(group, where)
+            raise
+        beta1, beta2, eps, weight_decay = numbers
         return cls(
             lr=group["lr"],
-            beta1=float(beta1),
-            beta2=float(beta2),
-            eps=float(group["eps"]),
-            weight_decay=float(group["weight_decay"]),
+            beta1=beta1,
+            beta2=beta2,
+            eps=eps,
+            weight_decay=weight_decay,
             bias_correction=bool(group["bias_correction"]),
             amsgrad=bool(group["amsgrad"]),
             maximize=bool(group["maximize"]),
