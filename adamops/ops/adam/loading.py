@@ -40,16 +40,18 @@ def shield_states(optimizer: Optimizer, state_dict: dict[str, Any]) -> dict[str,
     return {**state_dict, "state": shielded}
 
 
-def adopt_groups(groups: Sequence[dict[str, Any]], own: Sequence[Mapping[str, Any]]) -> None:
-    """Checks loaded param groups, and gives them the settings of precision of the optimizer's `own`, which stay.
-
-    Raises ValueError or TypeError for groups of another optimizer, or whose hyper-parameters are out of range.
-    """
-    for i, (group, before) in enumerate(zip(groups, own, strict=True)):
+def check_groups(groups: Sequence[Mapping[str, Any]]) -> None:
+    """Raises ValueError or TypeError for param groups of another optimizer, or hyper-parameters that cannot be used."""
+    for i, group in enumerate(groups):
         check_is_of_adam(group, i)
         check_numbers(group, f" in param group {i}")
         beta1, beta2 = group["betas"]
         check_betas(float(beta1), float(beta2), f" in param group {i}")
+
+
+def keep_own_settings(groups: Sequence[dict[str, Any]], own: Sequence[Mapping[str, Any]]) -> None:
+    """Gives loaded param groups the settings of precision of the optimizer's `own`, which stay."""
+    for group, before in zip(groups, own, strict=True):
         for name in SETTINGS:
             group.pop(name, None)
             if name in before:

@@ -35,7 +35,7 @@ from .batch import (
 )
 from .coded_states import with_held_names
 from .hyper import AdamHyper
-from .loading import adopt_groups, adopted_states, shield_states
+from .loading import adopted_states, check_groups, keep_own_settings, shield_states
 from .native_backend import NativeBackend
 from .precision import (
     MASTER,
@@ -168,7 +168,7 @@ class AdamOptimizer(Optimizer):
             # GPU, and puts its own shards in host memory into the groups. Those of lazy layers have no shape yet.
             # step() checks again.
             # Frozen params may be of any kind, as those of quantized models: step() checks what gets a grad.
-            if not isinstance(param, Tensor) or is_lazy(param) or not param.requires_grad:
+            if not isinstance(param, Tensor) or is_lazy(param) or _is_frozen(param):
                 continue
             sharding.check_placed(param, f"{where}, param {i}")
             if param.device.type == "cpu":
@@ -637,11 +637,12 @@ class AdamOptimizer(Optimizer):
         if loaded:
             groups = state["param_groups"]
             if "defaults" not in state:  # by load_state_dict()
-                adopt_groups(groups, self.param_groups)
+                keep_own_settings(groups, self.param_groups)
             else:
                 self._precision = state["_precision"]
             precisions = [self._checked_precision(group, f"param group {i}") for i, group in enumerate(groups)]
             state["state"] = adopted_states(state["state"], groups, precisions)
+            check_groups(groups)
         super().__setstate__(state)
         for group in self.param_groups:
             group.setdefault("bias_correction", True)
@@ -664,6 +665,11 @@ class AdamOptimizer(Optimizer):
             "master_weights": self.master_weights,
             "_precision": self._precision,
         }
+
+
+def _is_frozen(param: Tensor) -> bool:
+    """Whether a param is one that gets no grad; a plain tensor may get one from its user."""
+    return isinstance(param, torch.nn.Parameter) and not param.requires_grad
 
 
 def _new_seed() -> int:
