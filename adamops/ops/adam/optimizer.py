@@ -691,6 +691,10 @@ def _value_for(param: Tensor, value: Tensor, name: str) -> Tensor:
         raise TypeError(f"{name} is of {held.dtype}, and {value.dtype}, {value.layout} was given")
     if value.device.type == "meta" and held.device.type != "meta":
         raise ValueError(f"{name}: what was given is on the device meta, and has no values")
+    if held.layout == torch.strided and any(n > 1 and not s for n, s in zip(held.shape, held.stride(), strict=True)):
+        if not torch.equal(held, value.to(held)):
+            raise ValueError(f"{name} is expanded, and cannot be written")
+        return held  # a copy of it to itself does nothing
     return value
 
 

@@ -9,7 +9,7 @@ from collections.abc import Iterator
 
 from torch import Tensor
 
-PIECE = 2**20  # elements: a multiple of the size of quantization blocks
+PIECE = 2**19  # elements: a multiple of the size of quantization blocks
 
 
 def line_of(dense: Tensor) -> Tensor:
