@@ -255,10 +255,10 @@ std::unique_ptr<AdamTable> table_of_params(const TensorReader& reader, const py:
   // The list is asked for its size each time, as reading a grad may run code of others.
   for (size_t i = 0; i < params.size(); ++i) {
     PyObject* const param = PyList_GET_ITEM(params.ptr(), static_cast<Py_ssize_t>(i));
-    if (!reader.is_plain(param) && !reader.is_sharded(param)) return nullptr;
     auto grad = py::reinterpret_steal<py::object>(PyObject_GetAttr(param, names().grad));
     if (!grad) throw py::error_already_set();
-    if (grad.is_none()) continue;
+    if (grad.is_none()) continue;  // frozen params may be of any kind
+    if (!reader.is_plain(param) && !reader.is_sharded(param)) return nullptr;
     const bool first = table->tensors.empty();
     PyObject* const state = finder.find(param, first ? PyDict_Size(states.ptr()) : StateFinder::kReach);
     if (!table->add(reader, param, std::move(grad), state, stream + static_cast<uint32_t>(i))) return nullptr;

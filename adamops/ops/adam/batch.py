@@ -98,14 +98,14 @@ class AdamBatch:
 
     @property
     def counts_in_tensors(self) -> bool:
-        """Whether there are step counts in tensors, which others may share, and which are then written in place."""
-        return any(isinstance(state["step"], Tensor) for state in self.states)
+        """Whether there are step counts in memory that other processes share, which are to be written there."""
+        return any(isinstance(s["step"], Tensor) and is_shared_count(s["step"]) for s in self.states)
 
     def count_step(self, steps: list[int]) -> None:
         """Writes the step counts, this step included, into the states."""
         for state, step in zip(self.counted_states, steps, strict=True):
             count = state["step"]
-            if isinstance(count, Tensor):
+            if isinstance(count, Tensor) and is_shared_count(count):
                 count.fill_(step)
             else:
                 state["step"] = step
@@ -123,6 +123,11 @@ class AdamBatch:
 
     def _averages(self) -> tuple[str, ...]:
         return averages_of(self.hyper.amsgrad)
+
+
+def is_shared_count(step: Tensor) -> bool:
+    """Whether a step count is in memory that processes share: it is counted there, as the others are to see it."""
+    return step.device.type == "cpu" and step.is_shared()
 
 
 def check_params_and_grads(batch: AdamBatch) -> None:
@@ -257,12 +262,12 @@ def check_states(batch: AdamBatch) -> None:
     """
     for name, param, state in zip(batch.names, batch.params, batch.states, strict=True):
         check_state(state, param, name)
-        _check_step(state["step"], name)
+        check_step(state["step"], name)
         for key, dtype in batch.state_dtypes(param).items():
             if key != SCALES:
                 _check_state_for_kernel(state[key], key, dtype, param, name)
         if is_coded(state):
-            _check_scales(state[SCALES], param, batch.hyper.amsgrad, name)
+            _check_scales_for_kernel(state[SCALES], param, batch.hyper.amsgrad, name)
         if batch.hyper.precision.master_of(param) is Master.FP32 and state["exp_avg"].dtype != torch.float32:
             raise TypeError(
                 f"{_described(param, name)} has a float32 {MASTER!r} and states of {state['exp_avg'].dtype}; "
@@ -284,7 +289,7 @@ def _check_state_for_kernel(value: Tensor, key: str, dtype: torch.dtype, param: 
         )
 
 
-def _check_scales(scales: Tensor, param: Tensor, amsgrad: bool, name: str) -> None:
+def _check_scales_for_kernel(scales: Tensor, param: Tensor, amsgrad: bool, name: str) -> None:
     """Raises for scales that kernels would read or write beyond. There may be more columns than a step needs."""
     blocks, columns = scales_shape(param, amsgrad)
     if scales.dim() != 2 or scales.shape[0] != blocks or not columns <= scales.shape[1] <= len(AVERAGES):
@@ -296,11 +301,13 @@ def _check_scales(scales: Tensor, param: Tensor, amsgrad: bool, name: str) -> No
         raise ValueError(f"{name} has {SCALES!r} of strides {scales.stride()}; they must be contiguous")
 
 
-def _check_step(step: Any, name: str) -> None:
+def check_step(step: Any, name: str) -> None:
     """Raises for what is no step count. One on a GPU is not looked at, as that would wait for the GPU."""
     if isinstance(step, Tensor):
         if step.numel() != 1:
             raise ValueError(f"{name} has a step count of shape {tuple(step.shape)}; expected one number")
+        if step.device.type == "meta":
+            raise ValueError(f"{name} has a step count on the device meta, which has no value")
         if step.device.type != "cpu":
             return
     elif not isinstance(step, numbers.Real):
@@ -336,15 +343,48 @@ def check_state(state: Mapping[str, Any], param: Tensor, name: str, elsewhere: b
             raise ValueError(f"{described} has state {key!r} on {value.device}")
         if key in AVERAGES and not coded:
             dtypes.add(value.dtype)
-    if coded and (SCALES not in state or state[SCALES].dim() != 2 or len(state[SCALES]) != blocks_of(param.numel())):
-        raise ValueError(f"{described} has 8-bit states without the {SCALES!r} that belong to them")
-    if not coded and SCALES in state and "exp_avg" in state:
-        raise ValueError(
-            f"{described} has a state 'exp_avg' of {state['exp_avg'].dtype} beside the {SCALES!r} of 8bit states: codes of "
-            "8 bits are not numbers to be joined or converted; take state_dict(dequantize=True), change that, and load it"
-        )
+    _check_scales(state, param, described, coded)
     if len(dtypes) > 1:
         raise TypeError(f"{described} has states of different dtypes: {', '.join(sorted(map(str, dtypes)))}")
+
+
+def _check_scales(state: Mapping[str, Any], param: Tensor, described: str, coded: bool) -> None:
+    """Raises ValueError for 8-bit states without their scales, and for scales whose states have become floats."""
+    if SCALES in state and not coded and any(key in state for key in AVERAGES):
+        raise ValueError(
+            f"{described} has float states beside {SCALES!r}, which are of 8-bit states (state_dtype='8bit'): "
+            "quantized states were taken for numbers, as by torch.cat; state_dict(dequantize=True) gives floats"
+        )
+    if not coded:
+        return
+    scales = state.get(SCALES)
+    fits = scales is not None and scales.dim() == 2 and len(scales) == blocks_of(param.numel())
+    if not fits or scales is None or not 2 <= scales.shape[1] <= len(AVERAGES):
+        raise ValueError(
+            f"{described} has 8-bit states without the {SCALES!r} that belong to them (state_dtype='8bit'): expected "
+            f"{blocks_of(param.numel())} rows, one for each block, and a column for each state"
+        )
+
+
+def check_nothing_lost(state: Mapping[str, Any], name: str) -> None:
+    """Raises ValueError for a state that has lost a tensor; it would silently begin anew.
+
+    A state may be without averages if it has not made a step: master weights may have been loaded before the first.
+    """
+    held = [key for key in ("step", *AVERAGES) if key in state]
+    step = state.get("step", 0)
+    check_step(step, name)
+    unknown = isinstance(step, Tensor) and step.device.type != "cpu"  # to look at it would wait for the GPU
+    if not any(key in state for key in AVERAGES) and (unknown or step == 0):
+        return
+    missing = [key for key in ("step", *AVERAGES[:2]) if key not in state]
+    if missing:
+        raise ValueError(
+            f"{name} has no {', '.join(map(repr, missing))} in its state but {', '.join(map(repr, held))}: it has been "
+            "lost; load a checkpoint, or delete the whole state of the param to begin anew"
+        )
+    if is_coded(state) and SCALES not in state:
+        raise ValueError(f"{name} has 8-bit states (state_dtype='8bit') without the {SCALES!r} that belong to them")
 
 
 def is_coded(state: Mapping[str, Any]) -> bool:

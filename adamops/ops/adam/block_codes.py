@@ -109,15 +109,19 @@ def decode(codes: Tensor, scales: Tensor, code: Code) -> Tensor:
     return torch.copysign(magnitude, number).flatten()[: codes.numel()]
 
 
-def encode_states(states: dict[str, Tensor], step: int | None = None) -> tuple[dict[str, Tensor], Tensor]:
+def encode_states(
+    states: dict[str, Tensor], step: int | None = None, first: int = 0
+) -> tuple[dict[str, Tensor], Tensor]:
     """Codes of the float32 states of a param, all lines of one length, and their scales, of shape (blocks, states).
+
+    The lines may be a piece of the param's, which begins with the block of the element `first`.
 
     With a step the rounding is that of a step; otherwise it is to the nearest, and what decode_states() gave gets the
     codes that it came from. An element of which a state is infinite or NaN is marked in exp_avg.
     """
     finite = torch.stack([state.isfinite() for state in states.values()]).all(0)
     all_finite = bool(finite.all())
-    index = torch.arange(finite.numel(), device=finite.device)
+    index = torch.arange(first, first + finite.numel(), device=finite.device)
     codes, scales = {}, []
     for name, state in states.items():
         code = CODES[name]

@@ -1,4 +1,7 @@
-"""The states of a param between 8-bit codes and float32 tensors, in whatever order its elements lie in memory."""
+"""The states of a param between 8-bit codes and floats, in whatever order its elements lie in memory.
+
+All goes a piece at a time: beside what is returned there are some megabytes.
+"""
 
 from __future__ import annotations
 
@@ -9,37 +12,72 @@ import torch
 from torch import Tensor
 
 from . import block_codes
-from .precision import AVERAGES, SCALES
+from .pieces import PIECE, each_piece
+from .precision import AVERAGES, QUANTIZED, SCALES
+
+_SAVED = {name: QUANTIZED + name for name in AVERAGES}
+_HELD = {saved: name for name, saved in _SAVED.items()}
+SAVED_NAMES = tuple(_HELD)  # of averages that are codes, in state dicts
 
 
-def line_of(dense: Tensor) -> Tensor:
-    """The elements of a dense tensor in the order of its memory."""
-    return dense.as_strided((dense.numel(),), (1,))
-
-
-def float_states(state: Mapping[str, Any], names: Iterable[str] = AVERAGES) -> dict[str, Tensor]:
-    """New float32 tensors of the states that are codes."""
-    codes = {name: line_of(state[name]) for name in names if name in state}
-    decoded = block_codes.decode_states(codes, state[SCALES])
-    floats = {}
-    for name, line in decoded.items():
-        floats[name] = torch.empty_like(state[name], dtype=torch.float32)
-        line_of(floats[name]).copy_(line)
+def float_states(
+    state: Mapping[str, Any], names: Iterable[str] = AVERAGES, dtype: torch.dtype = torch.float32
+) -> dict[str, Tensor]:
+    """New tensors of floats of the states that are codes."""
+    scales = state[SCALES]
+    # After amsgrad was switched off a state may be left without a column of scales.
+    codes = {name: state[name] for name in AVERAGES[: scales.shape[1]] if name in names and name in state}
+    floats = {name: torch.empty_like(tensor, dtype=dtype) for name, tensor in codes.items()}
+    pieces = zip(each_piece(*codes.values()), each_piece(*floats.values()), _rows(scales), strict=True)
+    for lines, targets, rows in pieces:
+        decoded = block_codes.decode_states(dict(zip(codes, lines, strict=True)), rows)
+        for target, values in zip(targets, decoded.values(), strict=True):
+            target.copy_(values)
     return floats
 
 
 def coded_states(floats: Mapping[str, Tensor], step: int | None = None) -> dict[str, Tensor]:
     """Codes and scales of states, given as dense tensors laid out alike; rounded as in a step, or to the nearest."""
-    lines = {name: line_of(floats[name]).float() for name in AVERAGES if name in floats}
-    codes, scales = block_codes.encode_states(lines, step)
-    coded = {SCALES: scales}
-    for name, line in codes.items():
-        coded[name] = torch.empty_like(floats[name], dtype=line.dtype)
-        line_of(coded[name]).copy_(line)
-    return coded
+    floats = {name: floats[name] for name in AVERAGES if name in floats}
+    codes = {name: torch.empty_like(tensor, dtype=block_codes.CODES[name].dtype) for name, tensor in floats.items()}
+    first, *_ = floats.values()
+    blocks = block_codes.blocks_of(first.numel())
+    scales = torch.empty((blocks, len(floats)), dtype=torch.bfloat16, device=first.device)
+    pieces = zip(each_piece(*floats.values()), each_piece(*codes.values()), _rows(scales), strict=True)
+    for i, (lines, targets, rows) in enumerate(pieces):
+        states = {name: line.float() for name, line in zip(floats, lines, strict=True)}
+        encoded, of_piece = block_codes.encode_states(states, step, first=i * PIECE)
+        rows.copy_(of_piece)
+        for target, values in zip(targets, encoded.values(), strict=True):
+            target.copy_(values)
+    return {SCALES: scales, **codes}
+
+
+def _rows(scales: Tensor) -> tuple[Tensor, ...]:
+    """The scales of each piece, as views."""
+    return scales.split(PIECE // block_codes.BLOCK)
 
 
 def store_codes(state: dict[str, Any], floats: Mapping[str, Tensor], step: int) -> None:
     """Writes states back into the codes that they came from."""
     for name, tensor in coded_states(floats, step).items():
         state[name].copy_(tensor)
+
+
+def with_saved_names(state: Mapping[str, Any]) -> dict[str, Any]:
+    """The state of a param as state dicts have it: averages that are codes by names that only adamops knows.
+
+    torch.optim.AdamW and others then miss a state, where they would take codes for numbers.
+    """
+    return {_SAVED.get(name, name): value for name, value in state.items()}
+
+
+def with_held_names(state: Mapping[str, Any], name: str) -> dict[str, Any]:
+    """The opposite; any other state is as it was. Raises ValueError if a tensor is there by both names."""
+    for held, saved in _SAVED.items():
+        if held in state and saved in state:
+            raise ValueError(
+                f"{name} has {held!r} and {saved!r} in its state: the one is of floats, the other of 8-bit states "
+                "(state_dtype='8bit'); leave one out"
+            )
+    return {_HELD.get(name, name): value for name, value in state.items()}

@@ -11,6 +11,7 @@ from torch import Tensor
 from .batch import AdamBatch, check_in_host_memory, check_params_and_grads, check_state
 from .optimizer import AdamOptimizer, GroupStep, evaluate, waits
 from .rollback import undo_step
+from .settings import check_flags
 
 
 class DeepSpeedCPUAdam(AdamOptimizer):
@@ -82,6 +83,7 @@ class DeepSpeedCPUAdam(AdamOptimizer):
         master_weight_bits: int | None = None,
         stochastic_rounding: bool = False,
     ) -> None:
+        check_flags({"adamw_mode": adamw_mode})
         super().__init__(
             model_params,
             lr=lr,

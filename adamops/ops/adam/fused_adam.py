@@ -13,6 +13,7 @@ from .backend import Backend
 from .cuda_backend import CudaBackend
 from .hyper import AdamHyper
 from .optimizer import AdamOptimizer, torch_calls
+from .settings import check_flags
 
 
 def _load_backend(device: torch.device) -> Backend:
@@ -83,6 +84,7 @@ class FusedAdam(AdamOptimizer):
         master_weight_bits: int | None = None,
         stochastic_rounding: bool = False,
     ) -> None:
+        check_flags({"set_grad_none": set_grad_none})
         self.set_grad_none = set_grad_none
         super().__init__(
             params,

@@ -10,6 +10,7 @@ import math
 from typing import Any, SupportsFloat
 
 from .precision import Precision
+from .settings import check_number, unpacked_betas
 
 
 @dataclasses.dataclass(frozen=True)
@@ -41,16 +42,14 @@ class AdamHyper:
     def of_group(cls, group: dict[str, Any], where: str = "", **others: Any) -> AdamHyper:
         """From a param group, whose numbers may be 0-dim tensors, and what it does not have.
 
-        A `lr` on a GPU stays there. Raises TypeError or ValueError for what is no number; `where` ends the message.
+        A `lr` on a GPU stays there, as float() would wait for it. Raises TypeError or ValueError for what is no number,
+        here and not in the middle of a step; `where` ends the message.
         """
-        try:
-            beta1, beta2 = group["betas"]
-        except (TypeError, ValueError):
-            raise TypeError(f"Invalid betas: {group['betas']!r}{where}; expected two numbers") from None
+        beta1, beta2 = group["betas"] if type(group["betas"]) is tuple else unpacked_betas(group["betas"], where)
         return cls(
             lr=to_number(group["lr"], "lr", where),
-            beta1=float(to_number(beta1, "beta", where)),
-            beta2=float(to_number(beta2, "beta", where)),
+            beta1=float(to_number(beta1, "betas[0]", where)),
+            beta2=float(to_number(beta2, "betas[1]", where)),
             eps=float(to_number(group["eps"], "eps", where)),
             weight_decay=float(to_number(group["weight_decay"], "weight_decay", where)),
             bias_correction=bool(group["bias_correction"]),
@@ -110,24 +109,16 @@ class AdamHyper:
         )
 
 
-def to_number(value: Any, what: str, where: str = "") -> Any:
-    """A hyper-parameter as a float; a 0-dim tensor on a GPU as it is, since float() would wait for that.
+def to_number(value: Any, name: str, where: str = "") -> Any:
+    """A hyper-parameter as a float; a tensor on a GPU as it is, since float() would wait for that.
 
-    Raises TypeError or ValueError for what is no number; `what` begins the message and `where` ends it.
+    Raises TypeError or ValueError for what is no number; `where` ends the message.
     """
     if type(value) is float:
         return value
-    if hasattr(value, "numel"):  # a tensor
-        if value.numel() != 1:
-            raise ValueError(f"Tensor {what} must be 1-element, has shape {tuple(value.shape)}{where}")
-        if value.device.type not in ("cpu", "meta"):
-            return value
-    try:
-        if isinstance(value, (str, bytes)):
-            raise TypeError("text is not converted")
-        return float(value)
-    except (TypeError, ValueError, RuntimeError, OverflowError) as error:
-        raise TypeError(f"Invalid {what}: {value!r}{where}; expected a number ({error})") from error
+    check_number(value, name, where)
+    device = getattr(value, "device", None)  # a tensor's
+    return value if device is not None and device.type != "cpu" else float(value)
 
 
 def integer_power(base: float, exponent: int) -> float:

@@ -6,6 +6,7 @@ Knows how torch.optim, DeepSpeed and apex write their checkpoints; must not know
 from __future__ import annotations
 
 from collections import defaultdict
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
@@ -13,9 +14,12 @@ from torch import Tensor
 from torch.optim import Optimizer
 
 from . import remainders, sharding
-from .batch import check_state, is_coded, is_dense, like_param, same_layout
-from .coded_states import coded_states, float_states
-from .precision import AVERAGES, MASTER, REMAINDER, SCALES, STATE_TENSORS, Precision
+from .batch import check_state, check_step, is_coded, is_dense, is_shared_count, like_param, same_layout
+from .coded_states import SAVED_NAMES, coded_states, float_states, with_held_names
+from .precision import AVERAGES, MASTER, REMAINDER, SCALES, SETTINGS, STATE_TENSORS, Master, Precision
+from .settings import check_betas, check_is_of_adam, check_numbers, other_optimizer
+
+_SHIELDED = {*STATE_TENSORS, *SAVED_NAMES}
 
 
 class _Shielded:
@@ -28,7 +32,7 @@ class _Shielded:
 def shield_states(optimizer: Optimizer, state_dict: dict[str, Any]) -> dict[str, Any]:
     """A state dict with the tensors of the states shielded from Optimizer.load_state_dict's casts."""
     shielded = {
-        key: {name: _Shielded(value) if name in STATE_TENSORS else value for name, value in entry.items()}
+        key: {name: _Shielded(value) if name in _SHIELDED else value for name, value in entry.items()}
         if isinstance(entry, dict)
         else entry
         for key, entry in state_dict["state"].items()
@@ -36,41 +40,97 @@ def shield_states(optimizer: Optimizer, state_dict: dict[str, Any]) -> dict[str,
     return {**state_dict, "state": shielded}
 
 
-def adopted_states(states: dict[Any, Any], groups: list[dict[str, Any]], precision: Precision) -> defaultdict[Any, Any]:
+def check_groups(groups: Sequence[Mapping[str, Any]]) -> None:
+    """Raises ValueError or TypeError for param groups of another optimizer, or hyper-parameters that cannot be used."""
+    for i, group in enumerate(groups):
+        check_is_of_adam(group, i)
+        check_numbers(group, f" in param group {i}")
+        beta1, beta2 = group["betas"]
+        check_betas(float(beta1), float(beta2), f" in param group {i}")
+
+
+def keep_own_settings(groups: Sequence[dict[str, Any]], own: Sequence[Mapping[str, Any]]) -> None:
+    """Gives loaded param groups the settings of precision of the optimizer's `own`, which stay."""
+    for group, before in zip(groups, own, strict=True):
+        for name in SETTINGS:
+            group.pop(name, None)
+            if name in before:
+                group[name] = before[name]
+        if "stochastic_rounding_seed" in before:
+            group.setdefault("stochastic_rounding_seed", before["stochastic_rounding_seed"])
+
+
+def adopted_states(
+    states: dict[Any, Any], groups: Sequence[dict[str, Any]], precisions: Sequence[Precision]
+) -> defaultdict[Any, Any]:
     """Loaded states, checked, as this optimizer keeps them: steps as ints, tensors in dtype and layout as new ones.
 
-    Master weights that the optimizer does not have are left out: they would not follow their params.
+    `precisions` are those of the groups. Masters that a group does not have are left out: they would not follow their
+    params. States of other keys than params are as they were.
     """
     adopted: defaultdict[Any, Any] = defaultdict(dict)
-    names, group_steps = {}, {}
-    for g, group in enumerate(groups):
+    places = {}
+    for g, (group, precision) in enumerate(zip(groups, precisions, strict=True)):
         group_step = _group_step(states, group)
         for i, param in enumerate(group["params"]):
-            names[param] = f"param group {g}, param {i}"
-            group_steps[param] = group_step
+            places[param] = f"param group {g}, param {i}", group_step, precision
     for key, entry in states.items():
-        if not isinstance(entry, dict):
+        if isinstance(entry, dict) and isinstance(key, Tensor) and key in places:
+            adopted[key] = _adopted(entry, key, *places[key])
+        elif isinstance(entry, dict):  # that of a subgroup, for one
+            adopted[key] = with_held_names(_unshielded(entry), f"the state of {key!r}")
+            if "step" in adopted[key]:
+                adopted[key]["step"] = _adopted_step(adopted[key]["step"], f"the state of {key!r}")
+        else:
             adopted[key] = entry
-            continue
-        state = {name: value.tensor if isinstance(value, _Shielded) else value for name, value in entry.items()}
-        # torch.distributed.checkpoint gives an empty dict for what we have and a flattened checkpoint has not.
-        state = {name: value for name, value in state.items() if not (isinstance(value, dict) and not value)}
-        if state and group_steps.get(key) is not None:
-            state["step"] = group_steps[key]
-        if "step" in state:
-            state["step"] = int(state["step"])
-        if isinstance(key, Tensor):
-            master = precision.master_of(key)
-            for name in (MASTER, REMAINDER):
-                if not master or name != master.key:
-                    state.pop(name, None)
-            name = names.get(key, "a param")
-            held = _narrow_remainder(sharding.local_state(state, key, name))
-            converted = _converted_tensors(held, sharding.local(key), name, precision)
-            state.pop(SCALES, None)
-            state.update(sharding.owned_state(converted, key, state))
-        adopted[key] = state
     return adopted
+
+
+def _unshielded(entry: Mapping[str, Any]) -> dict[str, Any]:
+    state = {name: value.tensor if isinstance(value, _Shielded) else value for name, value in entry.items()}
+    # torch.distributed.checkpoint gives an empty dict for what we have and a flattened checkpoint has not.
+    return {name: value for name, value in state.items() if not (isinstance(value, dict) and not value)}
+
+
+def _adopted(
+    entry: Mapping[str, Any], param: Tensor, name: str, group_step: int | None, precision: Precision
+) -> dict[str, Any]:
+    """The loaded state of a param as this optimizer keeps it."""
+    state = with_held_names(_unshielded(entry), name)
+    if not state:
+        return state
+    if group_step is not None:
+        state["step"] = group_step
+    if "step" in state:
+        state["step"] = _adopted_step(state["step"], name)
+    _check_is_of_adam(state, name)
+    held = _narrow_remainder(sharding.local_state(state, param, name))
+    converted = _converted_tensors(held, sharding.local(param), name, precision)
+    others = {key: value for key, value in state.items() if key not in STATE_TENSORS}
+    return sharding.owned_state({**others, **converted}, param, state)
+
+
+def _adopted_step(step: Any, name: str) -> Any:
+    """A step count as an int; in a tensor where processes share it."""
+    check_step(step, name)
+    return step if isinstance(step, Tensor) and is_shared_count(step) else int(step)
+
+
+def _check_is_of_adam(state: Mapping[str, Any], name: str) -> None:
+    """Raises ValueError for the state of another optimizer, or one that has lost a tensor.
+
+    A state without averages is that of a param that never had a grad, if nothing else is in it than may be loaded
+    before the first step.
+    """
+    missing = [key for key in ("step", *AVERAGES[:2]) if key not in state]
+    not_begun = state.keys() <= {"step", MASTER, REMAINDER} and state.get("step", 0) == 0
+    if not missing or not_begun:
+        return
+    other = other_optimizer(state)
+    raise ValueError(
+        f"{name} has no {', '.join(map(repr, missing))} in its state but {', '.join(map(repr, state))}; "
+        "this is not the state of an Adam optimizer" + (f", but looks like that of {other}" if other else "")
+    )
 
 
 def _group_step(states: dict[Any, Any], group: dict[str, Any]) -> int | None:
@@ -94,32 +154,43 @@ def _narrow_remainder(state: dict[str, Any]) -> dict[str, Any]:
     return state
 
 
-def _converted_tensors(state: dict[str, Any], param: Tensor, name: str, precision: Precision) -> dict[str, Tensor]:
-    missing = [key for key in ("step", "exp_avg", "exp_avg_sq") if key not in state]
-    if state and missing:
-        raise ValueError(
-            f"{name} has no {', '.join(map(repr, missing))} in its state but {', '.join(map(repr, state))}; "
-            "this is not the state of an Adam optimizer"
-        )
+def _converted_tensors(state: Mapping[str, Any], param: Tensor, name: str, precision: Precision) -> dict[str, Tensor]:
+    """The tensors of a loaded state in the dtypes and the layout that the optimizer keeps them in."""
     check_state(state, param, name, elsewhere=True)
     tensors = {key: value.to(param.device) for key, value in state.items() if key in STATE_TENSORS}
-    converted = _averages(tensors, param, precision)
-    if MASTER in tensors:
-        converted[MASTER] = like_param(tensors[MASTER], param)
+    return {**_averages(tensors, param, precision), **_masters(tensors, param, precision.master_of(param))}
+
+
+def _masters(tensors: Mapping[str, Tensor], param: Tensor, kind: Master) -> dict[str, Tensor]:
+    """What a param has beside it, from masters of any kind; the param may be loaded before or after."""
+    if kind is Master.NONE:
+        return {}
+    if kind is Master.FP32:
+        # The remainder of a param stays one until the first step, as the param may not have been loaded yet.
+        return {key: like_param(tensors[key], param) for key in (MASTER, REMAINDER) if key in tensors}
     if REMAINDER in tensors:
-        converted[REMAINDER] = like_param(remainders.converted(tensors[REMAINDER], precision.master.dtype), param)
-    return converted
+        return {REMAINDER: remainders.converted(like_param(tensors[REMAINDER], param), kind.dtype)}
+    if MASTER in tensors:
+        return {REMAINDER: remainders.beside_nearest(like_param(tensors[MASTER], param), param.dtype, kind.dtype)}
+    return {}
 
 
-def _averages(tensors: dict[str, Tensor], param: Tensor, precision: Precision) -> dict[str, Tensor]:
+def _averages(tensors: Mapping[str, Tensor], param: Tensor, precision: Precision) -> dict[str, Tensor]:
     """The averages of the grads as the optimizer keeps them, from codes or floats."""
     averages = {key: tensors[key] for key in AVERAGES if key in tensors}
-    wants_codes, has_codes = precision.codes_states(param), is_coded(tensors)
-    if has_codes:
+    wants_codes = precision.codes_states(param)
+    dtype = torch.float32 if wants_codes else precision.float_state_dtype(param)
+    if is_coded(tensors):
         fits = all(is_dense(value) and same_layout(value, param) for value in averages.values())
         if wants_codes and fits:
             return {**averages, SCALES: tensors[SCALES].contiguous()}
-        averages = float_states(tensors)
-    dtype = torch.float32 if wants_codes else precision.float_state_dtype(param)
-    averages = {key: like_param(value.to(dtype), param) for key, value in averages.items()}
-    return coded_states(averages) if wants_codes and averages else averages
+        averages = float_states({key: _dense(value) for key, value in tensors.items()}, dtype=dtype)
+    if wants_codes:
+        # In whatever floats they are: they become float32 a piece at a time.
+        averages = {key: like_param(value, param) for key, value in averages.items()}
+        return coded_states(averages) if averages else averages
+    return {key: like_param(value.to(dtype), param) for key, value in averages.items()}
+
+
+def _dense(tensor: Tensor) -> Tensor:
+    return tensor if is_dense(tensor) else tensor.contiguous()

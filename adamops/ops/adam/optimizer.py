@@ -9,7 +9,7 @@ import inspect
 import sys
 import warnings
 from collections.abc import Callable, Sequence
-from typing import Any, TypeVar, cast
+from typing import Any, TypeAlias, TypeVar, cast
 
 import torch
 from torch import Tensor
@@ -27,6 +27,7 @@ from .batch import (
     check_in_host_memory,
     check_lowp_out,
     check_no_overlap,
+    check_nothing_lost,
     check_param,
     check_params_and_grads,
     is_coded,
@@ -34,20 +35,36 @@ from .batch import (
     like_param,
 )
 from .clipping import ClippedGrads
+from .coded_states import with_held_names
 from .float_environment import in_default_float_environment
 from .hyper import AdamHyper, to_number
 from .interrupts import deferred_signals
-from .loading import adopted_states, shield_states
+from .loading import adopted_states, check_groups, keep_own_settings, shield_states
 from .memory import count_writes, resolved
 from .native_backend import NativeBackend
-from .precision import AVERAGES, MASTER, REMAINDER, SCALES, STATE_TENSORS, Master, Precision, scales_shape
+from .precision import (
+    AVERAGES,
+    MASTER,
+    REMAINDER,
+    SCALES,
+    SETTINGS,
+    STATE_TENSORS,
+    Master,
+    Precision,
+    own_settings,
+    precision_of,
+    scales_shape,
+)
 from .profiled import profiled
-from .saving import in_fp32, portable
+from .saving import saved_state
+from .settings import FLAGS, check_betas, check_flags, check_hyper
 from .shared import Shared
 from .torch_adam import TorchBackend
 from .uncompiled import uncompiled
 
 _HOST = torch.device("cpu")
+# By the identity of param groups: the group, its settings of precision, and what they mean.
+_GroupPrecisions: TypeAlias = dict[int, tuple[dict[str, Any], dict[str, Any], Precision]]
 _Method = TypeVar("_Method", bound=Callable[..., Any])
 
 
@@ -128,12 +145,19 @@ class AdamOptimizer(Optimizer):
         self.adam_w_mode = adam_w_mode
         self.fp32_optimizer_states = fp32_optimizer_states
         self.master_weights = master_weights
-        self._precision = _precision_of(
-            fp32_optimizer_states, master_weights, state_dtype, master_weight_bits, stochastic_rounding
-        )
+        arguments = {
+            "state_dtype": state_dtype,
+            "fp32_optimizer_states": fp32_optimizer_states,
+            "master_weight_bits": master_weight_bits,
+            "master_weights": master_weights,
+            "stochastic_rounding": stochastic_rounding,
+        }
+        self._precision = precision_of(arguments, Precision())
+        self._group_precisions: _GroupPrecisions = {}
         if stochastic_rounding:
-            defaults["stochastic_rounding_seed"] = int(torch.randint(2**62, ()))  # in the state dict, as a setting
-        _check_hyper(defaults, "")
+            defaults["stochastic_rounding_seed"] = _new_seed()  # in the state dict, as a setting
+        check_flags({"adam_w_mode": adam_w_mode, **{key: defaults[key] for key in FLAGS if key in defaults}})
+        check_hyper(defaults, "")
         super().__init__(params, defaults)
         self._backends: dict[torch.device, Backend] = {_HOST: _load_host_backend()}
 
@@ -146,7 +170,10 @@ class AdamOptimizer(Optimizer):
     def add_param_group(self, param_group: dict[str, Any]) -> None:
         """Adds a param group, as torch.optim.Optimizer does; its settings and params are checked first."""
         where = f"param group {len(self.param_groups)}"
-        _check_hyper({**self.defaults, **param_group}, f" in {where}")
+        settings = {**self.defaults, **param_group}
+        check_flags({key: settings[key] for key in FLAGS if key in settings}, f" in {where}")
+        check_hyper(settings, f" in {where}")
+        precision = self._checked_precision(param_group, where)
         params = param_group["params"]
         if isinstance(params, Tensor):
             params = [params]
@@ -157,13 +184,45 @@ class AdamOptimizer(Optimizer):
             # Elsewhere than in host memory a param may wait: ZeRO-Offload takes an optimizer made for the model on the
             # GPU, and puts its own shards in host memory into the groups. Those of lazy layers have no shape yet.
             # step() checks again.
-            if not isinstance(param, Tensor) or is_lazy(param):
+            # Frozen params may be of any kind, as those of quantized models: step() checks what gets a grad.
+            if not isinstance(param, Tensor) or is_lazy(param) or _is_frozen(param):
                 continue
             sharding.check_placed(param, f"{where}, param {i}")
             if param.device.type == "cpu":
                 check_param(sharding.local(param), f"{where}, param {i}")
         param_group["params"] = params
         _unguarded(Optimizer.add_param_group)(self, param_group)  # which keeps the dict itself, as others rely on
+        if precision.stochastic_rounding:
+            param_group.setdefault("stochastic_rounding_seed", _new_seed())
+        self._keep_precision(param_group, precision)
+
+    def _checked_precision(self, group: dict[str, Any], where: str) -> Precision:
+        """The precision that the group's settings ask for, or else the optimizer's. Raises what precision_of() does."""
+        settings = own_settings(group)
+        if not settings:
+            return self._precision
+        try:
+            return precision_of(settings, self._precision)
+        except (TypeError, ValueError) as error:
+            raise type(error)(f"{where}: {error}") from None
+
+    def _keep_precision(self, group: dict[str, Any], precision: Precision) -> None:
+        self._group_precisions[id(group)] = group, own_settings(group), precision
+
+    def _precision_of(self, group: dict[str, Any], where: str) -> Precision:
+        """In what precision the params and states of a group are kept.
+
+        Raises ValueError if the group's settings have been changed, as its states are what they were before.
+        """
+        kept = self._group_precisions.get(id(group))
+        if kept is None or kept[0] is not group:  # a copy of a group
+            return self._checked_precision(group, where)
+        if kept[1] if group.keys().isdisjoint(SETTINGS) else kept[1] != own_settings(group):
+            raise ValueError(
+                f"The precision of {where} was set to {own_settings(group)}, from {kept[1]}: it cannot be changed in "
+                "the middle of training, but optimizer.load_state_dict(optimizer.state_dict()) converts the states"
+            )
+        return kept[2]
 
     @waits
     def zero_grad(self, set_to_none: bool = True) -> None:
@@ -179,9 +238,10 @@ class AdamOptimizer(Optimizer):
 
         They are read once for their norm, which is the same bits for any number of threads; the next step() multiplies
         them by ``min(1, max_norm / (norm + 1e-6))`` where it reads them anyway. The factor belongs to these grads as they
-        are now: it is dropped once they are replaced or written, by whomever. If ``self.grad_scale`` is set (what the loss was multiplied by), the norm is that of the unscaled grads. On a GPU
-        the norm stays there, nothing waits for it, and step counts are kept there from then on. With grads on several
-        devices torch's function does it all, which writes them.
+        are now: it is dropped once they are replaced or written, by whomever. If ``self.grad_scale`` is set (what the
+        loss was multiplied by), the norm is that of the unscaled grads. On a GPU the norm stays there, nothing waits for
+        it, and step counts are kept there from then on. With grads on several devices torch's function does it all,
+        which writes them.
 
         Parameters
         ----------
@@ -285,10 +345,11 @@ class AdamOptimizer(Optimizer):
                 for where, group, hyper in groups
             ]
             steps[-1].after += [grad.zero_ for where, group, _ in groups for *_, grad in with_grads(group, where)]
-        if any(step.has_new_params for step in steps):
+        if self._shared.get("was_loaded") or any(step.has_new_params for step in steps):
             check_no_overlap(
                 {name: param for where, group, _ in groups for _, name, param, _ in with_grads(group, where)}
             )
+            self._shared["was_loaded"] = False
         self._commit(steps)
         return loss
 
@@ -438,16 +499,15 @@ class AdamOptimizer(Optimizer):
                 batch.lowp_outs = [left.pop(owner, None) for owner in batch.owners]
             self._prepare_batch(step, backend, batch)
         if hyper.zero_grads:
-            read = {
-                id(grad) for _, batch in batches for grad in batch.grads
-            }  # others were copied first, or are skipped
+            # Others were copied first, or belong to a step that is left out.
+            read = {id(grad) for _, batch in batches for grad in batch.grads}
             grads = (grad for _, _, _, grad in with_grads(group, where))
             step.after += [grad.zero_ for grad in grads if id(grad) not in read and not grad._is_zerotensor()]
-        step.after += [functools.partial(self._write_copy, param, out) for param, out in left.items()]
+        step.after += [functools.partial(self._write_copy, param, out, hyper.precision) for param, out in left.items()]
         return step
 
-    def _write_copy(self, param: Tensor, out: Tensor) -> None:
-        out.copy_(sharding.local(self._fp32_param(param)))
+    def _write_copy(self, param: Tensor, out: Tensor, precision: Precision) -> None:
+        out.copy_(sharding.local(self._fp32_param(param, precision)))
 
     @waits
     @torch.no_grad()
@@ -504,7 +564,7 @@ class AdamOptimizer(Optimizer):
             group,
             in_group,
             adamw_mode=self.adam_w_mode,
-            precision=self._precision,
+            precision=self._precision_of(group, where),
             grad_factor=self._grad_factor() if grad_factor is None else grad_factor,
             zero_grads=zero_grads,
             stream=(_stream(group.get("stochastic_rounding_seed"), where) + stream_offset) & 0xFFFFFFFF,
@@ -512,7 +572,7 @@ class AdamOptimizer(Optimizer):
             found_inf=None if found_inf is None else to_number(found_inf, "found_inf"),
             threads=self._preparing.threads if self._preparing else None,
         )
-        _check_betas(hyper.beta1, hyper.beta2, in_group)
+        check_betas(hyper.beta1, hyper.beta2, in_group)
         return hyper
 
     def _grad_factor(self, grads: Sequence[Tensor] | None = None) -> float | Tensor:
@@ -529,11 +589,11 @@ class AdamOptimizer(Optimizer):
 
     def _complete_states(self, backend: Backend, batch: AdamBatch) -> None:
         """Gives the batch's states what they lack: a step count of 0, and zeros; master weights begin as the params."""
-        for name, state in zip(batch.names, batch.states, strict=True):
-            _check_not_lost(state, name)
+        held = [with_held_names(state, name) for name, state in zip(batch.names, batch.states, strict=True)]
+        for name, state in zip(batch.names, held, strict=True):
+            check_nothing_lost(state, name)
         completed = [
-            {**state} if "step" in state else {"step": backend.new_step_count(batch.hyper), **state}
-            for state in batch.states
+            {**state} if "step" in state else {"step": backend.new_step_count(batch.hyper), **state} for state in held
         ]
         for key in STATE_TENSORS:
             lacking = [
@@ -546,7 +606,7 @@ class AdamOptimizer(Optimizer):
             if key == AVERAGES[2]:  # beside averages of another dtype than new ones would have
                 dtypes = [completed[i][AVERAGES[1]].dtype for i in lacking]
             for i, zeros in zip(lacking, backend.zeros_like(like, dtypes), strict=True):
-                completed[i][key] = zeros.copy_(batch.params[i]) if key == MASTER else zeros
+                completed[i][key] = _begun_master(zeros, batch.params[i], completed[i]) if key == MASTER else zeros
         for param, state in zip(batch.params, completed, strict=True):
             if is_coded(state):
                 _complete_scales(state, param, batch.hyper.amsgrad)
@@ -561,15 +621,20 @@ class AdamOptimizer(Optimizer):
         torch.optim.AdamW loads that. Of DTensors all states are DTensors that torch.distributed.checkpoint can cut
         anew, float32 in the place of codes; see portable_state_dicts().
         """
-        state_dict = super().state_dict()
 
-        def saved(entry: Any) -> Any:
-            if not isinstance(entry, dict):
-                return entry
-            entry = portable(entry) if sharding.is_sharded(entry.get("exp_avg")) else entry
-            return in_fp32(entry) if dequantize else entry
+        def convert(_: Optimizer, state_dict: dict[str, Any]) -> dict[str, Any]:
+            state = {key: saved_state(entry, dequantize) for key, entry in state_dict["state"].items()}
+            groups = [
+                {key: value for key, value in group.items() if key not in SETTINGS}
+                for group in state_dict["param_groups"]
+            ]
+            return {**state_dict, "state": state, "param_groups": groups}
 
-        return {**state_dict, "state": {key: saved(entry) for key, entry in state_dict["state"].items()}}
+        handle = self.register_state_dict_post_hook(convert, prepend=True)  # hooks of others see what is saved
+        try:
+            return super().state_dict()
+        finally:
+            handle.remove()
 
     @waits
     @in_default_float_environment
@@ -577,19 +642,30 @@ class AdamOptimizer(Optimizer):
     def fp32_params(self) -> list[Tensor]:
         """The params of all groups in order, in float32: new tensors, of the masters where there are any.
 
-        Of DTensors they are DTensors placed alike.
+        Of DTensors they are DTensors placed alike. Params that are not of floats, as the frozen ones of quantized
+        models, are copied as they are.
         """
-        return [self._fp32_param(param) for group in self.param_groups for param in group["params"]]
+        return [self._fp32_param(param, precision) for param, precision in self._params_with_precision()]
 
-    def _fp32_param(self, param: Tensor) -> Tensor:
-        master, state = self._precision.master_of(param), self.state.get(param) or {}
-        held = sharding.local(param)
-        if master is Master.NONE or master.key not in state:
-            values = held.detach().float().clone()
-        elif master is Master.FP32:
+    def _params_with_precision(self) -> list[tuple[Tensor, Precision]]:
+        return [
+            (param, precision)
+            for i, group in enumerate(self.param_groups)
+            for precision in [self._precision_of(group, f"param group {i}")]
+            for param in group["params"]
+        ]
+
+    def _fp32_param(self, param: Tensor, precision: Precision) -> Tensor:
+        master, state = precision.master_of(param), self.state.get(param) or {}
+        held = sharding.local(param).detach()
+        if master is Master.FP32 and MASTER in state:
             values = sharding.local(state[MASTER]).clone()
+        elif master and REMAINDER in state:
+            values = remainders.join(held, sharding.local(state[REMAINDER]))
+        elif held.is_floating_point() and held.layout == torch.strided:
+            values = held.to(torch.float32, copy=True)
         else:
-            values = remainders.join(held.detach(), sharding.local(state[REMAINDER]))
+            values = held.clone()
         return sharding.like_param_placed(values, param)
 
     @waits
@@ -598,36 +674,33 @@ class AdamOptimizer(Optimizer):
     def load_fp32_params(self, params: Sequence[Tensor]) -> None:
         """Sets the params of all groups, in order, and their masters from float32 tensors, as of a checkpoint.
 
-        Of DTensors they must be DTensors placed alike.
+        Of DTensors they must be DTensors placed alike; for params that are not of floats, of the same dtype.
 
         Raises
         ------
         ValueError, TypeError
-            If there are too few or too many, or a shape or placement differs; the params are then as they were.
+            If there are too few or too many, or a shape, dtype or placement differs; the params are then as they were.
         """
-        own = [param for group in self.param_groups for param in group["params"]]
+        own = self._params_with_precision()
         if len(own) != len(params):
             raise ValueError(f"There are {len(own)} params in this optimizer, and {len(params)} were given")
-        for i, (param, value) in enumerate(zip(own, params, strict=True)):
-            if param.shape != value.shape:
-                raise ValueError(f"param {i} has shape {tuple(param.shape)}, and {tuple(value.shape)} was given")
-        values = [
-            sharding.local_like(value, param, f"param {i}: what was given")
-            for i, (param, value) in enumerate(zip(own, params, strict=True))
-        ]
-        for param, value in zip(own, values, strict=True):
-            master, held = self._precision.master_of(param), sharding.local(param)
-            if master in (Master.REMAINDER_8, Master.REMAINDER_16):
-                upper, rest = remainders.split(
-                    like_param(value.to(held.device, torch.float32), held), held.dtype, master.dtype
-                )
-                held.copy_(upper)
-                rest = sharding.like_param_placed(rest, param)
-                self.state[param] = {**(self.state.get(param) or {}), REMAINDER: rest}
-            else:
+        pairs = zip((param for param, _ in own), params, strict=True)
+        values = [_value_for(param, value, f"param {i}") for i, (param, value) in enumerate(pairs)]
+        masters = [_new_master(sharding.local(param), precision.master_of(param)) for param, precision in own]
+        for (param, _), value, master in zip(own, values, masters, strict=True):
+            held = sharding.local(param)
+            if master is None:
                 held.copy_(value)
-                if master is Master.FP32 and MASTER in (self.state.get(param) or {}):
-                    sharding.local(self.state[param][MASTER]).copy_(value)
+                continue
+            if master.dtype == torch.float32:
+                held.copy_(master.copy_(value))
+            else:
+                remainders.split_into(held, master, like_param(value, held))
+            state = {**(self.state.get(param) or {})}
+            for name in (MASTER, REMAINDER):
+                state.pop(name, None)
+            state[MASTER if master.dtype == torch.float32 else REMAINDER] = sharding.like_param_placed(master, param)
+            self.state[param] = state
 
     @waits
     @in_default_float_environment
@@ -656,15 +729,19 @@ class AdamOptimizer(Optimizer):
             state.setdefault("_backends", {_HOST: _load_host_backend()})
             state.setdefault("fp32_optimizer_states", True)
             state.setdefault("master_weights", False)
-            state.setdefault("_precision", _precision_of(state["fp32_optimizer_states"], state["master_weights"]))
-        if "state" in state and "param_groups" in state:
-            precision = state.get("_precision") or self._precision
-            state["state"] = adopted_states(state["state"], state["param_groups"], precision)
-            for i, group in enumerate(state["param_groups"]):
-                if "betas" not in group:
-                    raise ValueError(f"param group {i} has no betas; this is not the state of an Adam optimizer")
-                beta1, beta2 = group["betas"]
-                _check_betas(float(beta1), float(beta2), f" in param group {i}")
+            arguments = {key: state[key] for key in ("fp32_optimizer_states", "master_weights")}
+            state.setdefault("_precision", precision_of(arguments, Precision()))
+            state.setdefault("_group_precisions", {})
+        loaded = "state" in state and "param_groups" in state
+        if loaded:
+            groups = state["param_groups"]
+            if "defaults" not in state:  # by load_state_dict()
+                keep_own_settings(groups, self.param_groups)
+            else:
+                self._precision = state["_precision"]
+            precisions = [self._checked_precision(group, f"param group {i}") for i, group in enumerate(groups)]
+            state["state"] = adopted_states(state["state"], groups, precisions)
+            check_groups(groups)
         super().__setstate__(state)
         for group in self.param_groups:
             group.setdefault("bias_correction", True)
@@ -672,6 +749,11 @@ class AdamOptimizer(Optimizer):
             group.setdefault("maximize", False)
             if "stochastic_rounding_seed" in self.defaults:
                 group.setdefault("stochastic_rounding_seed", self.defaults["stochastic_rounding_seed"])
+        if loaded:
+            self._group_precisions.clear()
+            for group, precision in zip(self.param_groups, precisions, strict=True):
+                self._keep_precision(group, precision)
+            self._shared["was_loaded"] = True  # the next step looks whether params share memory, as a first one does
 
     @waits
     def __getstate__(self) -> dict[str, Any]:
@@ -684,29 +766,46 @@ class AdamOptimizer(Optimizer):
         }
 
 
-def _precision_of(
-    fp32_states: bool,
-    fp32_masters: bool,
-    state_dtype: torch.dtype | str | None = None,
-    master_weight_bits: int | None = None,
-    stochastic_rounding: bool = False,
-) -> Precision:
-    """The precision that the arguments of an optimizer ask for. Raises ValueError if they contradict each other."""
-    if state_dtype is not None and not fp32_states:
-        raise ValueError(f"fp32_optimizer_states=False and state_dtype={state_dtype!r}: give one of them")
-    master = Master.of_bits(master_weight_bits)
-    if fp32_masters and master:
-        raise ValueError(f"master_weights=True and master_weight_bits={master_weight_bits}: give one of them")
-    if fp32_masters and state_dtype not in (None, torch.float32):
-        raise ValueError(f"master_weights=True goes with float32 states, not {state_dtype}; use master_weight_bits=32")
-    if stochastic_rounding and (fp32_masters or master is Master.REMAINDER_16):
-        raise ValueError(
-            "stochastic_rounding=True goes with params without masters, or of 24 bits: others lose nothing"
-        )
-    default = torch.float32 if fp32_states else None
-    return Precision(
-        default if state_dtype is None else state_dtype, Master.FP32 if fp32_masters else master, stochastic_rounding
-    )
+def _is_frozen(param: Tensor) -> bool:
+    """Whether a param is one that gets no grad; a plain tensor may get one from its user."""
+    return isinstance(param, torch.nn.Parameter) and not param.requires_grad
+
+
+def _new_seed() -> int:
+    return int(torch.randint(2**62, (), device="cpu"))
+
+
+def _value_for(param: Tensor, value: Tensor, name: str) -> Tensor:
+    """What this process holds of the value for a param. Raises ValueError or TypeError if it does not fit."""
+    if not isinstance(value, Tensor):
+        raise TypeError(f"{name}: a {type(value).__name__} was given; expected a tensor")
+    if param.shape != value.shape:
+        raise ValueError(f"{name} has shape {tuple(param.shape)}, and {tuple(value.shape)} was given")
+    value = sharding.local_like(value, param, f"{name}: what was given")
+    held = sharding.local(param)
+    if not held.is_floating_point() or held.layout != torch.strided:
+        if (value.dtype, value.layout) != (held.dtype, held.layout):
+            raise TypeError(f"{name} is of {held.dtype} and {held.layout}, and {value.dtype}, {value.layout} was given")
+    elif value.is_complex() or value.layout != torch.strided:
+        raise TypeError(f"{name} is of {held.dtype}, and {value.dtype}, {value.layout} was given")
+    if value.device.type == "meta" and held.device.type != "meta":
+        raise ValueError(f"{name}: what was given is on the device meta, and has no values")
+    if held.layout == torch.strided and any(n > 1 and not s for n, s in zip(held.shape, held.stride(), strict=True)):
+        if not torch.equal(held, value.to(held)):
+            raise ValueError(f"{name} is expanded, and cannot be written")
+        return held  # a copy of it to itself does nothing
+    return value
+
+
+def _new_master(param: Tensor, kind: Master) -> Tensor | None:
+    """Memory for what a param has beside it; None for a param without, also a frozen one with gaps."""
+    return torch.empty_like(param, dtype=kind.dtype, requires_grad=False) if kind and is_dense(param) else None
+
+
+def _begun_master(master: Tensor, param: Tensor, state: dict[str, Any]) -> Tensor:
+    """A float32 master as it begins: as the param, with the remainder that was loaded if there is one."""
+    rest = state.pop(REMAINDER, None)
+    return master.copy_(param if rest is None else remainders.join(param, rest))
 
 
 def _stream(seed: int | None, where: str) -> int:
@@ -723,18 +822,6 @@ def _is_complete(state: dict[str, Any], param: Tensor, batch: AdamBatch) -> bool
         return False
     scales = state.get(SCALES)
     return not is_coded(state) or scales is None or scales.dim() != 2 or scales.shape[1] >= len(needed & {*AVERAGES})
-
-
-def _check_not_lost(state: dict[str, Any], name: str) -> None:
-    """Raises ValueError if there are averages or steps in a state, but not all: it would begin anew without a word."""
-    step = state.get("step")
-    begun = {key for key in AVERAGES[:2] if key in state}
-    missing = [key for key in ("step", *AVERAGES[:2]) if key not in state]
-    if missing and (begun or isinstance(step, Tensor) or (isinstance(step, int) and step > 0)):
-        raise ValueError(
-            f"{name} has lost {', '.join(map(repr, missing))} of its state, which has {', '.join(map(repr, state))}; "
-            "put it back, or delete the whole state to begin anew"
-        )
 
 
 def _complete_scales(state: dict[str, Any], param: Tensor, amsgrad: bool) -> None:
@@ -757,7 +844,7 @@ def _norm_of(backend: Backend, device: torch.device, grads: list[Tensor], norm_t
         dense = [grad if is_dense(grad) else grad.contiguous() for grad in map(resolved, grads)]
         norm = backend.grad_norm(dense, norm_type)
         if norm is not None:
-            return torch.as_tensor(norm, dtype=torch.float64)
+            return torch.as_tensor(norm, dtype=torch.float64, device=device)
     norms = torch.stack([grad.float().norm(norm_type) for grad in grads])
     return torch.linalg.vector_norm(norms, norm_type).double()
 
@@ -778,26 +865,3 @@ def with_grads(group: dict[str, Any], where: str) -> list[tuple[int, str, Tensor
         if param.grad is not None
         for name in [f"{where}, param {i}"]
     ]
-
-
-def _check_hyper(group: dict[str, Any], where: str) -> None:
-    """Raises ValueError for a hyper-parameter out of range, as torch.optim.Adam does; `where` ends the message."""
-    lr, (beta1, beta2), eps, weight_decay = group["lr"], group["betas"], group["eps"], group["weight_decay"]
-    if isinstance(lr, Tensor) and lr.numel() != 1:
-        raise ValueError(f"Tensor lr must be 1-element, has shape {tuple(lr.shape)}{where}")
-    for i, beta in enumerate((beta1, beta2)):
-        if isinstance(beta, Tensor) and beta.numel() != 1:
-            raise ValueError(f"Tensor betas[{i}] must be 1-element, has shape {tuple(beta.shape)}{where}")
-    if not float(lr) >= 0.0:
-        raise ValueError(f"Invalid learning rate: {lr}{where}; expected 0 or more")
-    if not float(eps) >= 0.0:
-        raise ValueError(f"Invalid epsilon value: {eps}{where}; expected 0 or more")
-    if not float(weight_decay) >= 0.0:
-        raise ValueError(f"Invalid weight_decay value: {weight_decay}{where}; expected 0 or more")
-    _check_betas(float(beta1), float(beta2), where)
-
-
-def _check_betas(beta1: float, beta2: float, where: str) -> None:
-    for i, beta in enumerate((beta1, beta2)):
-        if not 0.0 <= beta < 1.0:
-            raise ValueError(f"Invalid beta parameter at index {i}: {beta}{where}; expected 0 <= beta < 1")

@@ -4,11 +4,14 @@ from __future__ import annotations
 
 import dataclasses
 import enum
+from collections.abc import Mapping
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from .block_codes import CODES, blocks_of
+from .settings import check_flags
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 EIGHT_BIT = "8bit"
@@ -16,9 +19,14 @@ LEAST_CODED = 4096  # elements: states of smaller params are float32 where those
 
 AVERAGES = tuple(CODES)
 SCALES = "block_scales"
+QUANTIZED = "quantized_"  # before the names of averages that are codes, in state dicts: nobody takes them for averages
 MASTER = "master_param"
 REMAINDER = "param_remainder"
 STATE_TENSORS = (*AVERAGES, SCALES, MASTER, REMAINDER)
+
+SETTINGS = ("state_dtype", "fp32_optimizer_states", "master_weight_bits", "master_weights", "stochastic_rounding")
+_FLAGS = ("fp32_optimizer_states", "master_weights", "stochastic_rounding")
+_OF_STATES, _OF_MASTERS = SETTINGS[:2], SETTINGS[2:4]  # a param group with one of either has none of the optimizer's
 
 
 class Master(enum.IntEnum):
@@ -43,8 +51,8 @@ class Master(enum.IntEnum):
     def of_bits(cls, bits: int | None) -> Master:
         """That of `master_weight_bits`."""
         kinds = {None: cls.NONE, 24: cls.REMAINDER_8, 32: cls.REMAINDER_16}
-        if bits not in kinds:
-            raise ValueError(f"Invalid master_weight_bits: {bits}; expected None, 24 or 32")
+        if isinstance(bits, bool) or not isinstance(bits, (int, type(None))) or bits not in kinds:
+            raise ValueError(f"Invalid master_weight_bits: {bits!r}; expected None, 24 or 32")
         return kinds[bits]
 
 
@@ -62,14 +70,21 @@ class Precision:
                 f"Invalid state_dtype: {self.state_dtype}; expected torch.float32, torch.bfloat16, torch.float16 "
                 "or '8bit'"
             )
+        if self.master is Master.FP32 and self.state_dtype != torch.float32:
+            found = self.state_dtype or "those of the params' dtype"
+            raise ValueError(f"master_weights=True goes with float32 states, not {found}; use master_weight_bits=32")
+        if self.stochastic_rounding and self.master in (Master.FP32, Master.REMAINDER_16):
+            raise ValueError(
+                "stochastic_rounding=True goes with params without masters, or of 24 bits: others lose nothing"
+            )
 
     def codes_states(self, param: Tensor) -> bool:
         """Whether the states of a param are 8-bit codes."""
         return self.state_dtype == EIGHT_BIT and param.numel() >= LEAST_CODED
 
     def master_of(self, param: Tensor) -> Master:
-        """What a param has beside it; nothing if it is float32."""
-        return Master.NONE if param.dtype == torch.float32 else self.master
+        """What a param has beside it; nothing if it is not of 16 bits."""
+        return self.master if param.dtype in DTYPES[1:] else Master.NONE
 
     def float_state_dtype(self, param: Tensor) -> torch.dtype:
         """The dtype of states that are not codes."""
@@ -86,6 +101,34 @@ class Precision:
             dtypes = dict.fromkeys(names, self.float_state_dtype(param))
         master = self.master_of(param)
         return dtypes | {master.key: master.dtype} if master else dtypes
+
+
+def own_settings(group: Mapping[str, Any]) -> dict[str, Any]:
+    """The settings of precision that a param group has of its own."""
+    return {name: group[name] for name in SETTINGS if name in group}
+
+
+def precision_of(settings: Mapping[str, Any], inherited: Precision) -> Precision:
+    """The precision of a param group, from settings by the names of the optimizers' arguments.
+
+    What they do not say of states, of masters or of rounding is as `inherited`. Raises ValueError or TypeError if they
+    contradict each other, or one is none of the values that it may have.
+    """
+    check_flags({name: settings[name] for name in _FLAGS if name in settings})
+    state_dtype, master = inherited.state_dtype, inherited.master
+    if not settings.keys().isdisjoint(_OF_STATES):
+        given, in_fp32 = settings.get("state_dtype"), settings.get("fp32_optimizer_states", True)
+        if given is not None and not in_fp32:
+            raise ValueError(f"fp32_optimizer_states=False and state_dtype={given!r}: give one of them")
+        default = torch.float32 if in_fp32 else None
+        state_dtype = default if given is None else given
+    if not settings.keys().isdisjoint(_OF_MASTERS):
+        bits, in_fp32 = settings.get("master_weight_bits"), settings.get("master_weights", False)
+        master = Master.of_bits(bits)
+        if in_fp32 and master:
+            raise ValueError(f"master_weights=True and master_weight_bits={bits}: give one of them")
+        master = Master.FP32 if in_fp32 else master
+    return Precision(state_dtype, master, bool(settings.get("stochastic_rounding", inherited.stochastic_rounding)))
 
 
 def averages_of(amsgrad: bool) -> tuple[str, ...]:

@@ -21,8 +21,7 @@ from torch import Tensor
 
 from .float_environment import in_default_float_environment
 from .hyper import AdamHyper
-
-_PIECE = 2**20  # elements taken to float64 at a time
+from .pieces import each_piece
 
 
 @in_default_float_environment
@@ -39,14 +38,13 @@ def undo_step(param: Tensor, grad: Tensor, state: dict[str, Any], hyper: AdamHyp
     if not first and 0.0 in (hyper.beta1, hyper.beta2):
         raise RuntimeError("Cannot roll back a step with a beta of 0: nothing is left of the former average")
     names = ("scale", "beta1", "c1", "beta2", "c2", "negative_step_size", "inverse_sqrt_bias2", "eps", "decay", "l2")
-    k = dict(zip(names, torch.tensor(hyper.scalars(step), dtype=torch.float32).double().tolist(), strict=True))
+    scalars = torch.tensor(hyper.scalars(step), dtype=torch.float32, device="cpu")
+    k = dict(zip(names, scalars.double().tolist(), strict=True))
     if k["decay"] == 0.0:
         raise RuntimeError("Cannot roll back a step with lr * weight_decay = 1: nothing is left of the former param")
-    # As all are dense and laid out alike, they can be taken as lines of numbers, a piece at a time to save memory.
     keys = ["exp_avg", "exp_avg_sq", *(["max_exp_avg_sq"] if hyper.amsgrad else [])]
-    lines = [tensor.as_strided((tensor.numel(),), (1,)) for tensor in (param, grad, *(state[key] for key in keys))]
-    for pieces in zip(*(line.split(_PIECE) for line in lines), strict=True):
-        _undo_piece(*pieces, k=k, first=first)
+    for piece in each_piece(param, grad, *(state[key] for key in keys)):  # all are dense and laid out alike
+        _undo_piece(*piece, k=k, first=first)
 
 
 def _undo_piece(

@@ -13,24 +13,39 @@ from torch.optim import Optimizer
 
 from . import remainders, sharding
 from .batch import is_coded
-from .coded_states import float_states
+from .coded_states import float_states, with_held_names, with_saved_names
 from .precision import AVERAGES, MASTER, REMAINDER, SCALES
+
+
+def saved_state(entry: Any, dequantize: bool = False) -> Any:
+    """The state of a param as state_dict() gives it; what is no state of a param as it is."""
+    if not isinstance(entry, Mapping):
+        return entry
+    if sharding.is_sharded(entry.get("exp_avg")) or sharding.is_sharded(entry.get(REMAINDER)):
+        entry = portable(entry)
+    if dequantize:
+        return in_fp32(entry)
+    return with_saved_names(entry) if is_coded(entry) else entry
 
 
 def in_fp32(entry: Mapping[str, Any]) -> dict[str, Any]:
     """The state of a param with its averages in float32, and nothing of the param itself."""
     plain = {key: value for key, value in without_codes(entry).items() if key not in (MASTER, REMAINDER)}
+    if plain.keys().isdisjoint(AVERAGES):
+        return {}  # the param has made no step, and others would miss the averages
     return {key: value.float() if key in AVERAGES else value for key, value in plain.items()}
 
 
 def without_codes(entry: Mapping[str, Any]) -> dict[str, Any]:
     """The state of a param with float32 in the place of codes and scales, and all else as it is."""
+    entry = with_held_names(entry, "a param")
     if not is_coded(entry):
-        return dict(entry)
+        return entry
     exp_avg = entry["exp_avg"]
     floats = float_states({key: sharding.local(value) for key, value in entry.items()})
     decoded = {key: sharding.like_param_placed(value, exp_avg) for key, value in floats.items()}
-    return {key: decoded.get(key, value) for key, value in entry.items() if key != SCALES}
+    kept = {key: value for key, value in entry.items() if key not in (SCALES, *AVERAGES)}
+    return {**kept, **decoded}
 
 
 def portable(entry: Mapping[str, Any]) -> dict[str, Any]:
@@ -41,7 +56,7 @@ def portable(entry: Mapping[str, Any]) -> dict[str, Any]:
     """
     saved, step, rest = without_codes(entry), entry.get("step"), entry.get(REMAINDER)
     if isinstance(step, int):
-        saved["step"] = torch.tensor(float(step))
+        saved["step"] = torch.tensor(float(step), dtype=torch.float32, device="cpu")
     if rest is not None and rest.dtype != torch.int32:
         wide = remainders.converted(sharding.local(rest), torch.int16).to(torch.int32)
         saved[REMAINDER] = sharding.like_param_placed(wide, rest)
