@@ -5,6 +5,7 @@ from __future__ import annotations
 import functools
 import hashlib
 import inspect
+import operator
 import sys
 import warnings
 from collections.abc import Callable, Sequence
@@ -93,6 +94,7 @@ class AdamOptimizer(Optimizer):
     _grad_factor = Shared[float | Tensor](1.0)  # what clip_grad_norm_() has the next step multiply the grads by
     _running = Shared[AsyncStep | None](None)  # the step in the background
     _preparing = Shared[AsyncStep | None](None)  # where step() is to leave its work instead of doing it
+    _params_in_backward = Shared[int](0)  # how many are updated by adamops.step_in_backward()
     _step_supports_amp_scaling = UnscalesInStep()  # by the name that GradScaler asks for
 
     def __init__(
@@ -105,6 +107,7 @@ class AdamOptimizer(Optimizer):
         state_dtype: torch.dtype | str | None = None,
         master_weight_bits: int | None = None,
         stochastic_rounding: bool = False,
+        stochastic_rounding_seed: int | None = None,
         **defaults: Any,
     ) -> None:
         self._shared: dict[str, Any] = {}
@@ -114,8 +117,9 @@ class AdamOptimizer(Optimizer):
         self._precision = _precision_of(
             fp32_optimizer_states, master_weights, state_dtype, master_weight_bits, stochastic_rounding
         )
-        if stochastic_rounding:
-            defaults["stochastic_rounding_seed"] = int(torch.randint(2**62, ()))  # in the state dict, as a setting
+        if stochastic_rounding or stochastic_rounding_seed is not None:
+            # In the state dict, as a setting. Not drawn: replicas seed torch's generator differently, for their data.
+            defaults["stochastic_rounding_seed"] = 0 if stochastic_rounding_seed is None else stochastic_rounding_seed
         _check_hyper(defaults, "")
         super().__init__(params, defaults)
         self._backends: dict[torch.device, Backend] = {_HOST: _load_host_backend()}
@@ -123,7 +127,7 @@ class AdamOptimizer(Optimizer):
     @staticmethod
     def profile_hook_step(func: Callable[..., Any]) -> Callable[..., Any]:
         """What Optimizer makes of step(), with hooks and profiling, hidden from torch.compile as a whole."""
-        return uncompiled(profiled(func))
+        return uncompiled(profiled(func, AdamOptimizer._steps_in_backward))
 
     @waits
     def add_param_group(self, param_group: dict[str, Any]) -> None:
@@ -184,8 +188,10 @@ class AdamOptimizer(Optimizer):
         ------
         RuntimeError
             If the norm is not finite and `error_if_nonfinite`; nothing is clipped then. Or if params are shards of
-            FullyShardedDataParallel, which has a clip_grad_norm_() of its own.
+            FullyShardedDataParallel, which has a clip_grad_norm_() of its own; or if adamops.step_in_backward() is at
+            work.
         """
+        self._refuse_in_backward("clip_grad_norm_()")
         max_norm, norm_type = float(max_norm), float(norm_type)
         params = [param for group in self.param_groups for param in group["params"]]
         sharding.check_norm_is_known(params)
@@ -379,8 +385,24 @@ class AdamOptimizer(Optimizer):
         """Updates one param, given by its places, as step() would; for adamops.step_in_backward()."""
         group, where = self.param_groups[group_index], f"param group {group_index}"
         own = {**group, "params": group["params"][index : index + 1]}
-        update, _ = self._prepare(own, where, False, {}, stream_offset=index)
+        try:
+            update, _ = self._prepare(own, where, False, {}, stream_offset=index)
+        except (TypeError, ValueError) as error:  # it is the first of `own`, and so it is called there
+            raise type(error)(str(error).replace(f"{where}, param 0", f"{where}, param {index}")) from None
         update()
+
+    def _steps_in_backward(self) -> bool:
+        """Whether adamops.step_in_backward() updates all params."""
+        count = self._params_in_backward
+        return count > 0 and count == sum(len(group["params"]) for group in self.param_groups)
+
+    def _refuse_in_backward(self, what: str) -> None:
+        """Raises RuntimeError if adamops.step_in_backward() is at work, for what needs the grads after the pass."""
+        if self._params_in_backward:
+            raise RuntimeError(
+                f"{what} cannot be used while adamops.step_in_backward() updates the params of this optimizer: their "
+                "grads are used, and gone, before the backward pass ends; call remove() of its handle first"
+            )
 
     def _batches(self, group: dict[str, Any], where: str, hyper: AdamHyper) -> list[tuple[Backend, AdamBatch]]:
         """The group's params that have a grad, by the backends that update them; without those to be skipped."""
@@ -425,7 +447,7 @@ class AdamOptimizer(Optimizer):
             precision=self._precision,
             grad_factor=self._grad_factor,
             zero_grads=zero_grads,
-            stream=(_stream(group.get("stochastic_rounding_seed"), where) + stream_offset) & 0xFFFFFFFF,
+            stream=_stream(group, where, stream_offset) if self._precision.stochastic_rounding else 0,
             loss_scale=1.0 if loss_scale is None else loss_scale,
             found_inf=getattr(self, "found_inf", None),
             threads=self._preparing.threads if self._preparing else None,
@@ -607,11 +629,22 @@ def _precision_of(
     )
 
 
-def _stream(seed: int | None, where: str) -> int:
-    """Where the random bits of a group's params begin, 32 bits."""
-    if seed is None:
-        return 0
-    return int.from_bytes(hashlib.blake2s(f"{seed} {where}".encode(), digest_size=4).digest(), "little")
+def _stream(group: dict[str, Any], where: str, offset: int) -> int:
+    """Where the random bits of a group's params begin, 32 bits.
+
+    It depends on what all replicas share: the seed, which is a setting, and the places of the group and of its params.
+    """
+    seed = _checked_seed(group.get("stochastic_rounding_seed"), f" in {where}")
+    begin = int.from_bytes(hashlib.blake2s(f"{seed} {where}".encode(), digest_size=4).digest(), "little")
+    return (begin + offset) & 0xFFFFFFFF
+
+
+def _checked_seed(seed: Any, where: str) -> int:
+    """The seed of stochastic rounding as an int, 0 for None. Raises TypeError; `where` ends the message."""
+    try:
+        return 0 if seed is None else operator.index(seed)
+    except TypeError:
+        raise TypeError(f"Invalid stochastic_rounding_seed: {seed!r}{where}; expected an int, or None for 0") from None
 
 
 def _complete_scales(state: dict[str, Any], param: Tensor, amsgrad: bool) -> None:
@@ -672,6 +705,7 @@ def _check_hyper(group: dict[str, Any], where: str) -> None:
     if not float(weight_decay) >= 0.0:
         raise ValueError(f"Invalid weight_decay value: {weight_decay}{where}; expected 0 or more")
     _check_betas(float(beta1), float(beta2), where)
+    _checked_seed(group.get("stochastic_rounding_seed"), where)
 
 
 def _check_betas(beta1: float, beta2: float, where: str) -> None:
