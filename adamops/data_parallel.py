@@ -23,9 +23,17 @@ def wrapper_of(model: nn.Module, params: Sequence[Tensor]) -> str | None:
         return "FullyShardedDataParallel"
     ids = {id(param) for param in params}
     for wrapper in (*model.modules(), *_wrappers_elsewhere()):
-        if _is_wrapper(type(wrapper)) and any(id(param) in ids for param in _averaged(wrapper)):
+        if isinstance(wrapper, _wrapper_classes()) and any(id(param) in ids for param in _averaged(wrapper)):
             return type(wrapper).__name__
     return None
+
+
+def runs_no_hooks(model: nn.Module) -> bool:
+    """Whether fully_shard() has cut the model, and is that of torch 2.4, which runs no hooks of its params."""
+    if _torch_version() >= (2, 5):
+        return False
+    modules = ("torch.distributed._composable.fsdp.", "torch.distributed.fsdp._fully_shard.")
+    return any(cls.__module__.startswith(modules) for part in model.modules() for cls in type(part).__mro__)
 
 
 def watch_new_wrappers(check: Callable[[str, Iterable[nn.Module], Iterable[Tensor]], None]) -> None:
@@ -39,15 +47,21 @@ def watch_new_wrappers(check: Callable[[str, Iterable[nn.Module], Iterable[Tenso
 @functools.cache
 def _watch(check: Callable[[str, Iterable[nn.Module], Iterable[Tensor]], None]) -> None:
     def on_registration(wrapper: nn.Module, name: str, module: nn.Module | None) -> None:
-        if module is not None and _is_wrapper(type(wrapper)):
+        if module is not None and isinstance(wrapper, _wrapper_classes()):
             check(type(wrapper).__name__, module.modules(), _averaged(wrapper))
 
     register_module_module_registration_hook(on_registration)
 
 
-def _is_wrapper(cls: type) -> bool:
+def _torch_version() -> tuple[int, int]:
+    major, minor = torch.__version__.split(".")[:2]
+    return int(major), int(minor)
+
+
+def _wrapper_classes() -> tuple[type, ...]:
     fsdp = sys.modules.get("torch.distributed.fsdp")  # not imported: it would take a second
-    return issubclass(cls, (nn.parallel.DistributedDataParallel, getattr(fsdp, "FullyShardedDataParallel", ())))
+    cls = getattr(fsdp, "FullyShardedDataParallel", None)
+    return (nn.parallel.DistributedDataParallel, *([cls] if cls else []))
 
 
 def _averaged(wrapper: nn.Module) -> Iterable[Tensor]:
@@ -60,4 +74,5 @@ def _wrappers_elsewhere() -> list[nn.Module]:
     """All wrappers of this process: a module does not know who has wrapped it."""
     if not (torch.distributed.is_available() and torch.distributed.is_initialized()):
         return []
-    return [found for found in gc.get_objects() if _is_wrapper(type(found))]
+    classes = _wrapper_classes()
+    return [found for found in gc.get_objects() if issubclass(type(found), classes)]

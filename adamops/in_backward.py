@@ -94,9 +94,7 @@ class InBackward:
         if self._accumulates:
             return
         task = torch._C._current_graph_task_id()
-        if task in (self._pass, -1) or self._begins_pass(task):
-            if id(param) in self._updated:
-                raise RuntimeError(self._second_grad(param))
+        if task == self._pass or self._begins_pass(task):
             self._step(param)
 
     def _begins_pass(self, task: int) -> bool:
@@ -135,18 +133,21 @@ class InBackward:
         if not self._hooks:  # removed meanwhile
             return
         for param in self._places:  # grads of nested passes, of accumulate(), of layers that are new
-            if param.grad is None:
-                continue
-            if id(param) in self._updated:
-                raise RuntimeError(self._second_grad(param))
-            self._step(param)
+            if param.grad is not None:
+                self._step(param)
         optimizer = self._optimizer
-        optimizer._opt_called = True  # type: ignore[attr-defined]  # where torch's schedulers look for whether step() was called
+        optimizer._opt_called = True  # type: ignore[attr-defined]  # torch's schedulers ask whether step() was called
         for hooks in (optimizer._optimizer_step_post_hooks, _global_optimizer_post_hooks):
             for hook in list(hooks.values()):
                 hook(optimizer, (), {})
 
     def _step(self, param: Tensor) -> None:
+        if id(param) in self._updated:
+            raise RuntimeError(
+                f"The param {self._names[param]!r} got a second grad in one backward pass, after it had been updated "
+                "with the first: it is used several times under fully_shard() or reentrant checkpointing. Use "
+                "optimizer.step() after the pass, or torch.utils.checkpoint with use_reentrant=False"
+            )
         g, i = self._place(param)
         _wait_for_copy(param)
         self._optimizer.step_param(g, i)
@@ -180,13 +181,6 @@ class InBackward:
         self._optimizer._params_in_backward += len(self._places) - self._counted
         self._counted, self._total = len(self._places), _number_of_params(self._optimizer)
 
-    def _second_grad(self, param: Tensor) -> str:
-        return (
-            f"The param {self._names[param]!r} got a second grad in one backward pass, after it had been updated with "
-            "the first: its module runs several times under fully_shard() or reentrant checkpointing. Use "
-            "optimizer.step() after the pass, or torch.utils.checkpoint with use_reentrant=False"
-        )
-
 
 _handles: weakref.WeakSet[InBackward] = weakref.WeakSet()
 
@@ -219,6 +213,8 @@ def _check(model: nn.Module, names: dict[Tensor, str], places: dict[Tensor, Any]
     wrapper = data_parallel.wrapper_of(model, trained)
     if wrapper:
         raise RuntimeError(_with_wrapper(wrapper))
+    if data_parallel.runs_no_hooks(model):
+        raise RuntimeError("step_in_backward() with fully_shard() needs torch 2.5 or later, which runs hooks of shards")
     _refuse_what_needs_all_grads(optimizer)
 
 
@@ -288,7 +284,7 @@ def _wait_for_copy(param: Tensor) -> None:
     if param.device.type == "cpu" and sharding.is_sharded(param):
         kind = param.device_mesh.device_type  # type: ignore[attr-defined]
         if kind != "cpu":
-            torch.get_device_module(kind).current_stream().synchronize()
+            getattr(torch, kind).current_stream().synchronize()
 
 
 def _outer_node() -> Any:

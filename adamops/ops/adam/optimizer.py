@@ -392,9 +392,11 @@ class AdamOptimizer(Optimizer):
         update()
 
     def _steps_in_backward(self) -> bool:
-        """Whether adamops.step_in_backward() updates all params."""
-        count = self._params_in_backward
-        return count > 0 and count == sum(len(group["params"]) for group in self.param_groups)
+        """Whether adamops.step_in_backward() updates all params, so that step() has nothing to do."""
+        if not self._params_in_backward:
+            return False
+        params = [param for group in self.param_groups for param in group["params"]]
+        return self._params_in_backward == len(params) and all(param.grad is None for param in params)
 
     def _refuse_in_backward(self, what: str) -> None:
         """Raises RuntimeError if adamops.step_in_backward() is at work, for what needs the grads after the pass."""
