@@ -145,8 +145,8 @@ class InBackward:
         if id(param) in self._updated:
             raise RuntimeError(
                 f"The param {self._names[param]!r} got a second grad in one backward pass, after it had been updated "
-                "with the first: it is used several times under fully_shard() or reentrant checkpointing. Use "
-                "optimizer.step() after the pass, or torch.utils.checkpoint with use_reentrant=False"
+                "with the first: one of them came from a pass nested in it, as of torch.utils.checkpoint with "
+                "use_reentrant=True. Use use_reentrant=False, or optimizer.step() after the pass"
             )
         g, i = self._place(param)
         _wait_for_copy(param)
@@ -312,9 +312,19 @@ _APPLY = {
 def step_in_backward(model: nn.Module, optimizer: AdamOptimizer) -> InBackward:
     """Has each backward pass of `model` update its params with `optimizer`, and free each grad once it is used.
 
-    Results are the bits of a backward pass followed by ``optimizer.step()``. That call is then left out, or does
-    nothing, as no grads are left. What needs all grads at once cannot be had: clip_grad_norm_(), a loss scaled by
-    torch.amp.GradScaler, and grads added up over several backward passes, but for those inside ``handle.accumulate()``.
+    Results are bit-identical to a backward pass followed by ``optimizer.step()``. That call is then left out, or does
+    nothing, as no grads are left. Params thawed later are updated too, and so are layers added to both the model and
+    the optimizer. Step post-hooks run at the end of each backward pass; a step() that has nothing to do runs none.
+
+    What needs all grads at once is a RuntimeError: clip_grad_norm_() of the optimizer, torch.amp.GradScaler, step
+    pre-hooks. Grads add up over several backward passes only inside ``handle.accumulate()``. A param used in reentrant
+    checkpoints (``use_reentrant=True``) is updated at the end of the pass, with its whole grad; use_reentrant=False
+    frees grads sooner.
+
+    Shards of fully_shard() are updated once their grads are averaged (torch 2.5 or later). DistributedDataParallel and
+    FullyShardedDataParallel average later than that, and are refused, also when they are made afterwards. What else
+    changes grads after the backward pass (torch.nn.utils.clip_grad_norm_, an all-reduce by hand) comes too late, and
+    nothing can tell.
 
     Parameters
     ----------
@@ -325,14 +335,19 @@ def step_in_backward(model: nn.Module, optimizer: AdamOptimizer) -> InBackward:
 
     Returns
     -------
-    A handle: ``accumulate()`` is a context in which grads only add up, ``remove()`` ends it all.
+    A handle: ``accumulate()`` is a context in which grads only add up, ``remove()`` ends it all. It need not be kept.
 
     Raises
     ------
     ValueError
-        If a param of the model is not the optimizer's.
+        If a param of the model is not the optimizer's, or has been given to step_in_backward() before.
     TypeError
-        For another optimizer. What is wrong with a grad is raised by the backward pass.
+        For another optimizer.
+    RuntimeError
+        Under a wrapper that averages grads, with a scaled loss, or with step pre-hooks.
+
+    What is wrong with a grad is raised by the backward pass. That param and those whose grads were not there yet are
+    then as they were.
     """
     if not isinstance(optimizer, AdamOptimizer):
         raise TypeError(f"step_in_backward() takes DeepSpeedCPUAdam or FusedAdam, not {type(optimizer).__name__}")
