@@ -1,8 +1,7 @@
 """Finds wrappers of modules that average grads over processes after autograd has put them into the params.
 
-DistributedDataParallel and FullyShardedDataParallel leave no sign on the params, or one too late, so the wrappers are
-looked for. fully_shard() is none of them: it calls the hooks of its params once their grads are averaged.
-Must not know what the grads are needed for.
+Wrappers leave no sign on the params, or one too late, so they are looked for. fully_shard() is none of them: it calls
+the hooks of its params once their grads are averaged. Must not know what the grads are needed for.
 """
 
 from __future__ import annotations
@@ -10,20 +9,29 @@ from __future__ import annotations
 import functools
 import gc
 import sys
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable
 
 import torch
 from torch import Tensor, nn
 from torch.nn.modules.module import register_module_module_registration_hook
 
+_WRAPPERS = (
+    ("torch.nn.parallel", "DistributedDataParallel"),
+    ("torch.distributed.fsdp", "FullyShardedDataParallel"),
+    ("deepspeed.runtime.engine", "DeepSpeedEngine"),
+    ("megatron.core.distributed", "DistributedDataParallel"),
+    ("apex.parallel", "DistributedDataParallel"),
+)
 
-def wrapper_of(model: nn.Module, params: Sequence[Tensor]) -> str | None:
-    """The name of the class that averages grads of the params: in the model, around it or around a part of it."""
+
+def wrapper_of(modules: Iterable[nn.Module], params: Iterable[Tensor]) -> str | None:
+    """The name of the class that averages grads of the params: among the modules of a model, or around some of them."""
+    params = list(params)
     if any(getattr(p, "_is_flat_param", False) or getattr(p, "_fsdp_flattened", False) for p in params):
         return "FullyShardedDataParallel"
-    ids = {id(param) for param in params}
-    for wrapper in (*model.modules(), *_wrappers_elsewhere()):
-        if isinstance(wrapper, _wrapper_classes()) and any(id(param) in ids for param in _averaged(wrapper)):
+    ids, classes = {id(param) for param in params}, _wrapper_classes()
+    for wrapper in (*modules, *_wrappers_elsewhere(classes)):
+        if isinstance(wrapper, classes) and any(id(param) in ids for param in _averaged(wrapper)):
             return type(wrapper).__name__
     return None
 
@@ -59,9 +67,9 @@ def _torch_version() -> tuple[int, int]:
 
 
 def _wrapper_classes() -> tuple[type, ...]:
-    fsdp = sys.modules.get("torch.distributed.fsdp")  # not imported: it would take a second
-    cls = getattr(fsdp, "FullyShardedDataParallel", None)
-    return (nn.parallel.DistributedDataParallel, *([cls] if cls else []))
+    """Those of _WRAPPERS that have been imported: importing them here would take seconds."""
+    found = (getattr(sys.modules.get(module), name, None) for module, name in _WRAPPERS)
+    return tuple(cls for cls in found if isinstance(cls, type))
 
 
 def _averaged(wrapper: nn.Module) -> Iterable[Tensor]:
@@ -70,9 +78,8 @@ def _averaged(wrapper: nn.Module) -> Iterable[Tensor]:
     return wrapper.parameters() if averaged is None else averaged
 
 
-def _wrappers_elsewhere() -> list[nn.Module]:
+def _wrappers_elsewhere(classes: tuple[type, ...]) -> list[nn.Module]:
     """All wrappers of this process: a module does not know who has wrapped it."""
     if not (torch.distributed.is_available() and torch.distributed.is_initialized()):
         return []
-    classes = _wrapper_classes()
     return [found for found in gc.get_objects() if issubclass(type(found), classes)]

@@ -16,7 +16,6 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch.autograd.function import BackwardCFunction
-from torch.autograd.graph import _engine_run_backward
 from torch.optim.optimizer import _global_optimizer_post_hooks, _global_optimizer_pre_hooks
 
 from . import data_parallel
@@ -55,13 +54,17 @@ class InBackward:
         self._names: dict[Tensor, str] = {param: name for name, param in model.named_parameters()}
         self._places = _places_of(self._names, optimizer)
         _check(model, self._names, self._places, optimizer)
-        self._accumulates = False
+        self._accumulates = self._has_begun = False
         self._lock = threading.Lock()  # autograd has a thread for each GPU
         self._pass = self._nested = -1  # the graph tasks last seen
         self._updated: set[int] = set()  # ids of the params updated in this pass
         self._hooks: dict[Tensor, Any] = {}
         self._counted = self._total = 0  # of the model's and of all params in the optimizer
-        self._hook_params()
+        try:
+            self._hook_params()
+        except BaseException:
+            self.remove()
+            raise
         _handles.add(self)
         data_parallel.watch_new_wrappers(_refuse_wrapper)
 
@@ -80,7 +83,7 @@ class InBackward:
             return
         for param, hook in self._hooks.items():
             hook.remove()
-            delattr(param, _ANCHOR)
+            param.__dict__.pop(_ANCHOR, None)
         self._hooks = {}
         self._optimizer._params_in_backward -= self._counted
         _handles.discard(self)
@@ -123,6 +126,11 @@ class InBackward:
             if task == self._pass:
                 return
             _refuse_what_needs_all_grads(self._optimizer)
+            if (
+                not self._has_begun
+            ):  # some wrappers do not register the module, and so were not seen when they were made
+                _refuse_wrapper_of(self._modules, self._hooks)
+                self._has_begun = True
             if self._total != _number_of_params(self._optimizer):
                 self._hook_params()
             torch.autograd.Variable._execution_engine.queue_callback(self._close)
@@ -174,8 +182,9 @@ class InBackward:
             self._modules.update(model.modules())
             self._names.update({param: name for name, param in model.named_parameters()})
         for param in self._names:
-            if param not in self._hooks and _can_have_grad(param):
-                self._hooks[param] = _register_hook(param, functools.partial(_on_grad, ref))
+            hook = None if param in self._hooks else _register_hook(param, functools.partial(_on_grad, ref))
+            if hook is not None:
+                self._hooks[param] = hook
                 setattr(param, _ANCHOR, _Anchor(self))
         self._places = _places_of(self._names, self._optimizer)
         self._optimizer._params_in_backward += len(self._places) - self._counted
@@ -210,12 +219,16 @@ def _check(model: nn.Module, names: dict[Tensor, str], places: dict[Tensor, Any]
         raise ValueError(
             f"step_in_backward() was called for the param {taken[0]!r} before; call remove() of that handle first"
         )
-    wrapper = data_parallel.wrapper_of(model, trained)
-    if wrapper:
-        raise RuntimeError(_with_wrapper(wrapper))
+    _refuse_wrapper_of(model.modules(), trained)
     if data_parallel.runs_no_hooks(model):
         raise RuntimeError("step_in_backward() with fully_shard() needs torch 2.5 or later, which runs hooks of shards")
     _refuse_what_needs_all_grads(optimizer)
+
+
+def _refuse_wrapper_of(modules: Iterable[nn.Module], params: Iterable[Tensor]) -> None:
+    wrapper = data_parallel.wrapper_of(modules, params)
+    if wrapper:
+        raise RuntimeError(_with_wrapper(wrapper))
 
 
 def _refuse_wrapper(wrapper: str, modules: Iterable[nn.Module], params: Iterable[Tensor]) -> None:
@@ -259,18 +272,17 @@ def _number_of_params(optimizer: AdamOptimizer) -> int:
     return sum(len(group["params"]) for group in optimizer.param_groups)
 
 
-def _can_have_grad(param: Tensor) -> bool:
-    """Whether the param requires grads or could be made to."""
-    kind = param.dtype.is_floating_point or param.dtype.is_complex
-    return param.requires_grad or (kind and param.is_leaf and not param.is_inference())
-
-
 def _register_hook(param: Tensor, hook: Any) -> Any:
+    """The hook's handle; None for a frozen param that cannot have one, as it cannot be thawed."""
     if param.requires_grad:
         return param.register_post_accumulate_grad_hook(hook)
-    param.requires_grad_(True)  # torch wants it so; the hook stays when it is frozen again
+    if not (param.dtype.is_floating_point or param.dtype.is_complex):
+        return None
     try:
+        param.requires_grad_(True)  # torch wants it so; the hook stays when it is frozen again
         return param.register_post_accumulate_grad_hook(hook)
+    except (RuntimeError, TypeError, NotImplementedError):  # made in inference mode, or of a quantized subclass
+        return None
     finally:
         param.requires_grad_(False)
 
@@ -296,7 +308,7 @@ def _outer_node() -> Any:
     found, inside = None, False
     frame = sys._getframe(1)
     while frame is not None:
-        if frame.f_code is _engine_run_backward.__code__:
+        if frame.f_code is torch.autograd.backward.__code__:
             inside = True
         elif inside and frame.f_code in _APPLY:
             found = frame.f_locals["self"]

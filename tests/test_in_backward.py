@@ -4,6 +4,7 @@ import copy
 import functools
 import gc
 import io
+import sys
 import warnings
 import weakref
 from types import SimpleNamespace
@@ -15,7 +16,7 @@ from torch.optim.optimizer import register_optimizer_step_post_hook, register_op
 from torch.utils.checkpoint import checkpoint
 
 import adamops
-from adamops import DeepSpeedCPUAdam, in_backward
+from adamops import DeepSpeedCPUAdam, data_parallel, in_backward
 
 
 def new_model():
@@ -417,6 +418,44 @@ def test_what_cannot_step_in_backward_is_refused():
         adamops.step_in_backward(model, torch.optim.SGD(model.parameters()))
     with pytest.raises(ValueError, match="does not have the param '2.weight' of the model"):
         adamops.step_in_backward(model, DeepSpeedCPUAdam(model[0].parameters()))
+
+
+@pytest.mark.parametrize(("module", "name"), data_parallel._WRAPPERS[1:])
+def test_other_wrappers_that_average_grads_are_refused(monkeypatch, module, name):
+    """Stand-ins of their names; the real ones are wrapped around models in tests/frameworks."""
+
+    class Wrapper(nn.Module):
+        def __init__(self, module):
+            super().__init__()
+            self.module = module
+
+    monkeypatch.setitem(sys.modules, module, SimpleNamespace(**{name: Wrapper}))
+    model, _ = model_and_twin()
+    optimizer = DeepSpeedCPUAdam(model.parameters())
+    with pytest.raises(RuntimeError, match="cannot be used with Wrapper, which averages grads over processes"):
+        adamops.step_in_backward(Wrapper(model), optimizer)
+    handle = adamops.step_in_backward(model, optimizer)
+    with pytest.raises(RuntimeError, match="cannot be used with Wrapper, which averages grads over processes"):
+        Wrapper(model)
+    handle.remove()
+    Wrapper(model)
+
+
+def test_a_failed_call_leaves_no_hooks(monkeypatch):
+    model, _ = model_and_twin()
+    optimizer = DeepSpeedCPUAdam(model.parameters())
+
+    def fail(hook):
+        raise RuntimeError("no hooks here")
+
+    monkeypatch.setattr(model[2].weight, "register_post_accumulate_grad_hook", fail, raising=False)
+    with pytest.raises(RuntimeError, match="no hooks here"):
+        adamops.step_in_backward(model, optimizer)
+    loss_of(model, torch.randn(8, 20)).backward()
+    assert all(param.grad is not None for param in model.parameters())
+    assert optimizer.clip_grad_norm_(1.0).isfinite()
+    monkeypatch.undo()
+    adamops.step_in_backward(model, optimizer)
 
 
 def test_hooks_are_put_on_params_once():
