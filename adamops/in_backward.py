@@ -1,39 +1,72 @@
-"""Updates each param inside the backward pass, as soon as its grad is there, so that few grads exist at once."""
+"""Updates each param inside the backward pass, as soon as its grad is there, so that few grads exist at once.
+
+Knows autograd and who wraps modules; must not know how a param is updated, which is AdamOptimizer.step_param().
+"""
 
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Iterator
+import functools
+import sys
+import threading
+import weakref
+from collections.abc import Iterable, Iterator
+from typing import Any
 
+import torch
 from torch import Tensor, nn
+from torch.autograd.function import BackwardCFunction
+from torch.optim.optimizer import _global_optimizer_post_hooks, _global_optimizer_pre_hooks
 
+from . import data_parallel
+from .ops.adam import sharding
 from .ops.adam.optimizer import AdamOptimizer
+
+_ANCHOR = "_adamops_in_backward"  # an attribute of each param that has a hook
+
+
+class _Anchor:
+    """Keeps the handle alive as long as its params, whoever drops it. Copies and pickles of a param have None there.
+
+    The hooks themselves hold the handle weakly: Python's garbage collector does not see what C++ holds, so a cycle
+    through them would never be freed.
+    """
+
+    def __init__(self, handle: InBackward) -> None:
+        self.handle = handle
+
+    def __reduce__(self) -> Any:
+        return type(None), ()
 
 
 class InBackward:
-    """The hooks of step_in_backward()."""
+    """The hooks of step_in_backward().
+
+    A backward pass is a graph task of autograd. Its first grad opens it here, which has autograd call _close() at its
+    end. Reentrant checkpointing runs graph tasks inside of it, in each of which a shared param gets a part of its grad;
+    those grads wait for the end of the outermost.
+    """
 
     def __init__(self, model: nn.Module, optimizer: AdamOptimizer) -> None:
         self._optimizer = optimizer
-        self._accumulates = False
-        places = {
-            param: (g, i) for g, group in enumerate(optimizer.param_groups) for i, param in enumerate(group["params"])
-        }
-        trained = [(name, param) for name, param in model.named_parameters() if param.requires_grad]
-        missing = [name for name, param in trained if param not in places]
-        if missing:
-            raise ValueError(
-                f"The optimizer does not have the param {missing[0]!r} of the model; give it all, or freeze it"
-            )
-        self._hooks = [
-            param.register_post_accumulate_grad_hook(lambda param, place=places[param]: self._step(param, place))
-            for _, param in trained
-        ]
-
-    def _step(self, param: Tensor, place: tuple[int, int]) -> None:
-        if not self._accumulates:
-            self._optimizer.step_param(*place)
-            param.grad = None
+        self._model = weakref.ref(model)
+        self._modules = weakref.WeakSet(model.modules())
+        self._names: dict[Tensor, str] = {param: name for name, param in model.named_parameters()}
+        self._places = _places_of(self._names, optimizer)
+        _check(model, self._names, self._places, optimizer)
+        self._accumulates = self._has_begun = False
+        self._lock = threading.Lock()  # autograd has a thread for each GPU
+        self._pass = self._nested = -1  # the graph tasks last seen
+        self._updated: set[int] = set()  # ids of the params updated in this pass
+        self._hooks: dict[Tensor, Any] = {}
+        self._counted = self._total = 0  # of the model's and of all params in the optimizer
+        try:
+            self._hook_params()
+        except BaseException:
+            self.remove()
+            raise
+        _handles.add(self)
+        data_parallel.watch_new_wrappers(_refuse_wrapper)
 
     @contextlib.contextmanager
     def accumulate(self) -> Iterator[None]:
@@ -45,18 +78,265 @@ class InBackward:
             self._accumulates = before
 
     def remove(self) -> None:
-        """Takes the hooks away: step() is for the caller again."""
-        for hook in self._hooks:
+        """Takes the hooks away: step() is for the caller again. Does nothing the second time."""
+        if not self._hooks:
+            return
+        for param, hook in self._hooks.items():
             hook.remove()
-        self._hooks = []
+            param.__dict__.pop(_ANCHOR, None)
+        self._hooks = {}
+        self._optimizer._params_in_backward -= self._counted
+        _handles.discard(self)
+
+    def updates(self, modules: Iterable[nn.Module], params: Iterable[Tensor]) -> bool:
+        """Whether this is to update one of the params, or one of a module."""
+        return any(param in self._hooks for param in params) or any(module in self._modules for module in modules)
+
+    def on_grad(self, param: Tensor) -> None:
+        """Updates a param that has got its grad, now or at the end of the backward pass."""
+        if self._accumulates:
+            return
+        task = torch._C._current_graph_task_id()
+        if task == self._pass or self._begins_pass(task):
+            self._step(param)
+
+    def _begins_pass(self, task: int) -> bool:
+        """Opens the pass of this graph task; if it is nested in another, has that opened, and returns False."""
+        if task == self._nested:
+            return False
+        outer = _outer_node()
+        if outer is None:
+            self._open(task)
+            return True
+        # What follows the outer node belongs to the outermost pass, which cannot be had from inside of this one.
+        followers = [node for node, _ in outer.next_functions if node is not None]
+        if not followers:
+            raise RuntimeError(
+                "step_in_backward() cannot tell where the outer one of two nested backward passes ends; with "
+                "torch.utils.checkpoint, use_reentrant=False has no nested ones"
+            )
+        self._nested = task
+        ref = weakref.ref(self)
+        for node in followers:
+            node.register_prehook(functools.partial(_on_outer_pass, ref))
+        return False
+
+    def _open(self, task: int) -> None:
+        with self._lock:
+            if task == self._pass:
+                return
+            _refuse_what_needs_all_grads(self._optimizer)
+            if (
+                not self._has_begun
+            ):  # some wrappers do not register the module, and so were not seen when they were made
+                _refuse_wrapper_of(self._modules, self._hooks)
+                self._has_begun = True
+            if self._total != _number_of_params(self._optimizer):
+                self._hook_params()
+            torch.autograd.Variable._execution_engine.queue_callback(self._close)
+            self._pass, self._updated = task, set()
+
+    def _close(self) -> None:
+        """Ends a pass: updates the params whose grads have waited, and runs what follows a step."""
+        if not self._hooks:  # removed meanwhile
+            return
+        for param in self._places:  # grads of nested passes, of accumulate(), of layers that are new
+            if param.grad is not None:
+                self._step(param)
+        optimizer = self._optimizer
+        optimizer._opt_called = True  # type: ignore[attr-defined]  # torch's schedulers ask whether step() was called
+        for hooks in (optimizer._optimizer_step_post_hooks, _global_optimizer_post_hooks):
+            for hook in list(hooks.values()):
+                hook(optimizer, (), {})
+
+    def _step(self, param: Tensor) -> None:
+        if id(param) in self._updated:
+            raise RuntimeError(
+                f"The param {self._names[param]!r} got a second grad in one backward pass, after it had been updated "
+                "with the first: one of them came from a pass nested in it, as of torch.utils.checkpoint with "
+                "use_reentrant=True. Use use_reentrant=False, or optimizer.step() after the pass"
+            )
+        g, i = self._place(param)
+        _wait_for_copy(param)
+        self._optimizer.step_param(g, i)
+        self._updated.add(id(param))
+        param.grad = None
+
+    def _place(self, param: Tensor) -> tuple[int, int]:
+        """The param's group, and its index there."""
+        groups = self._optimizer.param_groups
+        for _ in range(2):
+            g, i = self._places.get(param, (len(groups), 0))
+            if g < len(groups) and i < len(groups[g]["params"]) and groups[g]["params"][i] is param:
+                return g, i
+            self._places = _places_of(self._names, self._optimizer)  # groups have changed
+        raise ValueError(
+            f"The optimizer does not have the param {self._names[param]!r} of the model, which requires grads now; add "
+            "it by add_param_group(), or freeze it"
+        )
+
+    def _hook_params(self) -> None:
+        """Puts hooks on what params of the model have none: frozen ones too, as they may be thawed."""
+        model, ref = self._model(), weakref.ref(self)
+        if model is not None:
+            self._modules.update(model.modules())
+            self._names.update({param: name for name, param in model.named_parameters()})
+        for param in self._names:
+            hook = None if param in self._hooks else _register_hook(param, functools.partial(_on_grad, ref))
+            if hook is not None:
+                self._hooks[param] = hook
+                setattr(param, _ANCHOR, _Anchor(self))
+        self._places = _places_of(self._names, self._optimizer)
+        self._optimizer._params_in_backward += len(self._places) - self._counted
+        self._counted, self._total = len(self._places), _number_of_params(self._optimizer)
+
+
+_handles: weakref.WeakSet[InBackward] = weakref.WeakSet()
+
+
+def _on_grad(ref: weakref.ref[InBackward], param: Tensor) -> None:
+    handle = ref()
+    if handle is not None:
+        handle.on_grad(param)
+
+
+def _on_outer_pass(ref: weakref.ref[InBackward], grads: object) -> None:
+    handle = ref()
+    if handle is not None:
+        handle._open(torch._C._current_graph_task_id())
+
+
+def _check(model: nn.Module, names: dict[Tensor, str], places: dict[Tensor, Any], optimizer: AdamOptimizer) -> None:
+    """Raises for what step_in_backward() cannot take."""
+    trained = [param for param in names if param.requires_grad]
+    missing = [names[param] for param in trained if param not in places]
+    if missing:
+        raise ValueError(
+            f"The optimizer does not have the param {missing[0]!r} of the model; give it all, or freeze it"
+        )
+    taken = [name for param, name in names.items() if getattr(param, _ANCHOR, None) is not None]
+    if taken:
+        raise ValueError(
+            f"step_in_backward() was called for the param {taken[0]!r} before; call remove() of that handle first"
+        )
+    _refuse_wrapper_of(model.modules(), trained)
+    if data_parallel.runs_no_hooks(model):
+        raise RuntimeError("step_in_backward() with fully_shard() needs torch 2.5 or later, which runs hooks of shards")
+    _refuse_what_needs_all_grads(optimizer)
+
+
+def _refuse_wrapper_of(modules: Iterable[nn.Module], params: Iterable[Tensor]) -> None:
+    wrapper = data_parallel.wrapper_of(modules, params)
+    if wrapper:
+        raise RuntimeError(_with_wrapper(wrapper))
+
+
+def _refuse_wrapper(wrapper: str, modules: Iterable[nn.Module], params: Iterable[Tensor]) -> None:
+    modules, params = list(modules), list(params)
+    if any(handle.updates(modules, params) for handle in _handles):
+        raise RuntimeError(_with_wrapper(wrapper))
+
+
+def _with_wrapper(wrapper: str) -> str:
+    return (
+        f"step_in_backward() cannot be used with {wrapper}, which averages grads over processes after each param would "
+        "have been updated with its own process' grad: replicas would part. Use optimizer.step(), or fully_shard(), "
+        "whose params are updated once their grads are averaged"
+    )
+
+
+def _refuse_what_needs_all_grads(optimizer: AdamOptimizer) -> None:
+    if getattr(optimizer, "grad_scale", None) is not None:
+        raise RuntimeError(
+            "step_in_backward() cannot be used with a scaled loss (the optimizer has a grad_scale): params would be "
+            "updated before all grads are known to be finite; use optimizer.step()"
+        )
+    if optimizer._optimizer_step_pre_hooks or _global_optimizer_pre_hooks:
+        raise RuntimeError(
+            "step_in_backward() cannot be used with step pre-hooks, which see all grads before the first param is "
+            "updated; use optimizer.step(), or post-hooks, which run at the end of each backward pass"
+        )
+
+
+def _places_of(names: dict[Tensor, str], optimizer: AdamOptimizer) -> dict[Tensor, tuple[int, int]]:
+    """The group of each of the model's params that the optimizer has, and the index there."""
+    return {
+        param: (g, i)
+        for g, group in enumerate(optimizer.param_groups)
+        for i, param in enumerate(group["params"])
+        if param in names
+    }
+
+
+def _number_of_params(optimizer: AdamOptimizer) -> int:
+    return sum(len(group["params"]) for group in optimizer.param_groups)
+
+
+def _register_hook(param: Tensor, hook: Any) -> Any:
+    """The hook's handle; None for a frozen param that cannot have one, as it cannot be thawed."""
+    if param.requires_grad:
+        return param.register_post_accumulate_grad_hook(hook)
+    if not (param.dtype.is_floating_point or param.dtype.is_complex):
+        return None
+    try:
+        param.requires_grad_(True)  # torch wants it so; the hook stays when it is frozen again
+        return param.register_post_accumulate_grad_hook(hook)
+    except (RuntimeError, TypeError, NotImplementedError):  # made in inference mode, or of a quantized subclass
+        return None
+    finally:
+        param.requires_grad_(False)
+
+
+def _wait_for_copy(param: Tensor) -> None:
+    """Waits for the grad of a shard in host memory: before torch 2.13, CPUOffloadPolicy may still be copying it.
+
+    The copy goes by the stream that is current in the hook. Where it is made without non_blocking, there is nothing to
+    wait for.
+    """
+    if param.device.type == "cpu" and sharding.is_sharded(param):
+        kind = param.device_mesh.device_type  # type: ignore[attr-defined]
+        if kind != "cpu":
+            getattr(torch, kind).current_stream().synchronize()
+
+
+def _outer_node() -> Any:
+    """The node whose backward() runs this backward pass, as reentrant checkpointing does; None if there is none.
+
+    Autograd tells a nested graph task neither that it is one nor in which: the stack does. The node is one of the
+    outermost graph task, if there are several around this one.
+    """
+    found, inside = None, False
+    frame = sys._getframe(1)
+    while frame is not None:
+        if frame.f_code is torch.autograd.backward.__code__:
+            inside = True
+        elif inside and frame.f_code in _APPLY:
+            found = frame.f_locals["self"]
+        frame = frame.f_back  # type: ignore[assignment]
+    return found
+
+
+_APPLY = {
+    getattr(BackwardCFunction, name).__code__ for name in ("apply", "apply_boxed") if hasattr(BackwardCFunction, name)
+}
 
 
 def step_in_backward(model: nn.Module, optimizer: AdamOptimizer) -> InBackward:
     """Has each backward pass of `model` update its params with `optimizer`, and free each grad once it is used.
 
-    Results are the bits of a backward pass followed by ``optimizer.step()``. That call is then left out, or does
-    nothing, as no grads are left. What needs all grads at once cannot be had: clip_grad_norm_(), a loss scaled by
-    torch.amp.GradScaler, and grads added up over several backward passes, but for those inside ``handle.accumulate()``.
+    Results are bit-identical to a backward pass followed by ``optimizer.step()``. That call is then left out, or does
+    nothing, as no grads are left. Params thawed later are updated too, and so are layers added to both the model and
+    the optimizer. Step post-hooks run at the end of each backward pass; a step() that has nothing to do runs none.
+
+    What needs all grads at once is a RuntimeError: clip_grad_norm_() of the optimizer, torch.amp.GradScaler, step
+    pre-hooks. Grads add up over several backward passes only inside ``handle.accumulate()``. A param used in reentrant
+    checkpoints (``use_reentrant=True``) is updated at the end of the pass, with its whole grad; use_reentrant=False
+    frees grads sooner.
+
+    Shards of fully_shard() are updated once their grads are averaged (torch 2.5 or later). DistributedDataParallel and
+    FullyShardedDataParallel average later than that, and are refused, also when they are made afterwards. What else
+    changes grads after the backward pass (torch.nn.utils.clip_grad_norm_, an all-reduce by hand) comes too late, and
+    nothing can tell.
 
     Parameters
     ----------
@@ -67,14 +347,19 @@ def step_in_backward(model: nn.Module, optimizer: AdamOptimizer) -> InBackward:
 
     Returns
     -------
-    A handle: ``accumulate()`` is a context in which grads only add up, ``remove()`` ends it all.
+    A handle: ``accumulate()`` is a context in which grads only add up, ``remove()`` ends it all. It need not be kept.
 
     Raises
     ------
     ValueError
-        If a param of the model is not the optimizer's.
+        If a param of the model is not the optimizer's, or has been given to step_in_backward() before.
     TypeError
-        For another optimizer. What is wrong with a grad is raised by the backward pass.
+        For another optimizer.
+    RuntimeError
+        Under a wrapper that averages grads, with a scaled loss, or with step pre-hooks.
+
+    What is wrong with a grad is raised by the backward pass. That param and those whose grads were not there yet are
+    then as they were.
     """
     if not isinstance(optimizer, AdamOptimizer):
         raise TypeError(f"step_in_backward() takes DeepSpeedCPUAdam or FusedAdam, not {type(optimizer).__name__}")

@@ -1,6 +1,7 @@
 """8-bit states, masters in parts, rounding at random: the bits of their definitions, and what they are good for."""
 
 import copy
+import itertools
 import math
 
 import pytest
@@ -476,13 +477,119 @@ def test_stochastic_rounding_keeps_what_is_not_finite(seed):
     assert param[0] == torch.inf and param[1] == -torch.inf and param[2].isnan() and param[3] == 0
 
 
-def test_the_seed_decides(seed):
-    start = [torch.randn(5000).bfloat16()]
+def stochastic_end(make, params, steps=2, **settings):
+    """Params after some steps with the same grads."""
+    params = [torch.nn.Parameter(param.clone()) for param in params]
+    optimizer = make(params, lr=1e-2, stochastic_rounding=True, **settings)
+    generator = torch.Generator().manual_seed(9)
+    for _ in range(steps):
+        for param in params:
+            param.grad = torch.randn(param.shape, generator=generator).to(param.dtype)
+        optimizer.step()
+    return [param.detach() for param in params]
+
+
+@pytest.mark.parametrize("arguments", [{}, {"state_dtype": "8bit", "master_weight_bits": 24}])
+@pytest.mark.parametrize("dtype", HALVES)
+def test_the_seed_decides_and_torchs_generator_does_not(Adam, dtype, arguments):
+    start = [torch.randn(5000).to(dtype)]
     ends = []
-    for number in (1, 1, 2):
-        torch.manual_seed(number)
-        ends.append(trained(start, 2, 9, stochastic_rounding=True)[0][0])
-    assert torch.equal(ends[0], ends[1]) and not torch.equal(ends[0], ends[2])
+    for seed in ({}, {"stochastic_rounding_seed": 0}, {"stochastic_rounding_seed": 2**70}):
+        torch.manual_seed(len(ends))  # as ranks seed it, for their data
+        before = torch.get_rng_state()
+        (end,) = stochastic_end(Adam, start, **seed, **arguments)
+        assert torch.equal(torch.get_rng_state(), before)
+        ends.append(end)
+    assert torch.equal(ends[0], ends[1])
+    assert arguments or not torch.equal(ends[0], ends[2])  # with masters the params hardly show it
+
+
+def test_groups_have_random_bits_of_their_own_and_may_have_a_seed(Adam):
+    start = torch.randn(5000).bfloat16()
+
+    def trained_in_groups(*settings):
+        params = [torch.nn.Parameter(start.clone()) for _ in settings for _ in range(2)]
+        groups = [{"params": params[2 * i : 2 * i + 2], **setting} for i, setting in enumerate(settings)]
+        optimizer = Adam(groups, lr=1e-2, stochastic_rounding=True)
+        for param in params:
+            param.grad = torch.ones_like(param)
+        optimizer.step()
+        return [param.detach() for param in params], optimizer
+
+    (a, b, c, d), _ = trained_in_groups({}, {})
+    assert not any(torch.equal(*pair) for pair in itertools.combinations((a, b, c, d), 2))
+    (e, f, g, h), optimizer = trained_in_groups({}, {"stochastic_rounding_seed": 5})
+    assert torch.equal(a, e) and torch.equal(b, f) and not torch.equal(c, g) and not torch.equal(d, h)
+    assert [group["stochastic_rounding_seed"] for group in optimizer.state_dict()["param_groups"]] == [0, 5]
+
+
+def test_random_bits_of_a_param_do_not_depend_on_which_others_have_grads(Adam):
+    params = [torch.nn.Parameter(torch.randn(5000).bfloat16()) for _ in range(3)]
+    twins = [torch.nn.Parameter(param.detach().clone()) for param in params]
+    ours, theirs = Adam(params, stochastic_rounding=True), Adam(twins, stochastic_rounding=True)
+    for step in range(3):
+        for param, twin in zip(params, twins, strict=True):
+            param.grad, twin.grad = torch.ones_like(param), torch.ones_like(param)
+        twins[step % 2].grad = None
+        params[0].grad = params[1].grad = None
+        ours.step()
+        theirs.step()
+        assert torch.equal(params[2], twins[2])
+
+
+def test_a_resumed_training_goes_on_with_the_same_random_bits(Adam):
+    param = torch.nn.Parameter(torch.randn(5000).bfloat16())
+    settings = {"lr": 1e-2, "stochastic_rounding": True}
+    optimizer = Adam([param], stochastic_rounding_seed=7, **settings)
+    param.grad = torch.ones_like(param)
+    optimizer.step()
+    resumed = torch.nn.Parameter(param.detach().clone())
+    other = Adam([resumed], **settings)
+    other.load_state_dict(copy.deepcopy(optimizer.state_dict()))
+    assert other.param_groups[0]["stochastic_rounding_seed"] == 7
+    resumed.grad = param.grad.clone()
+    optimizer.step()
+    other.step()
+    assert torch.equal(param, resumed)
+
+
+def test_a_seed_that_is_no_number_is_refused(Adam):
+    param = torch.nn.Parameter(torch.ones(50).bfloat16())
+    with pytest.raises(TypeError, match="Invalid stochastic_rounding_seed: 'seven'; expected an int, or None for 0"):
+        Adam([param], stochastic_rounding=True, stochastic_rounding_seed="seven")
+    with pytest.raises(TypeError, match="Invalid stochastic_rounding_seed: 1.5 in param group 0; expected an int"):
+        Adam([{"params": [param], "stochastic_rounding_seed": 1.5}], stochastic_rounding=True)
+    optimizer = Adam([param], stochastic_rounding=True)
+    optimizer.param_groups[0]["stochastic_rounding_seed"] = [3]
+    param.grad = torch.ones_like(param)
+    with pytest.raises(TypeError, match=r"Invalid stochastic_rounding_seed: \[3\] in param group 0"):
+        optimizer.step()
+    assert torch.equal(param, torch.ones(50).bfloat16()) and not optimizer.state
+
+
+@pytest.mark.parametrize("arguments", [
+    {"stochastic_rounding": True},
+    {"state_dtype": "8bit", "master_weight_bits": 24},
+    {"state_dtype": torch.bfloat16},
+    {"amsgrad": True},
+])  # fmt: skip
+def test_a_default_device_or_dtype_changes_nothing(Adam, arguments):
+    ends = []
+    for device, dtype in (("cpu", torch.float32), ("meta", torch.float64)):
+        before = torch.get_default_dtype()
+        torch.set_default_dtype(dtype)
+        try:
+            with torch.device(device):
+                param = torch.nn.Parameter(torch.ones(5000, device="cpu", dtype=torch.bfloat16))
+                optimizer = Adam([param], lr=1e-2, **arguments)
+                for _ in range(2):
+                    param.grad = torch.ones(5000, device="cpu", dtype=torch.bfloat16)
+                    optimizer.step()
+        finally:
+            torch.set_default_dtype(before)
+        assert all(value.device.type == "cpu" for value in optimizer.state[param].values() if torch.is_tensor(value))
+        ends.append(param.detach())
+    assert torch.equal(*ends)
 
 
 # Elsewhere

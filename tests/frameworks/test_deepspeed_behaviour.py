@@ -13,6 +13,7 @@ pytest.importorskip("deepspeed")
 import cpuinfo
 from deepspeed.ops.adam import DeepSpeedCPUAdam as DeepSpeedsCPUAdam
 from deepspeed.ops.adam import FusedAdam as DeepSpeedsFusedAdam
+from frameworks.processes import run_on_ranks
 
 import adamops
 from adamops.deepspeed import patch
@@ -415,3 +416,30 @@ def test_a_state_dict_continues(source, target):
         first.step()
         second.step()
     assert all(torch.equal(a, b) for a, b in zip(params, resumed, strict=True))
+
+
+def _engine_and_in_backward(rank, world_size):
+    from frameworks.deepspeed_training import quiet_deepspeed
+
+    deepspeed = quiet_deepspeed()
+    config = {"train_micro_batch_size_per_gpu": 4, "zero_allow_untested_optimizer": True}
+
+    def engine_of(model, optimizer):
+        return deepspeed.initialize(model=model, optimizer=optimizer, config=config)[0]
+
+    model = torch.nn.Linear(8, 8)
+    optimizer = adamops.FusedAdam(model.parameters())
+    handle = adamops.step_in_backward(model, optimizer)
+    engine = engine_of(model, optimizer)
+    with pytest.raises(RuntimeError, match="cannot be used with DeepSpeedEngine, which averages grads over processes"):
+        engine.backward(engine(torch.ones(4, 8)).sum())
+    assert not optimizer.state
+    handle.remove()
+    for given in (engine, model):
+        with pytest.raises(RuntimeError, match="cannot be used with DeepSpeedEngine, which averages grads"):
+            adamops.step_in_backward(given, optimizer)
+
+
+def test_steps_in_backward_are_refused_under_the_engine():
+    """It averages grads over processes after the backward pass."""
+    run_on_ranks(_engine_and_in_backward, 2)

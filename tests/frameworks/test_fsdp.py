@@ -99,11 +99,7 @@ def steps_like_plain(model, make, kind, data=None):
     settings = {**SETTINGS, **STATE_KINDS[kind][1]}
     params = list(model.parameters())
     copies, copy_grads = plain_copies(params)
-    seed = torch.initial_seed()
-    torch.manual_seed(seed)
-    optimizer = make(params, **settings)
-    torch.manual_seed(seed)  # that of stochastic rounding is drawn
-    other = make(copies, **settings)
+    optimizer, other = make(params, **settings), make(copies, **settings)
     data = torch.randn(8, 96) if data is None else data
     for _ in range(4):
         backward(model, data)

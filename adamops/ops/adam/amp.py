@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import sys
+from typing import Any
 
 _LIGHTNING = ("lightning", "pytorch_lightning", "lightning_fabric")
 
@@ -14,8 +15,13 @@ class UnscalesInStep:
     refuses to clip under every mixed precision, bfloat16 as well, where there is no scale. But step() takes grads with
     the scale or without, so Lightning is told no: it unscales the grads where they are scaled, clips them, and leaves
     the step to the GradScaler, which knows that they are unscaled.
+
+    Where steps are made in the backward pass, the scaled grads were used before the GradScaler could look at them for
+    infinities: asking is a RuntimeError then.
     """
 
-    def __get__(self, optimizer: object, owner: type | None = None) -> bool:
+    def __get__(self, optimizer: Any, owner: type | None = None) -> bool:
+        if optimizer is not None:
+            optimizer._refuse_in_backward("torch.amp.GradScaler")
         asking = sys._getframe(1).f_globals.get("__name__", "")
         return asking.partition(".")[0] not in _LIGHTNING

@@ -55,8 +55,11 @@ class DeepSpeedCPUAdam(AdamOptimizer):
         numbers of so many bits. With 32, bfloat16 params are the float32 params of the same training, rounded.
     stochastic_rounding
         Whether 16-bit params, or their masters of 24 bits, are rounded at random to one of the two nearest numbers, so
-        that updates too small for them count on average. The random bits depend on the seed (drawn from torch's
-        generator, and kept in the param groups), the step and the place in the param, not on threads.
+        that updates too small for them count on average. The random bits depend on the seed, the places of the param
+        group and of the param in it, the step, and the place in the param; not on threads, nor on torch's generator.
+    stochastic_rounding_seed
+        An int, by default 0; also a setting of a param group, and so in the state dict. Replicas of a param must have
+        the same.
 
     Raises
     ------
@@ -82,6 +85,7 @@ class DeepSpeedCPUAdam(AdamOptimizer):
         state_dtype: torch.dtype | str | None = None,
         master_weight_bits: int | None = None,
         stochastic_rounding: bool = False,
+        stochastic_rounding_seed: int | None = None,
     ) -> None:
         check_flags({"adamw_mode": adamw_mode})
         super().__init__(
@@ -98,6 +102,7 @@ class DeepSpeedCPUAdam(AdamOptimizer):
             state_dtype=state_dtype,
             master_weight_bits=master_weight_bits,
             stochastic_rounding=stochastic_rounding,
+            stochastic_rounding_seed=stochastic_rounding_seed,
         )
 
     @waits

@@ -53,7 +53,7 @@ class FusedAdam(AdamOptimizer):
     master_weights
         Whether bfloat16 and float16 params have a float32 master (``state["master_param"]``) that is updated, and of
         which they are rounded copies; a param that is changed otherwise than by step() is overwritten by the next.
-    state_dtype, master_weight_bits, stochastic_rounding
+    state_dtype, master_weight_bits, stochastic_rounding, stochastic_rounding_seed
         As in DeepSpeedCPUAdam.
 
     Under torch.amp.GradScaler, step counts of params on CUDA devices are kept there too, as the device alone knows
@@ -83,6 +83,7 @@ class FusedAdam(AdamOptimizer):
         state_dtype: torch.dtype | str | None = None,
         master_weight_bits: int | None = None,
         stochastic_rounding: bool = False,
+        stochastic_rounding_seed: int | None = None,
     ) -> None:
         check_flags({"set_grad_none": set_grad_none})
         self.set_grad_none = set_grad_none
@@ -101,6 +102,7 @@ class FusedAdam(AdamOptimizer):
             state_dtype=state_dtype,
             master_weight_bits=master_weight_bits,
             stochastic_rounding=stochastic_rounding,
+            stochastic_rounding_seed=stochastic_rounding_seed,
         )
 
     def zero_grad(self, set_to_none: bool | None = None) -> None:

@@ -57,7 +57,7 @@ from .precision import (
 )
 from .profiled import profiled
 from .saving import saved_state
-from .settings import FLAGS, check_betas, check_flags, check_hyper
+from .settings import FLAGS, check_betas, check_flags, check_hyper, checked_seed
 from .shared import Shared
 from .torch_adam import TorchBackend
 from .uncompiled import uncompiled
@@ -127,6 +127,7 @@ class AdamOptimizer(Optimizer):
     _clipped = Shared[ClippedGrads | None](None)  # what clip_grad_norm_() has steps multiply the grads by
     _running = Shared[AsyncStep | None](None)  # the step in the background
     _preparing = Shared[AsyncStep | None](None)  # where step() is to leave its work instead of doing it
+    _params_in_backward = Shared[int](0)  # how many are updated by adamops.step_in_backward()
     _step_supports_amp_scaling = UnscalesInStep()  # by the name that GradScaler asks for
 
     def __init__(
@@ -139,6 +140,7 @@ class AdamOptimizer(Optimizer):
         state_dtype: torch.dtype | str | None = None,
         master_weight_bits: int | None = None,
         stochastic_rounding: bool = False,
+        stochastic_rounding_seed: int | None = None,
         **defaults: Any,
     ) -> None:
         self._shared: dict[str, Any] = {}
@@ -154,8 +156,9 @@ class AdamOptimizer(Optimizer):
         }
         self._precision = precision_of(arguments, Precision())
         self._group_precisions: _GroupPrecisions = {}
-        if stochastic_rounding:
-            defaults["stochastic_rounding_seed"] = _new_seed()  # in the state dict, as a setting
+        if stochastic_rounding or stochastic_rounding_seed is not None:
+            # In the state dict, as a setting. Not drawn: replicas seed torch's generator differently, for their data.
+            defaults["stochastic_rounding_seed"] = checked_seed(stochastic_rounding_seed, "")
         check_flags({"adam_w_mode": adam_w_mode, **{key: defaults[key] for key in FLAGS if key in defaults}})
         check_hyper(defaults, "")
         super().__init__(params, defaults)
@@ -164,7 +167,7 @@ class AdamOptimizer(Optimizer):
     @staticmethod
     def profile_hook_step(func: Callable[..., Any]) -> Callable[..., Any]:
         """What Optimizer makes of step(), with hooks and profiling, hidden from torch.compile as a whole."""
-        return uncompiled(profiled(func))
+        return uncompiled(profiled(func, AdamOptimizer._steps_in_backward))
 
     @waits
     def add_param_group(self, param_group: dict[str, Any]) -> None:
@@ -193,7 +196,7 @@ class AdamOptimizer(Optimizer):
         param_group["params"] = params
         _unguarded(Optimizer.add_param_group)(self, param_group)  # which keeps the dict itself, as others rely on
         if precision.stochastic_rounding:
-            param_group.setdefault("stochastic_rounding_seed", _new_seed())
+            param_group.setdefault("stochastic_rounding_seed", 0)
         self._keep_precision(param_group, precision)
 
     def _checked_precision(self, group: dict[str, Any], where: str) -> Precision:
@@ -262,8 +265,10 @@ class AdamOptimizer(Optimizer):
         ------
         RuntimeError
             If the norm is not finite and `error_if_nonfinite`; nothing is clipped then. Or if params are shards of
-            FullyShardedDataParallel, which has a clip_grad_norm_() of its own.
+            FullyShardedDataParallel, which has a clip_grad_norm_() of its own; or if adamops.step_in_backward() is at
+            work.
         """
+        self._refuse_in_backward("clip_grad_norm_()")
         max_norm, norm_type = float(max_norm), float(norm_type)
         params = [param for group in self.param_groups for param in group["params"]]
         sharding.check_norm_is_known(params)
@@ -515,7 +520,26 @@ class AdamOptimizer(Optimizer):
         """Updates one param, given by its places, as step() would; for adamops.step_in_backward()."""
         group, where = self.param_groups[group_index], f"param group {group_index}"
         own = {**group, "params": group["params"][index : index + 1]}
-        self._commit([self._prepare(own, where, self._hyper(group, where, stream_offset=index), {})])
+        try:
+            step = self._prepare(own, where, self._hyper(group, where, stream_offset=index), {})
+        except (TypeError, ValueError) as error:  # it is the first of `own`, and so it is called there
+            raise type(error)(str(error).replace(f"{where}, param 0", f"{where}, param {index}")) from None
+        self._commit([step])
+
+    def _steps_in_backward(self) -> bool:
+        """Whether adamops.step_in_backward() updates all params, so that step() has nothing to do."""
+        if not self._params_in_backward:
+            return False
+        params = [param for group in self.param_groups for param in group["params"]]
+        return self._params_in_backward == len(params) and all(param.grad is None for param in params)
+
+    def _refuse_in_backward(self, what: str) -> None:
+        """Raises RuntimeError if adamops.step_in_backward() is at work, for what needs the grads after the pass."""
+        if self._params_in_backward:
+            raise RuntimeError(
+                f"{what} cannot be used while adamops.step_in_backward() updates the params of this optimizer: their "
+                "grads are used, and gone, before the backward pass ends; call remove() of its handle first"
+            )
 
     def _batches(self, group: dict[str, Any], where: str, hyper: AdamHyper) -> list[tuple[Backend, AdamBatch]]:
         """The group's params that have a grad, by the backends that update them; without those to be skipped."""
@@ -559,15 +583,15 @@ class AdamOptimizer(Optimizer):
     ) -> AdamHyper:
         """The group's hyper-parameters, checked, with what torch.amp.GradScaler sets for a step."""
         loss_scale, found_inf = getattr(self, "grad_scale", None), getattr(self, "found_inf", None)
-        in_group = f" in {where}"
+        in_group, precision = f" in {where}", self._precision_of(group, where)
         hyper = AdamHyper.of_group(
             group,
             in_group,
             adamw_mode=self.adam_w_mode,
-            precision=self._precision_of(group, where),
+            precision=precision,
             grad_factor=self._grad_factor() if grad_factor is None else grad_factor,
             zero_grads=zero_grads,
-            stream=(_stream(group.get("stochastic_rounding_seed"), where) + stream_offset) & 0xFFFFFFFF,
+            stream=_stream(group, where, stream_offset) if precision.stochastic_rounding else 0,
             loss_scale=1.0 if loss_scale is None else to_number(loss_scale, "grad_scale"),
             found_inf=None if found_inf is None else to_number(found_inf, "found_inf"),
             threads=self._preparing.threads if self._preparing else None,
@@ -771,10 +795,6 @@ def _is_frozen(param: Tensor) -> bool:
     return isinstance(param, torch.nn.Parameter) and not param.requires_grad
 
 
-def _new_seed() -> int:
-    return int(torch.randint(2**62, (), device="cpu"))
-
-
 def _value_for(param: Tensor, value: Tensor, name: str) -> Tensor:
     """What this process holds of the value for a param. Raises ValueError or TypeError if it does not fit."""
     if not isinstance(value, Tensor):
@@ -808,11 +828,14 @@ def _begun_master(master: Tensor, param: Tensor, state: dict[str, Any]) -> Tenso
     return master.copy_(param if rest is None else remainders.join(param, rest))
 
 
-def _stream(seed: int | None, where: str) -> int:
-    """Where the random bits of a group's params begin, 32 bits."""
-    if seed is None:
-        return 0
-    return int.from_bytes(hashlib.blake2s(f"{seed} {where}".encode(), digest_size=4).digest(), "little")
+def _stream(group: dict[str, Any], where: str, offset: int) -> int:
+    """Where the random bits of a group's params begin, 32 bits.
+
+    It depends on what all replicas share: the seed, which is a setting, and the places of the group and of its params.
+    """
+    seed = checked_seed(group.get("stochastic_rounding_seed"), f" in {where}")
+    begin = int.from_bytes(hashlib.blake2s(f"{seed} {where}".encode(), digest_size=4).digest(), "little")
+    return (begin + offset) & 0xFFFFFFFF
 
 
 def _is_complete(state: dict[str, Any], param: Tensor, batch: AdamBatch) -> bool:

@@ -5,6 +5,7 @@ Must not know what the settings do.
 
 from __future__ import annotations
 
+import operator
 from collections.abc import Mapping
 from typing import Any
 
@@ -40,6 +41,15 @@ def check_hyper(group: Mapping[str, Any], where: str) -> None:
             raise ValueError(f"Invalid {words}: {group[key]}{where}; expected 0 or more")
     beta1, beta2 = group["betas"]
     check_betas(float(beta1), float(beta2), where)
+    checked_seed(group.get("stochastic_rounding_seed"), where)
+
+
+def checked_seed(seed: Any, where: str) -> int:
+    """The seed of stochastic rounding as an int, 0 for None. Raises TypeError; `where` ends the message."""
+    try:
+        return 0 if seed is None else operator.index(seed)
+    except TypeError:
+        raise TypeError(f"Invalid stochastic_rounding_seed: {seed!r}{where}; expected an int, or None for 0") from None
 
 
 def check_numbers(group: Mapping[str, Any], where: str) -> None:
