@@ -16,7 +16,7 @@ from torch.nn.parameter import is_lazy
 from torch.optim import Optimizer
 from torch.optim.optimizer import _global_optimizer_post_hooks
 
-from ... import op_builder
+from ... import _neighbours, op_builder
 from . import remainders, sharding
 from .amp import UnscalesInStep
 from .backend import Backend
@@ -34,7 +34,7 @@ from .batch import (
 from .hyper import AdamHyper
 from .loading import adopted_states, shield_states
 from .native_backend import NativeBackend
-from .precision import MASTER, REMAINDER, SCALES, STATE_TENSORS, Master, Precision, scales_shape
+from .precision import EIGHT_BIT, MASTER, REMAINDER, SCALES, STATE_TENSORS, Master, Precision, scales_shape
 from .profiled import profiled
 from .saving import in_fp32, portable
 from .shared import Shared
@@ -120,6 +120,28 @@ class AdamOptimizer(Optimizer):
         super().__init__(params, defaults)
         self._backends: dict[torch.device, Backend] = {_HOST: _load_host_backend()}
 
+    @property
+    def defaults(self) -> dict[str, Any]:
+        """The settings that param groups have unless they have their own."""
+        _neighbours.check_not_replaced(self, sys._getframe(1))
+        defaults: dict[str, Any] = self.__dict__["defaults"]
+        return defaults
+
+    @defaults.setter
+    def defaults(self, value: dict[str, Any]) -> None:
+        self.__dict__["defaults"] = value
+
+    def not_in_deepspeeds_adam(self) -> list[str]:
+        """In words: what would be lost if DeepSpeed's class took over with L2 and all else from these param groups."""
+        groups = self.param_groups
+        found = {
+            "decoupled weight decay": self.adam_w_mode and any(group["weight_decay"] for group in groups),
+            "precision of states and params": self._precision != Precision(),
+            "amsgrad": any(group["amsgrad"] for group in groups),
+            "maximize": any(group["maximize"] for group in groups),
+        }
+        return [words for words, is_lost in found.items() if is_lost]
+
     @staticmethod
     def profile_hook_step(func: Callable[..., Any]) -> Callable[..., Any]:
         """What Optimizer makes of step(), with hooks and profiling, hidden from torch.compile as a whole."""
@@ -147,6 +169,7 @@ class AdamOptimizer(Optimizer):
                 check_param(sharding.local(param), f"{where}, param {i}")
         param_group["params"] = params
         _unguarded(Optimizer.add_param_group)(self, param_group)  # which keeps the dict itself, as others rely on
+        _neighbours.expect_deepspeed(EIGHT_BIT in (self._precision.state_dtype, param_group.get("state_dtype")))
 
     @waits
     def zero_grad(self, set_to_none: bool = True) -> None:
