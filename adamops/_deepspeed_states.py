@@ -1,7 +1,8 @@
-"""Has DeepSpeed's helpers read and write 8-bit states of adamops as the float32 numbers that they stand for.
+"""Has DeepSpeed read, write, move and convert the states of adamops' optimizers as what they are.
 
-DeepSpeed takes states by name, a piece at a time, and knows nothing of the scales beside them. States of other
-optimizers, and float states of adamops, go through here as they are. Must not know how a step is done.
+DeepSpeed takes states by name, a piece at a time, and knows nothing of the scales beside 8-bit ones: its helpers get
+the float32 numbers that these stand for. States of other optimizers go through here as they are. Must not know how a
+step is done.
 """
 
 from __future__ import annotations
@@ -22,9 +23,9 @@ from .ops.adam.optimizer import AdamOptimizer
 from .ops.adam.precision import AVERAGES, SCALES
 from .ops.adam.saving import without_codes
 
-_BY_NAME = (
-    "DeepSpeed takes states by name here and would lose the scales of 8-bit states. Use float32 states, or convert the "
-    "checkpoint: python -m adamops.deepspeed -m deepspeed.checkpoint.ds_to_universal"
+_ELASTIC = (
+    'with "elastic_checkpoint" DeepSpeed cuts states by name and would lose the scales of 8-bit states. Leave it out: '
+    "python -m adamops.deepspeed -m deepspeed.checkpoint.ds_to_universal converts checkpoints for any world size"
 )
 _SWAPPED = "8-bit states that DeepSpeed keeps on NVMe cannot be read or written from outside; use float32 states"
 
@@ -74,13 +75,14 @@ def install() -> None:
     if _installed:
         return
     _installed = True
-    for wrap in (_wrap_fragments, _wrap_partitions, _wrap_loading, _refuse_elastic_checkpoints):
+    for wrap in (_wrap_fragments, _wrap_partitions, _wrap_offloading, _wrap_loading, _refuse_elastic_checkpoints):
         try:
             wrap()
         except (ImportError, AttributeError) as error:
             warnings.warn(
                 f"adamops cannot teach this DeepSpeed to read 8-bit states ({error}): do not read or set them by "
-                "deepspeed.utils.safe_get_full_optimizer_state() and the like, nor load universal checkpoints",
+                "deepspeed.utils.safe_get_full_optimizer_state() and the like, nor load universal checkpoints. Float "
+                "states are not concerned",
                 stacklevel=2,
             )
 
@@ -171,6 +173,40 @@ def _wrap_partitions() -> None:
     _wrap(Stage3, "set_local_hp_param", write)
 
 
+def _wrap_offloading() -> None:
+    """ZeRO-3 moves states for exactly DeepSpeed's own FusedAdam, though all that it asks of it is `state`."""
+    from deepspeed.ops.adam import FusedAdam
+    from deepspeed.runtime.zero.stage3 import DeepSpeedZeroOptimizer_Stage3 as Stage3
+
+    def offload(original: Callable[..., None]) -> Callable[..., None]:
+        def offload_states(self: Any, *arguments: Any, **named: Any) -> None:
+            optimizer = self.optimizer
+            if not isinstance(optimizer, AdamOptimizer):
+                original(self, *arguments, **named)
+                return
+            _drop_cast_buffers(optimizer.state)
+            self.optimizer = stand_in = FusedAdam.__new__(FusedAdam)
+            stand_in.state = optimizer.state
+            try:
+                original(self, *arguments, **named)
+            finally:
+                self.optimizer = optimizer
+
+        return offload_states
+
+    if hasattr(Stage3, "offload_states"):  # newer than 0.15
+        _wrap(Stage3, "offload_states", offload)
+
+
+def _drop_cast_buffers(states: dict[Any, Any]) -> None:
+    """Drops the buffers that DeepSpeed keeps in states for the next time, where loading has cast them to float32."""
+    suffix = "_offload_buffer"
+    for state in states.values():
+        for key in [key for key in state if isinstance(key, str) and key.endswith(suffix)]:
+            if state[key].dtype != state[key.removesuffix(suffix)].dtype:
+                del state[key]
+
+
 # Checkpoints -------------------------------------------------------------------------------------------------------
 
 
@@ -219,7 +255,7 @@ def _refuse_elastic_checkpoints() -> None:
     def check(original: Callable[..., Any]) -> Callable[..., Any]:
         def checked(self: Any, *arguments: Any, **named: Any) -> Any:
             if any(is_coded(state) for state in self.optimizer.state.values() if isinstance(state, dict)):
-                raise NotImplementedError(f"zero_optimization.elastic_checkpoint: {_BY_NAME}")
+                raise NotImplementedError(_ELASTIC)
             return original(self, *arguments, **named)
 
         return checked

@@ -264,7 +264,7 @@ def patch(*, shm_comm: bool | None = None) -> Patch:
     for them. Where params are on GPUs, FusedAdam is left to DeepSpeed unless the CUDA op is there.
 
     The classes of adamops are accepted as client optimizers by ZeRO, offloaded or not, whatever the config says of
-    untested ones, and are not replaced by Accelerate; ``engine.offload_states()`` takes them.
+    untested ones, and are not replaced by Accelerate.
 
     A second call changes nothing, and undoing its result neither. Call it in each process that trains, before
     ``deepspeed.initialize()``. Processes that multiprocessing spawns afterwards, SuperOffload's for one, are patched
@@ -310,7 +310,6 @@ def patch(*, shm_comm: bool | None = None) -> Patch:
             new.left[fused_builder.NAME] = reason
         _accept_as_client_optimizers(new)
         _keep_under_accelerate(new)
-        _let_states_be_offloaded(new)
         _convert_quantized_states(new)
         new.enable(PatchesChildren(shm_comm))
         if device_type == "cpu" and not (_can_compile() if shm_comm is None else shm_comm):
@@ -418,29 +417,6 @@ def _keep_under_accelerate(new: Patch) -> None:
     for module in (accelerate.utils.deepspeed, accelerate.utils, accelerate.accelerator):
         if hasattr(module, name):
             new.set_attribute(module, name, keep_or_replace)
-
-
-def _let_states_be_offloaded(new: Patch) -> None:
-    """ZeRO-3 moves states for exactly its own FusedAdam, though all that it asks of it is `state`."""
-    from deepspeed.ops.adam import FusedAdam as DeepSpeedsFusedAdam
-    from deepspeed.runtime.zero.stage3 import DeepSpeedZeroOptimizer_Stage3 as Stage3
-
-    if not hasattr(Stage3, "offload_states"):  # older than that
-        return
-
-    def offload_states(zero: Any, *arguments: Any, **named: Any) -> None:
-        optimizer = zero.optimizer
-        if not isinstance(optimizer, AdamOptimizer):
-            original(zero, *arguments, **named)
-            return
-        zero.optimizer = stand_in = DeepSpeedsFusedAdam.__new__(DeepSpeedsFusedAdam)
-        stand_in.state = optimizer.state
-        try:
-            original(zero, *arguments, **named)
-        finally:
-            zero.optimizer = optimizer
-
-    original = new.set_attribute(Stage3, "offload_states", offload_states)
 
 
 def _convert_quantized_states(new: Patch) -> None:
