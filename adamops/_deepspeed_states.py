@@ -147,14 +147,14 @@ def _wrap_partitions() -> None:
         return state, start, numel
 
     def read(original: Callable[..., Any]) -> Callable[..., Any]:
-        def _get_fp32_opt_state_partition(
-            self: Any, param: Tensor, release_swap_buffers: bool, optim_state_key: str | None = None
-        ) -> Any:
-            place = quantized_state(self, param, optim_state_key)
-            held, group = original(self, param, release_swap_buffers, optim_state_key)
+        def _get_fp32_opt_state_partition(self: Any, param: Tensor, *arguments: Any, **named: Any) -> Any:
+            # The key is the last argument; some versions of DeepSpeed have a bool before it.
+            key = named.get("optim_state_key", arguments[-1] if arguments else None)
+            place = quantized_state(self, param, key)
+            held, group = original(self, param, *arguments, **named)
             if place is None:
                 return held, group
-            self._adamops_lent = read_piece(place[0], str(optim_state_key), *place[1:])
+            self._adamops_lent = read_piece(place[0], key, *place[1:])
             return self._adamops_lent, group
 
         return _get_fp32_opt_state_partition

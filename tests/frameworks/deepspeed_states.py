@@ -1,4 +1,4 @@
-"""Trainings with DeepSpeed's engine whose 8-bit states DeepSpeed reads, sets, moves and converts, for ranks of tests."""
+"""Trainings whose 8-bit states DeepSpeed reads, sets, moves and converts, for the ranks of the tests."""
 
 from __future__ import annotations
 
@@ -38,7 +38,7 @@ def dtypes_of(engine: Any) -> set[torch.dtype]:
 
 
 def states_read_and_set(rank: int, world_size: int, stage: int, cls: str, kind: str) -> dict[str, Any]:
-    """What DeepSpeed's helpers read of 8-bit states, of float32 ones, of those again after one is set, and the losses."""
+    """What DeepSpeed's helpers read of 8-bit states, of float32 ones, of the former after one is set; and losses."""
     settings = settings_of(stage, cls, kind)
     coded, floats = engine_of(settings, cls, state_dtype="8bit"), engine_of(settings, cls)
     from deepspeed.utils import safe_get_full_optimizer_state, safe_set_full_optimizer_state

@@ -108,11 +108,12 @@ def test_deepspeeds_helpers_read_and_set_numbers(world_size, stage, kind, cls):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("ranks", [(1, 1), (2, 2), (2, 1), (1, 2)], ids=lambda ranks: "{} to {}".format(*ranks))
+@pytest.mark.parametrize(
+    ("before", "after", "cls"),
+    [(1, 1, "FusedAdam"), *((*ranks, "DeepSpeedCPUAdam") for ranks in [(1, 1), (2, 2), (2, 1), (1, 2)])],
+)
 @engines
-@classes
-def test_converted_checkpoints_continue(tmp_path, ranks, stage, kind, cls):
-    before, after = ranks
+def test_converted_checkpoints_continue(tmp_path, before, after, cls, stage, kind):
     unbroken = run_on_ranks(save_for_conversion, before, stage, cls, kind, str(tmp_path))
     converted = convert(tmp_path, "-m", "adamops.deepspeed")
     assert converted.returncode == 0, converted.stderr
