@@ -4,14 +4,14 @@
     adamops.deepspeed.patch()  # before deepspeed.initialize()
 
 or, without a change to the script, `python -m adamops.deepspeed train.py`. DeepSpeed's optimizers stay its own: only
-what their builders load is another. Must not know how an update is computed, nor change what DeepSpeed computes.
+what their builders load is another; and optimizers of adamops stay what they are. Must not know how an update is
+computed, nor change what DeepSpeed computes.
 """
 
 from __future__ import annotations
 
 import functools
 import os
-import runpy
 import shutil
 import sys
 from collections.abc import Callable, Sequence
@@ -21,12 +21,14 @@ import torch
 from torch import Tensor
 
 from . import op_builder
+from ._neighbours import PatchesChildren
 from .ops.adam import DeepSpeedCPUAdam, FusedAdam
 from .ops.adam.backend import Backend
 from .ops.adam.batch import AdamBatch, check_params_and_grads, check_states
 from .ops.adam.cuda_backend import CudaBackend
 from .ops.adam.hyper import AdamHyper
 from .ops.adam.native_backend import NativeBackend
+from .ops.adam.optimizer import AdamOptimizer
 from .ops.adam.rollback import undo_step
 
 __all__ = ["TESTED_VERSION", "Patch", "UnknownDeepSpeedError", "patch", "unpatch"]
@@ -246,20 +248,27 @@ class Patch:
             sequence.append(value)
             self._undo.append(functools.partial(sequence.remove, value))
 
+    def enable(self, thing: PatchesChildren) -> None:
+        """Enables something, until it is undone."""
+        self._undo.append(thing.disable)
+        thing.enable()
+
 
 _patch: Patch | None = None
-_deepspeeds_superoffload_worker: Callable[..., None] | None = None
 
 
 def patch(*, shm_comm: bool | None = None) -> Patch:
     """Has DeepSpeed's DeepSpeedCPUAdam and FusedAdam use the ops of adamops, in this process, until unpatch().
 
     They stay DeepSpeed's classes, so its engine, its config and its checkpoints work as before; no compiler is needed
-    for them. Where params are on GPUs, FusedAdam is left to DeepSpeed unless the CUDA op is there. The classes of
-    adamops are put on the list of optimizers that ZeRO accepts as client optimizers.
+    for them. Where params are on GPUs, FusedAdam is left to DeepSpeed unless the CUDA op is there.
+
+    The classes of adamops are accepted as client optimizers by ZeRO, offloaded or not, whatever the config says of
+    untested ones, and are not replaced by Accelerate.
 
     A second call changes nothing, and undoing its result neither. Call it in each process that trains, before
-    ``deepspeed.initialize()``; SuperOffload's worker process is taken care of.
+    ``deepspeed.initialize()``. Processes that multiprocessing spawns afterwards, SuperOffload's for one, are patched
+    when DeepSpeed is imported there; those that `subprocess` starts are not.
 
     Parameters
     ----------
@@ -299,8 +308,10 @@ def patch(*, shm_comm: bool | None = None) -> Patch:
             _replace(new, fused_builder, registry, FusedAdamOp(fused_builder, registry, _backends(backend)))
         else:
             new.left[fused_builder.NAME] = reason
-        _serve_superoffload(new)
         _accept_as_client_optimizers(new)
+        _keep_under_accelerate(new)
+        _convert_quantized_states(new)
+        new.enable(PatchesChildren(shm_comm))
         if device_type == "cpu" and not (_can_compile() if shm_comm is None else shm_comm):
             new.set_entry(deepspeed.ops.__compatible_ops__, SHM_COMM, False)
     except BaseException:
@@ -370,26 +381,9 @@ def _can_compile() -> bool:
     return bool(shutil.which(os.environ.get("CXX", "c++")) and shutil.which("ninja"))
 
 
-def _serve_superoffload(new: Patch) -> None:
-    """SuperOffload steps in a process that it spawns, which must be patched too."""
-    global _deepspeeds_superoffload_worker
-    try:
-        from deepspeed.runtime.superoffload import superoffload_utils
-    except ImportError:  # older than SuperOffload
-        return
-    _deepspeeds_superoffload_worker = new.set_attribute(
-        superoffload_utils, "superoffload_optimizer_worker", superoffload_worker
-    )
-
-
-def superoffload_worker(*arguments: Any, **named: Any) -> None:
-    """What SuperOffload's process runs in place of DeepSpeed's function of nearly that name: that, patched."""
-    patch()
-    assert _deepspeeds_superoffload_worker is not None
-    _deepspeeds_superoffload_worker(*arguments, **named)
-
-
 def _accept_as_client_optimizers(new: Patch) -> None:
+    """ZeRO need not be told by the config that these may be used, nor that they may be offloaded."""
+    from deepspeed.runtime.engine import DeepSpeedEngine
     from deepspeed.runtime.zero import utils
 
     supported = getattr(utils, "ZERO_SUPPORTED_OPTIMIZERS", None)
@@ -397,17 +391,55 @@ def _accept_as_client_optimizers(new: Patch) -> None:
         new.add(supported, DeepSpeedCPUAdam)
         new.add(supported, FusedAdam)
 
+    def zero_force_ds_cpu_optimizer(engine: Any) -> bool:
+        return not isinstance(engine.client_optimizer, AdamOptimizer) and forces(engine)
+
+    if hasattr(DeepSpeedEngine, "zero_force_ds_cpu_optimizer"):
+        forces = new.set_attribute(DeepSpeedEngine, "zero_force_ds_cpu_optimizer", zero_force_ds_cpu_optimizer)
+
+
+def _keep_under_accelerate(new: Patch) -> None:
+    """Accelerate, and so the Trainer, makes a DeepSpeedCPUAdam of DeepSpeed out of each offloaded client optimizer."""
+    try:
+        import accelerate.accelerator
+        import accelerate.utils.deepspeed
+    except Exception:  # not there, or not in working order, which is no concern of those who do not use it
+        return
+    name = "map_pytorch_optim_to_deepspeed"
+    replace = getattr(accelerate.utils.deepspeed, name, None)
+    if replace is None:
+        return
+
+    @functools.wraps(replace)
+    def keep_or_replace(optimizer: Any) -> Any:
+        return optimizer if isinstance(optimizer, AdamOptimizer) else replace(optimizer)
+
+    for module in (accelerate.utils.deepspeed, accelerate.utils, accelerate.accelerator):
+        if hasattr(module, name):
+            new.set_attribute(module, name, keep_or_replace)
+
+
+def _convert_quantized_states(new: Patch) -> None:
+    """DeepSpeed's ds_to_universal cuts the states of checkpoints into pieces by name."""
+    try:
+        from deepspeed.checkpoint import ds_to_universal
+    except ImportError:
+        return
+
+    def main(*arguments: Any, **named: Any) -> None:
+        from ._deepspeed_states import dequantizing_loads
+
+        with dequantizing_loads():
+            original(*arguments, **named)
+
+    original = new.set_attribute(ds_to_universal, "main", main)
+
 
 def main(arguments: list[str]) -> None:
-    """Runs a script with DeepSpeed patched: ``[options for it] script.py [arguments]``, as launchers put them."""
-    at = next((i for i, argument in enumerate(arguments) if not argument.startswith("-")), None)
-    if at is None:
-        sys.exit("usage: python -m adamops.deepspeed SCRIPT [ARGUMENT ...]")
-    script = arguments.pop(at)
-    patch()
-    sys.argv = [script, *arguments]
-    sys.path[0] = os.path.dirname(os.path.abspath(script))  # noqa: PTH100, PTH120 - as Python itself does
-    runpy.run_path(script, run_name="__main__")
+    """Runs a script or module with DeepSpeed patched: what `python -m adamops.deepspeed` does."""
+    from . import _deepspeed_runner
+
+    _deepspeed_runner.main(arguments, patch)
 
 
 if __name__ == "__main__":

@@ -1,6 +1,7 @@
 """adamops.deepspeed.patch(): what it changes, that it can be undone, and what it says where it cannot do it."""
 
 import builtins
+import multiprocessing
 import os
 import subprocess
 import sys
@@ -12,8 +13,9 @@ os.environ["DS_ACCELERATOR"] = os.environ.get("DS_ACCELERATOR", "cpu")
 pytest.importorskip("deepspeed")
 
 import deepspeed
+from deepspeed.checkpoint import ds_to_universal
 from deepspeed.ops.op_builder import CPUAdamBuilder, FusedAdamBuilder
-from deepspeed.runtime.superoffload import superoffload_utils
+from deepspeed.runtime.engine import DeepSpeedEngine
 from deepspeed.runtime.zero.utils import ZERO_SUPPORTED_OPTIMIZERS
 
 import adamops
@@ -40,7 +42,9 @@ def everything():
     return (
         dict(CPUAdamBuilder._loaded_ops),
         list(ZERO_SUPPORTED_OPTIMIZERS),
-        superoffload_utils.superoffload_optimizer_worker,
+        DeepSpeedEngine.zero_force_ds_cpu_optimizer,
+        ds_to_universal.main,
+        dict(multiprocessing.current_process()._config).keys(),
         dict(deepspeed.ops.__compatible_ops__),
     )
 
@@ -129,6 +133,40 @@ def test_ours_stays_in_place_if_deepspeeds_op_cannot_be_built(monkeypatch):
         assert CPUAdamBuilder().load() is op
 
 
+CHILD = """\
+import multiprocessing, sys
+import torch
+
+def train():
+    from deepspeed.ops.adam import DeepSpeedCPUAdam
+    param = torch.nn.Parameter(torch.ones(3))
+    param.grad = torch.ones(3)
+    optimizer = DeepSpeedCPUAdam([param])
+    optimizer.step()
+    print(type(optimizer.ds_opt_adam).__module__, param[0].item() < 1)
+
+if __name__ == "__main__":
+    process = multiprocessing.get_context("METHOD").Process(target=train)
+    process.start()
+    process.join()
+    sys.exit(process.exitcode)
+"""
+
+
+@pytest.mark.parametrize("method", ["spawn", "forkserver", "fork"])
+@pytest.mark.parametrize("by_call", [True, False], ids=["patch()", "the command"])
+def test_children_need_no_compiler_either(tmp_path, method, by_call):
+    lines = CHILD.replace("METHOD", method)
+    if by_call:
+        main = 'if __name__ == "__main__":\n'
+        lines = lines.replace(main, f"{main}    import adamops.deepspeed\n    adamops.deepspeed.patch()\n")
+    (tmp_path / "train.py").write_text(lines)
+    command = ["train.py"] if by_call else ["-m", "adamops.deepspeed", "train.py"]
+    done = run_python(*command, cwd=tmp_path, PATH=str(tmp_path), TORCH_EXTENSIONS_DIR=str(tmp_path / "built"))
+    assert done.returncode == 0 and done.stdout.splitlines()[-1] == "adamops.deepspeed True", done.stdout + done.stderr
+    assert not (tmp_path / "built").exists()
+
+
 # Errors ------------------------------------------------------------------------------------------------------------
 
 
@@ -179,15 +217,19 @@ def test_a_gpu_without_the_cuda_op_leaves_fused_adam_to_deepspeed(monkeypatch):
 # The module as a command -------------------------------------------------------------------------------------------
 
 
-def run(*arguments, cwd):
+def run_python(*arguments, cwd, **environment):
     return subprocess.run(
-        [sys.executable, "-m", "adamops.deepspeed", *arguments],
+        [sys.executable, *arguments],
         cwd=cwd,
-        env=os.environ | {"PYTHONPATH": str(Path(adamops.__file__).parents[1])},
+        env=os.environ | {"PYTHONPATH": str(Path(adamops.__file__).parents[1])} | environment,
         capture_output=True,
         text=True,
         timeout=200,
     )
+
+
+def run(*arguments, cwd):
+    return run_python("-m", "adamops.deepspeed", *arguments, cwd=cwd)
 
 
 def test_the_command_runs_a_script_with_its_own_arguments(tmp_path):
@@ -202,6 +244,19 @@ def test_the_command_runs_a_script_with_its_own_arguments(tmp_path):
     assert done.returncode == 0, done.stderr
     last = done.stdout.splitlines()[-1]
     assert last == "['folder/train.py', '--local_rank=0', '--lr', '1'] __main__ 5 adamops.deepspeed"
+
+
+def test_the_command_runs_a_module_of_a_package_from_deepspeeds_launcher(tmp_path):
+    (tmp_path / "package").mkdir()
+    (tmp_path / "package" / "__init__.py").write_text("")
+    (tmp_path / "package" / "train.py").write_text(
+        "import sys\n"
+        "from deepspeed.ops.op_builder import CPUAdamBuilder\n"
+        "print(sys.argv[1:], __name__, __package__, type(CPUAdamBuilder().load()).__module__)\n"
+    )
+    done = run("--local_rank=0", "-m", "package.train", "--lr", "1", cwd=tmp_path)
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.splitlines()[-1] == "['--local_rank=0', '--lr', '1'] __main__ package adamops.deepspeed"
 
 
 def test_the_command_without_a_script_says_how_it_is_used(tmp_path):

@@ -17,7 +17,7 @@ from torch.nn.parameter import is_lazy
 from torch.optim import Optimizer
 from torch.optim.optimizer import _global_optimizer_post_hooks
 
-from ... import op_builder
+from ... import _neighbours, op_builder
 from . import remainders, sharding
 from .amp import UnscalesInStep
 from .backend import Backend, Update
@@ -44,6 +44,7 @@ from .memory import count_writes, resolved
 from .native_backend import NativeBackend
 from .precision import (
     AVERAGES,
+    EIGHT_BIT,
     MASTER,
     REMAINDER,
     SCALES,
@@ -164,6 +165,30 @@ class AdamOptimizer(Optimizer):
         super().__init__(params, defaults)
         self._backends: dict[torch.device, Backend] = {_HOST: _load_host_backend()}
 
+    @property
+    def defaults(self) -> dict[str, Any]:
+        """The settings that param groups have unless they have their own."""
+        _neighbours.check_not_replaced(self, sys._getframe(1))
+        defaults: dict[str, Any] = self.__dict__["defaults"]
+        return defaults
+
+    @defaults.setter
+    def defaults(self, value: dict[str, Any]) -> None:
+        self.__dict__["defaults"] = value
+
+    def not_in_deepspeeds_adam(self) -> list[str]:
+        """In words: what would be lost if DeepSpeed's class took over with L2 and all else from these param groups."""
+        groups = self.param_groups
+        own = {"state_dtype", "fp32_optimizer_states", "master_weight_bits", "master_weights", "stochastic_rounding"}
+        found = {
+            "decoupled weight decay": self.adam_w_mode and any(group["weight_decay"] for group in groups),
+            "precision of states and params": self._precision != Precision()
+            or any(own & group.keys() for group in groups),
+            "amsgrad": any(group["amsgrad"] for group in groups),
+            "maximize": any(group["maximize"] for group in groups),
+        }
+        return [words for words, is_lost in found.items() if is_lost]
+
     @staticmethod
     def profile_hook_step(func: Callable[..., Any]) -> Callable[..., Any]:
         """What Optimizer makes of step(), with hooks and profiling, hidden from torch.compile as a whole."""
@@ -198,6 +223,7 @@ class AdamOptimizer(Optimizer):
         if precision.stochastic_rounding:
             param_group.setdefault("stochastic_rounding_seed", 0)
         self._keep_precision(param_group, precision)
+        _neighbours.expect_deepspeed(precision.state_dtype == EIGHT_BIT)
 
     def _checked_precision(self, group: dict[str, Any], where: str) -> Precision:
         """The precision that the group's settings ask for, or else the optimizer's. Raises what precision_of() does."""

@@ -1,0 +1,292 @@
+"""Has DeepSpeed read, write, move and convert the states of adamops' optimizers as what they are.
+
+DeepSpeed takes states by name, a piece at a time, and knows nothing of the scales beside 8-bit ones: its helpers get
+the float32 numbers that these stand for. States of other optimizers go through here as they are. Must not know how a
+step is done.
+"""
+
+from __future__ import annotations
+
+import functools
+import warnings
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from .ops.adam.batch import is_coded
+from .ops.adam.block_codes import BLOCK
+from .ops.adam.coded_states import coded_states, float_states
+from .ops.adam.optimizer import AdamOptimizer
+from .ops.adam.precision import AVERAGES, SCALES
+from .ops.adam.saving import without_codes
+
+_ELASTIC = (
+    'with "elastic_checkpoint" DeepSpeed cuts states by name and would lose the scales of 8-bit states. Leave it out: '
+    "python -m adamops.deepspeed -m deepspeed.checkpoint.ds_to_universal converts checkpoints for any world size"
+)
+_SWAPPED = "8-bit states that DeepSpeed keeps on NVMe cannot be read or written from outside; use float32 states"
+
+
+# A piece of a flat state -------------------------------------------------------------------------------------------
+
+
+def read_piece(state: dict[str, Any], key: str, start: int, numel: int) -> Tensor:
+    """Elements of a quantized average of a flat param, as new float32 numbers."""
+    if numel == 0:
+        return torch.zeros(0, device=state[key].device)
+    return float_states(_blocks(state, start, numel))[key].narrow(0, start % BLOCK, numel)
+
+
+def write_piece(state: dict[str, Any], key: str, start: int, values: Tensor) -> None:
+    """Quantizes elements of an average of a flat param to the nearest. Those beside them keep what they are, unless a
+    scale has to grow."""
+    if values.numel() == 0:
+        return
+    blocks = _blocks(state, start, values.numel())
+    floats = float_states(blocks)
+    floats[key].narrow(0, start % BLOCK, values.numel()).copy_(values)
+    for name, tensor in coded_states(floats).items():
+        held = blocks[name]
+        (held[:, : tensor.shape[1]] if name == SCALES else held).copy_(tensor)
+
+
+def _blocks(state: dict[str, Any], start: int, numel: int) -> dict[str, Tensor]:
+    """Views of the quantization blocks that hold the elements."""
+    first, last = start // BLOCK, -(-(start + numel) // BLOCK)
+    views = {name: state[name][first * BLOCK : last * BLOCK] for name in AVERAGES if name in state}
+    return views | {SCALES: state[SCALES][first:last]}
+
+
+def _is_quantized(state: Any, key: str | None) -> bool:
+    return key in AVERAGES and isinstance(state, dict) and is_coded(state)
+
+
+# DeepSpeed's helpers -----------------------------------------------------------------------------------------------
+
+_installed = False
+
+
+def install() -> None:
+    """Wraps DeepSpeed's helpers, once; with a warning where this DeepSpeed is another than they were written for."""
+    global _installed
+    if _installed:
+        return
+    _installed = True
+    for wrap in (_wrap_fragments, _wrap_partitions, _wrap_offloading, _wrap_loading, _refuse_elastic_checkpoints):
+        try:
+            wrap()
+        except (ImportError, AttributeError) as error:
+            warnings.warn(
+                f"adamops cannot teach this DeepSpeed to read 8-bit states ({error}): do not read or set them by "
+                "deepspeed.utils.safe_get_full_optimizer_state() and the like, nor load universal checkpoints. Float "
+                "states are not concerned",
+                stacklevel=2,
+            )
+
+
+def _wrap(owner: Any, name: str, make: Callable[[Callable[..., Any]], Callable[..., Any]]) -> None:
+    original = getattr(owner, name)
+    setattr(owner, name, functools.wraps(original)(make(original)))
+
+
+def _wrap_fragments() -> None:
+    """ZeRO-1 and 2: each param of the model knows its fragment of a flat param, and of that one's states."""
+    from deepspeed.utils import mixed_precision_linkage
+    from deepspeed.utils.tensor_fragment import tensor_fragment
+
+    def link(original: Callable[..., None]) -> Callable[..., None]:
+        def set_optim_state_fragment(self: Any, flat_hp_partition: Tensor, optim_fragment: Any) -> None:
+            original(self, flat_hp_partition, optim_fragment)
+            self._adamops_state = optim_fragment
+
+        return set_optim_state_fragment
+
+    def read(original: Callable[..., Tensor]) -> Callable[..., Tensor]:
+        def get_optim_state_fragment(self: Any, key: str) -> Tensor:
+            state: Any = getattr(self, "_adamops_state", None)
+            if not _is_quantized(state, key):
+                return original(self, key)
+            address = self.hp_fragment_address
+            return read_piece(state, key, address.start, address.numel)
+
+        return get_optim_state_fragment
+
+    def write(original: Callable[..., None]) -> Callable[..., None]:
+        def set_full_hp_param(self: Any, value: Tensor, optim_state_key: str | None = None) -> None:
+            state: Any = getattr(self._hp_mapping, "_adamops_state", None)
+            if not _is_quantized(state, optim_state_key):
+                original(self, value, optim_state_key)
+                return
+            source, target = self._hp_mapping.lp_fragment_address, self._hp_mapping.hp_fragment_address
+            values = value.flatten().narrow(0, source.start, source.numel)
+            write_piece(state, str(optim_state_key), target.start, values)
+
+        return set_full_hp_param
+
+    _wrap(tensor_fragment, "set_optim_state_fragment", link)
+    _wrap(tensor_fragment, "get_optim_state_fragment", read)
+    _wrap(mixed_precision_linkage, "set_full_hp_param", write)
+
+
+def _wrap_partitions() -> None:
+    """ZeRO-3: the optimizer finds a param's place in the flat param of its subgroup."""
+    from deepspeed.runtime.zero.stage3 import DeepSpeedZeroOptimizer_Stage3 as Stage3
+
+    def quantized_state(self: Any, param: Tensor, key: str | None) -> tuple[Any, int, int] | None:
+        if not param.requires_grad or key not in AVERAGES:
+            return None
+        group, start, numel = self.grad_position[self.get_param_id(param)]
+        state = self.optimizer.state.get(self.fp32_partitioned_groups_flat[group])
+        if not _is_quantized(state, key):
+            return None
+        if self._swappable_optimizer_subgroup(group):
+            raise NotImplementedError(_SWAPPED)
+        return state, start, numel
+
+    def read(original: Callable[..., Any]) -> Callable[..., Any]:
+        def _get_fp32_opt_state_partition(self: Any, param: Tensor, *arguments: Any, **named: Any) -> Any:
+            # The key is the last argument; some versions of DeepSpeed have a bool before it.
+            key = named.get("optim_state_key", arguments[-1] if arguments else None)
+            place = quantized_state(self, param, key)
+            held, group = original(self, param, *arguments, **named)
+            if place is None:
+                return held, group
+            self._adamops_lent = read_piece(place[0], key, *place[1:])
+            return self._adamops_lent, group
+
+        return _get_fp32_opt_state_partition
+
+    def write(original: Callable[..., None]) -> Callable[..., None]:
+        def set_hp_param(self: Any, value: Tensor, param: Tensor, optim_state_key: str | None = None) -> None:
+            original(self, value, param, optim_state_key)  # into what read() lends, if the state is quantized
+            place = quantized_state(self, param, optim_state_key)
+            if place is not None:
+                write_piece(place[0], str(optim_state_key), place[1], self._adamops_lent)
+
+        return set_hp_param
+
+    _wrap(Stage3, "_get_fp32_opt_state_partition", read)
+    _wrap(Stage3, "set_full_hp_param", write)
+    _wrap(Stage3, "set_local_hp_param", write)
+
+
+def _wrap_offloading() -> None:
+    """ZeRO-3 moves states for exactly DeepSpeed's own FusedAdam, though all that it asks of it is `state`."""
+    from deepspeed.ops.adam import FusedAdam
+    from deepspeed.runtime.zero.stage3 import DeepSpeedZeroOptimizer_Stage3 as Stage3
+
+    def offload(original: Callable[..., None]) -> Callable[..., None]:
+        def offload_states(self: Any, *arguments: Any, **named: Any) -> None:
+            optimizer = self.optimizer
+            if not isinstance(optimizer, AdamOptimizer):
+                original(self, *arguments, **named)
+                return
+            _drop_cast_buffers(optimizer.state)
+            self.optimizer = stand_in = FusedAdam.__new__(FusedAdam)
+            stand_in.state = optimizer.state
+            try:
+                original(self, *arguments, **named)
+            finally:
+                self.optimizer = optimizer
+
+        return offload_states
+
+    if hasattr(Stage3, "offload_states"):  # newer than 0.15
+        _wrap(Stage3, "offload_states", offload)
+
+
+def _drop_cast_buffers(states: dict[Any, Any]) -> None:
+    """Drops the buffers that DeepSpeed keeps in states for the next time, where loading has cast them to float32."""
+    suffix = "_offload_buffer"
+    for state in states.values():
+        for key in [key for key in state if isinstance(key, str) and key.endswith(suffix)]:
+            if state[key].dtype != state[key.removesuffix(suffix)].dtype:
+                del state[key]
+
+
+# Checkpoints -------------------------------------------------------------------------------------------------------
+
+
+def _wrap_loading() -> None:
+    """What DeepSpeed puts into the state from a universal checkpoint, float32, is brought into the optimizer's form."""
+    from deepspeed.runtime.base_optimizer import ZeROOptimizer
+    from deepspeed.runtime.zero.stage3 import DeepSpeedZeroOptimizer_Stage3 as Stage3
+    from deepspeed.utils import lazy_init_hp_params_optimizer_state
+
+    def load(original: Callable[..., None]) -> Callable[..., None]:
+        def load_hp_checkpoint_state_from_checkpoint_dir(self: Any, lp_groups_name: str, *rest: Any) -> None:
+            original(self, lp_groups_name, *rest)
+            if isinstance(self.optimizer, AdamOptimizer):
+                _adopt_states(self.optimizer)
+                groups = zip(getattr(self, lp_groups_name), self.optimizer.param_groups, strict=False)
+                for params, group in groups:
+                    lazy_init_hp_params_optimizer_state(params, group["params"][0], self.optimizer.state)
+
+        return load_hp_checkpoint_state_from_checkpoint_dir
+
+    def load_stage3(original: Callable[..., None]) -> Callable[..., None]:
+        def load_hp_checkpoint_state_from_checkpoint_dir_stage3(self: Any, *arguments: Any) -> None:
+            original(self, *arguments)
+            if isinstance(self.optimizer, AdamOptimizer):
+                self._set_fp32_optimizer_param_groups()
+                _adopt_states(self.optimizer)
+                self._clear_fp32_optimizer_param_groups()
+
+        return load_hp_checkpoint_state_from_checkpoint_dir_stage3
+
+    _wrap(ZeROOptimizer, "load_hp_checkpoint_state_from_checkpoint_dir", load)
+    _wrap(Stage3, "load_hp_checkpoint_state_from_checkpoint_dir_stage3", load_stage3)
+
+
+def _adopt_states(optimizer: AdamOptimizer) -> None:
+    """Brings states that were put there from outside into the form that the optimizer's own load_state_dict() gives."""
+    for state in optimizer.state.values():
+        if not is_coded(state):
+            state.pop(SCALES, None)  # of the states that are no longer there
+    optimizer.load_state_dict(optimizer.state_dict())
+
+
+def _refuse_elastic_checkpoints() -> None:
+    from deepspeed.runtime.zero.stage_1_and_2 import DeepSpeedZeroOptimizer
+
+    def check(original: Callable[..., Any]) -> Callable[..., Any]:
+        def checked(self: Any, *arguments: Any, **named: Any) -> Any:
+            if any(is_coded(state) for state in self.optimizer.state.values() if isinstance(state, dict)):
+                raise NotImplementedError(_ELASTIC)
+            return original(self, *arguments, **named)
+
+        return checked
+
+    _wrap(DeepSpeedZeroOptimizer, "_get_base_optimizer_state", check)
+    _wrap(DeepSpeedZeroOptimizer, "_restore_base_optimizer_state", check)
+
+
+def dequantized(loaded: Any) -> Any:
+    """What was read from one of DeepSpeed's files of ZeRO states, with float32 in the place of 8-bit states."""
+    optimizer = loaded.get("optimizer_state_dict") if isinstance(loaded, dict) else None
+    if not isinstance(optimizer, dict):
+        return loaded
+    for name in ("base_optimizer_state", "optimizer_state_dict"):  # of ZeRO-1 and 2; of ZeRO-3
+        base = optimizer.get(name)
+        if isinstance(base, dict) and isinstance(base.get("state"), dict):
+            base["state"] = {key: without_codes(entry) for key, entry in base["state"].items()}
+    return loaded
+
+
+@contextmanager
+def dequantizing_loads() -> Iterator[None]:
+    """torch.load() gives dequantized() meanwhile: for DeepSpeed's ds_to_universal, which reads files in many places."""
+    load = torch.load
+
+    @functools.wraps(load)
+    def load_dequantized(*arguments: Any, **named: Any) -> Any:
+        return dequantized(load(*arguments, **named))
+
+    torch.load = load_dequantized
+    try:
+        yield
+    finally:
+        torch.load = load
