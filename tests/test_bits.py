@@ -10,6 +10,7 @@ from hypothesis import strategies as st
 from reference import exact, float64, narrow, narrow_average, widen
 
 from adamops import op_builder
+from adamops.ops.adam.average_rounding import store_average
 from adamops.ops.adam.hyper import AdamHyper, integer_power
 
 MODULE = op_builder.get("cpu_adam").load()
@@ -214,6 +215,17 @@ def test_bfloat16_averages_are_rounded_away_from_zero_as_often_as_they_should(ta
         if name == "exp_avg_sq":
             error[fp32 < 0x10000] = 0.0  # these do not become zero: see below
         assert (error <= 3).all(), f"{name}: {error.max()}"
+
+
+@pytest.mark.parametrize("name", NAMES[1:])
+def test_averages_in_torch_calls_are_stored_with_the_same_bits(name):
+    x = torch.cat([torch.randint(-(2**31), 2**31, (50_000,)).int().view(torch.float32), draw(50_000, "float32")])
+    x = x.abs() if name != "exp_avg" else x
+    for step in (1, 2, 77, 65535, 65536, 2**31 + 5):
+        expected = torch.from_numpy(narrow_average(x.numpy(), "bfloat16", name, step)).view(torch.bfloat16)
+        stored = torch.empty_like(x, dtype=torch.bfloat16)
+        store_average(stored, name, x, step)
+        assert torch.equal(bits(stored), bits(expected))
 
 
 @pytest.mark.parametrize("target", TARGETS)
