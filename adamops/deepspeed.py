@@ -4,7 +4,8 @@
     adamops.deepspeed.patch()  # before deepspeed.initialize()
 
 or, without a change to the script, `python -m adamops.deepspeed train.py`. DeepSpeed's optimizers stay its own: only
-what their builders load is another. Must not know how an update is computed, nor change what DeepSpeed computes.
+what their builders load is another. Must not know how an update is computed, nor change what DeepSpeed computes, but
+for one thing: averages in bfloat16 are rounded with noise, as all of ours (csrc/adam/average_rounding.h).
 """
 
 from __future__ import annotations

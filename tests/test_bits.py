@@ -7,7 +7,7 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from reference import exact, float64, narrow, narrow_average, widen
+from reference import exact, float64, narrow_average, widen
 
 from adamops import op_builder
 from adamops.ops.adam.average_rounding import store_average

@@ -5,7 +5,8 @@
 //
 // The noise is that of 8-bit codes for the first element, and all elements have it: each element's errors make up for
 // one another over the steps by themselves, and so the bits depend on no cut of the elements into tensors or shards.
-// max_exp_avg_sq is rounded to the nearest: a maximum that stays is a bfloat16 already, and noise would raise the others.
+// max_exp_avg_sq is rounded to the nearest: a maximum that stays is a bfloat16 already, and noise would raise the
+// others.
 //
 // Included by code that is compiled for several CPUs, so nothing here has external linkage (simd/blocks.h says why).
 #pragma once
@@ -25,8 +26,9 @@ ADAMOPS_HOST_DEVICE inline uint32_t average_noise(uint32_t step) {
 
 // The rounded bfloat16 in the upper halves, anything in the lower ones. Adding noise to the bits of a float rounds its
 // magnitude, so averages of either sign are as often too large as too small. Infinities stay, as their lower halves are
-// empty; so do such NaNs, and for others the caller has no noise. An average of squares that is not zero does not become
-// zero, or the next step would divide by nothing but eps. Bits are an unsigned integer of 32 bits, or a vector of them.
+// empty; so do such NaNs, and for others the caller has no noise. An average of squares that is not zero does not
+// become zero, or the next step would divide by nothing but eps. Bits are an unsigned integer of 32 bits, or a vector
+// of them.
 template <class Code, class Bits>
 ADAMOPS_HOST_DEVICE inline Bits rounded_average(Bits bits, Bits noise) {
   const Bits rounded = bits + noise;
