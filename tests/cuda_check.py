@@ -40,7 +40,7 @@ def table_of(module, rows, offset, code, amsgrad, with_master, steps=None):
 
 
 def step_by_device_counts(cuda, rows, offset, code, amsgrad, with_master, l2):
-    """A step whose counts and scalars are on the device, without bias correction, so that they are SCALARS, and of the first step, as those of the CPU op."""
+    """A step, the first, with counts and scalars on the device, without bias correction, so that they are SCALARS."""
     counts = [array.array("f", [0.0]) for _ in SIZES]  # each in memory of its own
     scalars, found_inf = array.array("f", [0.0] * 11 * len(SIZES)), array.array("f", [0.0])
     table = table_of(cuda, rows, offset, code, amsgrad, with_master, [count.buffer_info()[0] for count in counts])
