@@ -5,7 +5,8 @@
 
 or, without a change to the script, `python -m adamops.deepspeed train.py`. DeepSpeed's optimizers stay its own: only
 what their builders load is another; and optimizers of adamops stay what they are. Must not know how an update is
-computed, nor change what DeepSpeed computes.
+computed, nor change what DeepSpeed computes, but for one thing: averages in bfloat16 are rounded with noise, as all of
+ours (csrc/adam/average_rounding.h).
 """
 
 from __future__ import annotations

@@ -46,6 +46,7 @@ BARE = "bfloat16, bare"
 KINDS = {
     FP32: Kind(torch.float32, None, "#777777"),
     "float32": Kind(torch.float32, {}, "#000000"),
+    "float32, bfloat16 states": Kind(torch.float32, {"state_dtype": torch.bfloat16}, "#17a2b8"),
     "float32, 8-bit states": Kind(torch.float32, {"state_dtype": "8bit"}, "#1f4e79"),
     "bfloat16, 24-bit masters": Kind(torch.bfloat16, {"master_weight_bits": 24}, "#2e8b57"),
     "bfloat16, 24-bit masters, 8-bit states": Kind(

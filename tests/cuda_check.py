@@ -40,8 +40,8 @@ def table_of(module, rows, offset, code, amsgrad, with_master, steps=None):
 
 
 def step_by_device_counts(cuda, rows, offset, code, amsgrad, with_master, l2):
-    """A step whose counts and scalars are on the device, without bias correction, so that they are SCALARS."""
-    counts = [array.array("f", [2.0]) for _ in SIZES]  # each in memory of its own
+    """A step, the first, with counts and scalars on the device, without bias correction, so that they are SCALARS."""
+    counts = [array.array("f", [0.0]) for _ in SIZES]  # each in memory of its own
     scalars, found_inf = array.array("f", [0.0] * 11 * len(SIZES)), array.array("f", [0.0])
     table = table_of(cuda, rows, offset, code, amsgrad, with_master, [count.buffer_info()[0] for count in counts])
     decay = 0.01 if l2 else 0.0
@@ -50,7 +50,7 @@ def step_by_device_counts(cuda, rows, offset, code, amsgrad, with_master, l2):
         table, there[0], 1e-3, 0, 0, 0.9, 0.999, 1e-8, decay, False, not l2, False, 0, there[1], device=0, stream=0
     )
     cuda.adam_step(table, [], l2, *there, 0, 0)
-    assert [count[0] for count in counts] == [3.0] * len(SIZES)
+    assert [count[0] for count in counts] == [1.0] * len(SIZES)
 
 
 def check_small_tensors(cuda, cpu, rng):

@@ -52,6 +52,26 @@ def narrow(x, dtype):
         return x.astype(np.float16) if dtype == "float16" else x.copy()
 
 
+NOISE_STRIDES = {"exp_avg": 0x9E37, "exp_avg_sq": 0xC13F}
+
+
+def narrow_average(x, dtype, name, step):
+    """The state of that name as it is stored after a step: bfloat16 averages are rounded with the noise of the step.
+
+    Of the values between two bfloat16 neighbours, those are rounded away from zero whose place between them, counted in
+    65536ths, is 65536 less the noise or more.
+    """
+    if dtype != "bfloat16" or name not in NOISE_STRIDES:
+        return narrow(x, dtype)
+    noise = step * NOISE_STRIDES[name] % 65536
+    toward_zero, place = np.divmod(x.view(np.uint32).astype(np.int64), 65536)
+    away = place >= 65536 - noise
+    if name == "exp_avg_sq":
+        away |= (toward_zero == 0) & (place > 0)  # only zero is stored as zero
+    stored = np.where(np.isfinite(x), toward_zero + away, toward_zero | np.where(np.isnan(x), 0x40, 0))
+    return stored.astype(np.uint16)
+
+
 @np.errstate(all="ignore")
 def exact(p, g, m, v, max_v, scalars, l2, amsgrad):
     """New (p, m, v, max_v) in float32, each operation rounded once."""

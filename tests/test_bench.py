@@ -111,7 +111,7 @@ def test_no_peers_and_threads(tmp_path):
 
 
 @pytest.mark.parametrize(("dtype", "state_dtype"), [
-    (torch.float32, torch.float32), (torch.bfloat16, torch.float32), (torch.float16, torch.float16),
+    (torch.float32, torch.float32), (torch.bfloat16, torch.float32), (torch.bfloat16, torch.bfloat16),
 ])  # fmt: skip
 @pytest.mark.parametrize("target", op_builder.get("cpu_adam").load().supported_targets())
 def test_touching_changes_nothing(cpu_adam, dtype, state_dtype, target):

@@ -7,9 +7,10 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from reference import exact, float64, narrow, widen
+from reference import exact, float64, narrow_average, widen
 
 from adamops import op_builder
+from adamops.ops.adam.average_rounding import store_average
 from adamops.ops.adam.hyper import AdamHyper, integer_power
 
 MODULE = op_builder.get("cpu_adam").load()
@@ -19,6 +20,11 @@ CODE = {name: code for code, name in enumerate(DTYPES)}
 COMBINATIONS = [("float32",) * 3] + [
     (p, g, s) for p in ("bfloat16", "float16") for g in (p, "float32") for s in (p, "float32")
 ]
+# Those of the kernel in blocks: of other dtypes than the param's, in which only 8-bit states and these are new ones.
+BLOCK_COMBINATIONS = [("float32", "float32", "bfloat16")] + [
+    ("float16", grad, "bfloat16") for grad in ("float16", "float32")
+]
+NAMES = ("param", "exp_avg", "exp_avg_sq", "max_exp_avg_sq")
 MODES = list(itertools.product((False, True), (False, True)))  # l2, amsgrad
 
 
@@ -74,6 +80,15 @@ class Case:
     def stored(self):
         return [x.view(torch.uint16).numpy() if x.dtype == torch.bfloat16 else x.numpy() for x in self.data]
 
+    def expected_bits(self):
+        """The same of the reference as they are stored."""
+        param, _, state = self.dtypes
+        expected = [
+            torch.from_numpy(narrow_average(x, kind, name, self.step)).view(DTYPES[kind])
+            for x, name, kind in zip(self.expected(exact), NAMES, (param, state, state, state), strict=True)
+        ]
+        return expected if self.amsgrad else [*expected[:3], self.data[4]]
+
     def expected(self, rule):
         """New (param, exp_avg, exp_avg_sq, max_exp_avg_sq) of the reference, unrounded (float32 or float64)."""
         param, grad, state = self.dtypes
@@ -89,7 +104,7 @@ def bits(x):
 
 
 def assert_same_bits(ours, theirs, context):
-    for name, a, b in zip(("param", "exp_avg", "exp_avg_sq", "max_exp_avg_sq"), ours, theirs, strict=True):
+    for name, a, b in zip(NAMES, ours, theirs, strict=True):
         wrong = (bits(a) != bits(b)).nonzero().flatten().tolist()
         assert not wrong, f"{context}: {name} differs at {wrong[:5]} of {len(a)}: {a[wrong[:5]]} and {b[wrong[:5]]}"
 
@@ -100,22 +115,15 @@ def restore(cpu_adam):
 
 
 @pytest.mark.parametrize("target", TARGETS)
-@pytest.mark.parametrize("dtypes", COMBINATIONS, ids="-".join)
+@pytest.mark.parametrize("dtypes", COMBINATIONS + BLOCK_COMBINATIONS, ids="-".join)
 @pytest.mark.parametrize(("l2", "amsgrad"), MODES)
 def test_every_target_gives_the_bits_of_the_rule(target, dtypes, l2, amsgrad):
-    case = Case(20_000, dtypes, l2, amsgrad, maximize=bool(torch.rand(1) < 0.5))
-    param, _, state = dtypes
-    expected = [
-        torch.from_numpy(narrow(x, kind)).view(DTYPES[kind])
-        for x, kind in zip(case.expected(exact), (param, state, state, state), strict=True)
-    ]
-    ours = case.run(target)
-    if not amsgrad:
-        expected[3] = case.data[4]
-    assert_same_bits(ours, expected, f"{target} against the reference")
+    step = int(torch.randint(1, 2**20, ()))
+    case = Case(20_000, dtypes, l2, amsgrad, maximize=bool(torch.rand(1) < 0.5), step=step)
+    assert_same_bits(case.run(target), case.expected_bits(), f"{target} against the reference, step {step}")
 
 
-@pytest.mark.parametrize("dtypes", COMBINATIONS, ids="-".join)
+@pytest.mark.parametrize("dtypes", COMBINATIONS + BLOCK_COMBINATIONS, ids="-".join)
 def test_tails_of_every_length(dtypes):
     for size in range(131):
         case = Case(size, dtypes, l2=size % 2 == 1, amsgrad=size % 3 == 1)
@@ -129,7 +137,8 @@ def test_tails_of_every_length(dtypes):
 @pytest.mark.parametrize("target", TARGETS)
 @pytest.mark.parametrize("threads", range(1, 9))
 def test_every_number_of_threads(target, threads):
-    case = Case(150_001, COMBINATIONS[threads % len(COMBINATIONS)], amsgrad=threads % 2 == 0)
+    combinations = COMBINATIONS + BLOCK_COMBINATIONS
+    case = Case(150_001, combinations[threads % len(combinations)], amsgrad=threads % 2 == 0)
     assert_same_bits(case.run(target, threads), case.run(TARGETS[0]), f"{target} on {threads} threads")
 
 
@@ -138,7 +147,7 @@ def test_every_number_of_threads(target, threads):
 def test_every_way_of_cutting(data):
     size = data.draw(st.integers(0, 70_000), "size")
     torch.manual_seed(data.draw(st.integers(0, 2**32 - 1), "seed"))
-    dtypes = data.draw(st.sampled_from(COMBINATIONS), "dtypes")
+    dtypes = data.draw(st.sampled_from(COMBINATIONS + BLOCK_COMBINATIONS), "dtypes")
     l2, amsgrad = data.draw(st.sampled_from(MODES), "mode")
     cuts = data.draw(st.lists(st.integers(0, size), max_size=40), "cuts")
     case = Case(size, dtypes, l2, amsgrad)
@@ -169,7 +178,7 @@ def test_all_16_bit_values_survive_widening_and_narrowing(target, name):
 @pytest.mark.parametrize("target", TARGETS)
 @pytest.mark.parametrize("name", ["bfloat16", "float16"])
 def test_narrowing_rounds_ties_to_even(target, name):
-    """exp_avg = fma(0, m, 1 * grad) is the fp32 grad itself, so its store shows how any fp32 value is rounded."""
+    """With a denominator of 1 and a param of 0 the new param is the fp32 grad itself, as any fp32 value is rounded."""
     patterns = torch.randint(-(2**31), 2**31, (200_000,), dtype=torch.int64).to(torch.int32)
     half_ulp = 0x8000 if name == "bfloat16" else 0x1000
     ties = (patterns // (2 * half_ulp)) * (2 * half_ulp) + half_ulp
@@ -177,17 +186,78 @@ def test_narrowing_rounds_ties_to_even(target, name):
     grads = torch.cat(
         [grads, torch.tensor([65504.0, 65519.99, 65520.0, -65520.0, 2**-24, 2**-25, 1.5 * 2**-25, 3.4e38])]
     )
-    case = Case(len(grads), (name, "float32", name))
-    case.data[1], case.data[2] = grads, torch.zeros(len(grads), dtype=DTYPES[name])
-    hyper = AdamHyper(0.0, 0.0, 0.0, 1e-8, 0.0, True, True, False, False)
-    case.scalars = hyper.scalars(1)
-    exp_avg = case.run(target)[1]
+    grads = grads[~grads.isinf()]
+    case = Case(len(grads), (name, "float32", "float32"))
+    case.data = [torch.zeros_like(x) for x in case.data]
+    case.data[1] = grads
+    case.scalars = (1.0, 0.0, 1.0, 1.0, 0.0, 1.0, 1.0, 1.0, 1.0, 0.0)  # exp_avg is the grad, exp_avg_sq 0, eps 1
+    param = case.run(target)[0]
     zero = torch.tensor(0.0)  # fma(0, 0, grad) turns a grad of -0 into +0
-    assert torch.equal(bits(exp_avg), bits(torch.where(grads == 0, zero, grads).to(DTYPES[name])))
+    assert torch.equal(bits(param), bits(torch.where(grads == 0, zero, grads).to(DTYPES[name])))
+
+
+AVERAGES_OF_BFLOAT16 = [d for d in COMBINATIONS + BLOCK_COMBINATIONS if d[2] == "bfloat16"]
 
 
 @pytest.mark.parametrize("target", TARGETS)
-@pytest.mark.parametrize("dtypes", COMBINATIONS, ids="-".join)
+@pytest.mark.parametrize("dtypes", AVERAGES_OF_BFLOAT16, ids="-".join)
+def test_bfloat16_averages_are_rounded_away_from_zero_as_often_as_they_should(target, dtypes):
+    """Over the period of the noise, 65536 steps, of which every 128th is taken: as often as the lower half says."""
+    steps = range(0, 65536, 128)
+    case = Case(64, dtypes)
+    exact_bits = [torch.from_numpy(x.view(np.int32)) for x in case.expected(exact)[1:3]]
+    times_up = [torch.zeros(64, dtype=torch.int64) for _ in exact_bits]
+    for case.step in steps:
+        for up, stored, fp32 in zip(times_up, case.run(target)[1:3], exact_bits, strict=True):
+            up += (stored.view(torch.int16).int() & 0xFFFF) - (fp32 >> 16 & 0xFFFF)
+    for name, up, fp32 in zip(NAMES[1:3], times_up, exact_bits, strict=True):
+        error = (up - (fp32 & 0xFFFF) * len(steps) / 65536).abs()
+        if name == "exp_avg_sq":
+            error[fp32 < 0x10000] = 0.0  # these do not become zero: see below
+        assert (error <= 3).all(), f"{name}: {error.max()}"
+
+
+@pytest.mark.parametrize("name", NAMES[1:])
+def test_averages_in_torch_calls_are_stored_with_the_same_bits(name):
+    x = torch.cat([torch.randint(-(2**31), 2**31, (50_000,)).int().view(torch.float32), draw(50_000, "float32")])
+    x = x.abs() if name != "exp_avg" else x
+    for step in (1, 2, 77, 65535, 65536, 2**31 + 5):
+        expected = torch.from_numpy(narrow_average(x.numpy(), "bfloat16", name, step)).view(torch.bfloat16)
+        stored = torch.empty_like(x, dtype=torch.bfloat16)
+        store_average(stored, name, x, step)
+        assert torch.equal(bits(stored), bits(expected))
+
+
+@pytest.mark.parametrize("target", TARGETS)
+@pytest.mark.parametrize("dtypes", AVERAGES_OF_BFLOAT16, ids="-".join)
+@pytest.mark.parametrize("amsgrad", [False, True])
+def test_squares_in_bfloat16_become_zero_only_where_they_are(target, dtypes, amsgrad):
+    """With eps = 0 a square that is rounded to zero makes the param infinite."""
+    case = Case(1000, dtypes, amsgrad=amsgrad)
+    case.data = [torch.zeros_like(x) for x in case.data]
+    case.data[3] = torch.tensor([0.0, 2.0**-133, 2.0**-132, 1e-30]).repeat(250).to(case.data[3].dtype)
+    case.scalars = AdamHyper(0.0, 0.9, 0.9, 1e-8, 0.0, True, True, amsgrad, False).scalars(1)
+    was_zero = case.data[3] == 0
+    for case.step in range(1, 200):
+        exp_avg_sq = case.run(target)[2]
+        assert torch.equal(exp_avg_sq == 0, was_zero), f"step {case.step}"
+
+
+@pytest.mark.parametrize("target", TARGETS)
+@pytest.mark.parametrize("dtypes", AVERAGES_OF_BFLOAT16, ids="-".join)
+def test_the_largest_square_in_bfloat16_does_not_grow_by_rounding(target, dtypes):
+    """exp_avg_sq stays a little above max_exp_avg_sq, by less than half of its last place, for many steps."""
+    case = Case(1000, dtypes, amsgrad=True)
+    case.data = [torch.zeros_like(x) for x in case.data]
+    case.data[3], case.data[4] = torch.ones_like(case.data[3]), torch.ones_like(case.data[4])
+    case.scalars = (1.0, 0.9, 0.1, 1.0 + 2.0**-9, 0.0, 0.0, 1.0, 1.0, 1.0, 0.0)  # exp_avg_sq becomes 1 + 2**-9
+    for case.step in range(1, 200):
+        case.data[4] = case.run(target)[3]
+        assert (case.data[4] == 1.0).all(), f"step {case.step}"
+
+
+@pytest.mark.parametrize("target", TARGETS)
+@pytest.mark.parametrize("dtypes", COMBINATIONS + BLOCK_COMBINATIONS, ids="-".join)
 def test_nan_and_inf_stay_with_their_elements(target, dtypes):
     case = Case(1000, dtypes, amsgrad=True)
     clean = case.run(target)

@@ -137,7 +137,8 @@ LESS_PRECISION = [
     {"state_dtype": "8bit", "amsgrad": True, "adam_w_mode": False},
     {"state_dtype": "8bit", "master_weight_bits": 24, "stochastic_rounding": True},
     {"state_dtype": torch.bfloat16, "master_weight_bits": 32},
-    {"state_dtype": torch.float16, "stochastic_rounding": True},
+    {"state_dtype": torch.bfloat16, "stochastic_rounding": True},
+    {"state_dtype": torch.bfloat16, "amsgrad": True},
 ]
 
 

@@ -238,7 +238,7 @@ def test_small_params_keep_fp32_states(seed):
 
 
 @pytest.mark.parametrize("arguments", [{"state_dtype": "8bit"}, {"state_dtype": torch.bfloat16},
-                                       {"state_dtype": torch.float16}])  # fmt: skip
+                                       {"fp32_optimizer_states": False}])  # fmt: skip
 @pytest.mark.parametrize("dtype", [torch.float32, *HALVES])
 def test_training_with_small_states_is_near_that_with_fp32_states(arguments, dtype, seed):
     params = [torch.randn(64, 128).to(dtype), torch.randn(10).to(dtype)]
@@ -286,7 +286,7 @@ def test_resumes_with_the_same_bits(tmp_path, amsgrad, shape, seed):
 
 
 def test_states_of_every_kind_load_into_every_other(seed):
-    kinds = [{"state_dtype": kind} for kind in ("8bit", torch.float32, torch.bfloat16, torch.float16)]
+    kinds = [{"state_dtype": kind} for kind in ("8bit", torch.float32, torch.bfloat16)]
     _, reference = trained([torch.randn(5000)], 3, 1)
     (expected,) = reference.state.values()
     for first in kinds:
@@ -595,7 +595,8 @@ def test_a_default_device_or_dtype_changes_nothing(Adam, arguments):
 # Elsewhere
 
 
-@pytest.mark.parametrize("arguments", [{"state_dtype": "8bit"}, {"master_weight_bits": 24}, {"master_weight_bits": 32}])
+@pytest.mark.parametrize("arguments", [{"state_dtype": "8bit"}, {"master_weight_bits": 24}, {"master_weight_bits": 32},
+                                       {"state_dtype": torch.bfloat16, "amsgrad": True}])  # fmt: skip
 @pytest.mark.parametrize("dtype", HALVES)
 def test_torch_calls_do_nearly_the_same(arguments, dtype, seed):
     start = torch.nn.Parameter(torch.randn(5000).to(dtype))
@@ -614,7 +615,8 @@ def test_torch_calls_do_nearly_the_same(arguments, dtype, seed):
 
 @pytest.mark.parametrize(("arguments", "message"), [
     ({"state_dtype": "4bit"}, "Invalid state_dtype: 4bit; expected torch.float32"),
-    ({"state_dtype": torch.float64}, "Invalid state_dtype: torch.float64"),
+    ({"state_dtype": torch.float64}, "Invalid state_dtype: torch.float64; expected torch.float32, torch.bfloat16 or"),
+    ({"state_dtype": torch.float16}, r"squares of small grads .* become zero, .* use torch.bfloat16, .* or '8bit'"),
     ({"state_dtype": "8bit", "fp32_optimizer_states": False}, "give one of them"),
     ({"master_weight_bits": 16}, "Invalid master_weight_bits: 16; expected None, 24 or 32"),
     ({"master_weight_bits": 32, "stochastic_rounding": True}, "others lose nothing"),

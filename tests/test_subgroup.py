@@ -72,6 +72,29 @@ def test_rollback_of_16_bit_params(dtype):
     assert ((param.float() - former.float()).abs() <= ulp).all()
 
 
+@pytest.mark.parametrize("steps", [1, 2, 10])
+def test_rollback_of_bfloat16_states_comes_within_the_stated_bounds(steps):
+    """They are rounded with noise, by an ulp at most where rounding to the nearest is wrong by half of one."""
+    u = 2.0**-8
+    param = torch.nn.Parameter(torch.randn(5000))
+    optimizer = DeepSpeedCPUAdam([param], lr=0.01, state_dtype=torch.bfloat16)
+    for _ in range(steps):
+        former = param.detach().clone()
+        old = {key: value.clone() for key, value in optimizer.state[7].items() if torch.is_tensor(value)}
+        param.grad = torch.randn_like(param)
+        optimizer.step_subgroup(7)
+    after, grad = param.detach().clone(), param.grad
+    optimizer.rollback_subgroup(7)
+    state = optimizer.state[7]
+    assert ((param - former).abs() <= 4 * u * (former.abs() + (former - after).abs())).all()
+    if steps == 1:
+        assert not state["exp_avg"].any() and not state["exp_avg_sq"].any()
+        return
+    m, v = old["exp_avg"].float(), old["exp_avg_sq"].float()
+    assert ((state["exp_avg"].float() - m).abs() <= 4 * u * torch.maximum(m.abs(), grad.abs()) / 0.9).all()
+    assert ((state["exp_avg_sq"].float() - v).abs() <= 4 * u * torch.maximum(v, grad**2) / 0.999).all()
+
+
 def test_rollback_in_l2_mode():
     optimizer, param, (former, _) = stepped(4, adamw_mode=False)
     optimizer.rollback_subgroup(7)

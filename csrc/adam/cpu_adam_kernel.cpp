@@ -8,6 +8,7 @@
 #include ADAMOPS_SIMD_HEADER
 
 #include "../simd/blocks.h"
+#include "average_pairs.h"
 
 namespace adamops {
 namespace ADAMOPS_TARGET {
@@ -24,6 +25,7 @@ struct PairUpdate {
   static constexpr bool kEvenOdd = same_type<Param, bf16> && same_type<Grad, bf16> && same_type<State, bf16>;
 
   const AdamConstants<Ops>& k;
+  const AverageRounding& rounding;
   bool zero_grads;
 
   // What the second part needs of the first.
@@ -39,8 +41,8 @@ struct PairUpdate {
     if constexpr (Amsgrad) max_v = load_pair<kEvenOdd>(max_exp_avg_sq);
     const Pair root = {adam_update_states<Amsgrad, Ops>(k, L2, p.a, g.a, m.a, v.a, max_v.a),
                        adam_update_states<Amsgrad, Ops>(k, L2, p.b, g.b, m.b, v.b, max_v.b)};
-    store_pair<kEvenOdd>(exp_avg, m);
-    store_pair<kEvenOdd>(exp_avg_sq, v);
+    rounding.template store<SignedCode, kEvenOdd>(exp_avg, m);
+    rounding.template store<UnsignedCode, kEvenOdd>(exp_avg_sq, v);
     if constexpr (Amsgrad) store_pair<kEvenOdd>(max_exp_avg_sq, max_v);
     if (zero_grads) zero(grad, Pair::kElements);
     return {m, root};
@@ -74,7 +76,8 @@ struct PairUpdate {
 template <class Param, class Grad, class State, bool Master, bool L2, bool Amsgrad>
 void adam_range(const AdamTensor& tensor, const AdamWork& work, int64_t begin, int64_t end) {
   const AdamConstants<Ops> k(work.scalars, work.scalars.grad_scale != 1.0f);
-  const PairUpdate<Param, Grad, State, Master, L2, Amsgrad> update = {k, work.mode.zero_grads};
+  const AverageRounding rounding(work.scalars.step);
+  const PairUpdate<Param, Grad, State, Master, L2, Amsgrad> update = {k, rounding, work.mode.zero_grads};
   const Grad* const grad = at<Grad>(tensor.grad, begin);  // not a column to be written, or all steps would write tails
   const int64_t count = end - begin, tail = count % Pair::kElements;
   for_each_pair(count, work.prefetch_bytes, update, at<Param>(tensor.param, begin), grad,

@@ -11,6 +11,7 @@
 
 #include "../simd/blocks.h"
 #include "../simd/float_bits.h"
+#include "average_pairs.h"
 #include "block_codes.h"
 #include "rounding.h"
 
@@ -326,6 +327,16 @@ struct BlockOfTensor {
   void put(Dtype dtype, void* column, const float* from) const {
     if (!in_place(dtype)) visit_floats<true>(dtype, column, [&](auto* to) { narrow(from, to); });
   }
+  // The same for the average that Code is of.
+  template <class Code>
+  ADAMOPS_INLINE void put_average(Dtype dtype, void* column, const float* from) const {
+    if (dtype != kBfloat16) return put(dtype, column, from);
+    const AverageRounding rounding(work.scalars.step);
+    visit_as<true, bf16>(column, [&](bf16* to) {
+      for (int64_t i = 0; i < kCodeBlock; i += Pair::kElements)
+        rounding.template store<Code, false>(to + i, load_pair(from + i));
+    });
+  }
 
   float* take_param(float* room) const {
     if (work.dtypes.master == kNoMaster) return take(work.dtypes.param, tensor.param, room);
@@ -409,8 +420,8 @@ inline void update_float_states(const AdamConstants<Ops>& k, const BlockOfTensor
                               block.take(dtype, tensor.exp_avg_sq, room.exp_avg_sq),
                               Amsgrad ? block.take(dtype, tensor.max_exp_avg_sq, room.max_exp_avg_sq) : nullptr};
   update<L2, Amsgrad>(k, param, grad, states, states);
-  block.put(dtype, tensor.exp_avg, states.exp_avg);
-  block.put(dtype, tensor.exp_avg_sq, states.exp_avg_sq);
+  block.put_average<SignedCode>(dtype, tensor.exp_avg, states.exp_avg);
+  block.put_average<UnsignedCode>(dtype, tensor.exp_avg_sq, states.exp_avg_sq);
   if constexpr (Amsgrad) block.put(dtype, tensor.max_exp_avg_sq, states.max_exp_avg_sq);
 }
 

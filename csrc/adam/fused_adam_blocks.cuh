@@ -67,11 +67,11 @@ struct OwnElements {
       for (int i = 0; i < kOwn; ++i) to[i] = i < count ? widen(T{}, load_bits(from + i)) : 0.0f;
     }
   }
-  template <class T>
-  __device__ void store_as(void* column, const OwnFloats& from) const {
+  template <class T, class Narrow = ToNearest>
+  __device__ void store_as(void* column, const OwnFloats& from, const Narrow& narrow = {}) const {
     T* const to = static_cast<T*>(column) + begin;
     if constexpr (Whole) {
-      store<kOwn>(to, from.x);
+      store<kOwn>(to, from.x, narrow);
     } else {
 #pragma unroll
       for (int i = 0; i < kOwn; ++i)
@@ -83,10 +83,11 @@ struct OwnElements {
     if (dtype == kBfloat16) return load_as<bf16>(column, to);
     load_as<fp16>(column, to);
   }
-  __device__ void store_floats(Dtype dtype, void* column, const OwnFloats& from) const {
-    if (dtype == kFloat32) return store_as<float>(column, from);
-    if (dtype == kBfloat16) return store_as<bf16>(column, from);
-    store_as<fp16>(column, from);
+  template <class Narrow = ToNearest>
+  __device__ void store_floats(Dtype dtype, void* column, const OwnFloats& from, const Narrow& narrow = {}) const {
+    if (dtype == kFloat32) return store_as<float>(column, from, narrow);
+    if (dtype == kBfloat16) return store_as<bf16>(column, from, narrow);
+    store_as<fp16>(column, from, narrow);
   }
 
   template <class T>
@@ -379,8 +380,8 @@ __device__ inline void update_own(const OwnElements<Whole>& own, const AdamLaunc
     if constexpr (Codes) {
       encode_states<Amsgrad>(own, tensor, step, scales, states);
     } else {
-      own.store_floats(dtypes.state, tensor.exp_avg, states.exp_avg);
-      own.store_floats(dtypes.state, tensor.exp_avg_sq, states.exp_avg_sq);
+      own.store_floats(dtypes.state, tensor.exp_avg, states.exp_avg, AsAverage<SignedCode>{step});
+      own.store_floats(dtypes.state, tensor.exp_avg_sq, states.exp_avg_sq, AsAverage<UnsignedCode>{step});
       if constexpr (Amsgrad) own.store_floats(dtypes.state, tensor.max_exp_avg_sq, states.max_exp_avg_sq);
     }
   }

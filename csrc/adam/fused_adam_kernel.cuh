@@ -7,6 +7,7 @@
 #include "../simd/half.h"
 #include "adam_scalars.h"
 #include "adam_update.h"
+#include "average_rounding.h"
 #include "fused_adam.h"
 
 namespace adamops {
@@ -75,6 +76,26 @@ __device__ inline uint32_t narrow(fp16, float a) {
   return __half_as_ushort(__float2half_rn(a));
 }
 
+// How floats are narrowed: to the nearest, or as averages of a step, of which those in bfloat16 have noise.
+struct ToNearest {
+  template <class T>
+  __device__ uint32_t operator()(T type, float a) const {
+    return narrow(type, a);
+  }
+};
+template <class Code>
+struct AsAverage {
+  uint32_t step;
+
+  template <class T>
+  __device__ uint32_t operator()(T type, float a) const {
+    return narrow(type, a);
+  }
+  __device__ uint32_t operator()(bf16, float a) const {
+    return rounded_average<Code>(__float_as_uint(a), a != a ? 0 : average_noise<Code>(step)) >> 16;
+  }
+};
+
 __device__ inline uint32_t load_bits(const float* from) {
   return __float_as_uint(*from);
 }
@@ -114,8 +135,8 @@ __device__ inline void load(const T* from, float (&to)[Width]) {
   }
 }
 
-template <int Width, class T>
-__device__ inline void store(T* to, const float (&from)[Width]) {
+template <int Width, class T, class Narrow = ToNearest>
+__device__ inline void store(T* to, const float (&from)[Width], const Narrow& narrow = {}) {
   if constexpr (Width == 1) {
     store_bits(to, narrow(T{}, from[0]));
   } else {
@@ -149,7 +170,8 @@ struct AdamKind {
 };
 
 template <class Kind, int Width>
-__device__ inline void update_elements(const AdamTensor& tensor, int64_t i, const AdamConstants<CudaOps>& k, bool l2) {
+__device__ inline void update_elements(const AdamTensor& tensor, int64_t i, const AdamConstants<CudaOps>& k,
+                                       uint32_t step, bool l2) {
   using State = typename Kind::StateType;
   auto* const param = static_cast<typename Kind::ParamType*>(tensor.param) + i;
   const auto* const grad = static_cast<const typename Kind::GradType*>(tensor.grad) + i;
@@ -169,8 +191,8 @@ __device__ inline void update_elements(const AdamTensor& tensor, int64_t i, cons
   for (int j = 0; j < Width; ++j) adam_update<Kind::kAmsgrad, CudaOps>(k, l2, p[j], g[j], m[j], v[j], max_v[j]);
   store<Width>(param, p);
   if constexpr (Kind::kMaster) store<Width>(static_cast<float*>(tensor.master) + i, p);
-  store<Width>(exp_avg, m);
-  store<Width>(exp_avg_sq, v);
+  store<Width>(exp_avg, m, AsAverage<SignedCode>{step});
+  store<Width>(exp_avg_sq, v, AsAverage<UnsignedCode>{step});
   if constexpr (Kind::kAmsgrad) store<Width>(max_exp_avg_sq, max_v);
 }
 
@@ -194,7 +216,10 @@ __global__ void __launch_bounds__(kThreads, 2) adam_kernel(const __grid_constant
   if (launch.found_inf && *launch.found_inf != 0.0f) return;
   const uint32_t index = tensor_of_block(launch.first_block, launch.count, blockIdx.x);
   const AdamTensor& tensor = launch.tensors[index];
-  const AdamConstants<CudaOps> k(launch.device_scalars ? launch.device_scalars[launch.rows[index]] : launch.scalars);
+  const AdamScalars& scalars = launch.device_scalars ? launch.device_scalars[launch.rows[index]] : launch.scalars;
+  const AdamConstants<CudaOps> k(scalars);
+  const uint32_t step = scalars.step;
+  const bool l2 = launch.mode.l2;
   const int64_t begin = static_cast<int64_t>(blockIdx.x - launch.first_block[index]) * kChunk;
   const int64_t end = begin + kChunk < tensor.numel ? begin + kChunk : tensor.numel;
 
@@ -205,8 +230,8 @@ __global__ void __launch_bounds__(kThreads, 2) adam_kernel(const __grid_constant
   constexpr int kWidth = Kind::kWidth;
   const int64_t whole = addresses % 16 == 0 ? begin + (end - begin) / kWidth * kWidth : begin;
   for (int64_t i = begin + threadIdx.x * kWidth; i < whole; i += kThreads * kWidth)
-    update_elements<Kind, kWidth>(tensor, i, k, launch.mode.l2);
-  for (int64_t i = whole + threadIdx.x; i < end; i += kThreads) update_elements<Kind, 1>(tensor, i, k, launch.mode.l2);
+    update_elements<Kind, kWidth>(tensor, i, k, step, l2);
+  for (int64_t i = whole + threadIdx.x; i < end; i += kThreads) update_elements<Kind, 1>(tensor, i, k, step, l2);
 }
 
 // The step counts of tensors that keep them on the device, as float32, each in memory of its own.

@@ -63,6 +63,17 @@ struct Avx2 {
     store_words(to, _mm256_add_epi16(upper, carry(lower, _mm256_andnot_si256(upper, _mm256_set1_epi16(1)))));
   }
 
+  // The upper halves of two in memory order, or of the even and the odd elements, as they are.
+  static void store_two_upper(bf16* to, Number a, Number b) {
+    const __m256i a_bits = _mm256_castps_si256(a), b_bits = _mm256_castps_si256(b);
+    const __m256i upper = _mm256_packus_epi32(_mm256_srli_epi32(a_bits, 16), _mm256_srli_epi32(b_bits, 16));
+    store_words(to, _mm256_permute4x64_epi64(upper, kSwapMiddle));
+  }
+  static void store_even_odd_upper(bf16* to, Number even, Number odd) {
+    const __m256i low = _mm256_srli_epi32(_mm256_castps_si256(even), 16);
+    store_words(to, _mm256_blend_epi16(low, _mm256_castps_si256(odd), 0xAA));
+  }
+
   // Bytes as integers; and, four vectors at a time, integers that are 128 more than the bytes.
   using ByteSource = __m256i;
   static __m256i load_bytes(const int8_t* from) { return _mm256_cvtepi8_epi32(bytes(from)); }

@@ -68,6 +68,18 @@ struct Avx512 {
     _mm512_storeu_si512(to, _mm512_mask_blend_epi16(0xAAAAAAAA, low, add_half_ulp(_mm512_castps_si512(odd))));
   }
 
+  // The upper halves of two in memory order, or of the even and the odd elements, as they are.
+  static void store_two_upper(bf16* to, Number a, Number b) {
+    const __m512i upper_halves = _mm512_setr_epi32(  // each lane's, of a and then of b
+        0x030001, 0x070005, 0x0B0009, 0x0F000D, 0x130011, 0x170015, 0x1B0019, 0x1F001D,  //
+        0x230021, 0x270025, 0x2B0029, 0x2F002D, 0x330031, 0x370035, 0x3B0039, 0x3F003D);
+    _mm512_storeu_si512(to, _mm512_permutex2var_epi16(_mm512_castps_si512(a), upper_halves, _mm512_castps_si512(b)));
+  }
+  static void store_even_odd_upper(bf16* to, Number even, Number odd) {
+    const __m512i low = _mm512_srli_epi32(_mm512_castps_si512(even), 16);
+    _mm512_storeu_si512(to, _mm512_mask_blend_epi16(0xAAAAAAAA, low, _mm512_castps_si512(odd)));
+  }
+
   // Bytes as integers; and, four vectors at a time, integers that are 128 more than the bytes.
   using ByteSource = __m512i;
   static __m512i load_bytes(const int8_t* from) { return _mm512_cvtepi8_epi32(bytes(from)); }

@@ -55,6 +55,14 @@ struct Neon {
     vst1q_u16(&to->bits, vreinterpretq_u16_u32(vsriq_n_u32(high, low, 16)));  // high's upper halves, low's below
   }
 
+  // The upper halves of two in memory order, or of the even and the odd elements, as they are.
+  static void store_two_upper(bf16* to, Number a, Number b) {
+    vst1q_u16(&to->bits, vuzp2q_u16(vreinterpretq_u16_f32(a), vreinterpretq_u16_f32(b)));
+  }
+  static void store_even_odd_upper(bf16* to, Number even, Number odd) {
+    vst1q_u16(&to->bits, vtrn2q_u16(vreinterpretq_u16_f32(even), vreinterpretq_u16_f32(odd)));
+  }
+
   // Bytes as integers; and, four vectors at a time, integers that are 128 more than the bytes.
   using ByteSource = int32x4_t;
   static int32x4_t load_bytes(const int8_t* from) {

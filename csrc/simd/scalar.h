@@ -61,6 +61,13 @@ struct Scalar {
     to[1].bits = rounded_to_bf16(odd);
   }
 
+  // The upper halves of two in memory order, or of the even and the odd elements, as they are.
+  static void store_two_upper(bf16* to, Number a, Number b) { store_even_odd_upper(to, a, b); }
+  static void store_even_odd_upper(bf16* to, Number even, Number odd) {
+    to[0].bits = static_cast<uint16_t>(bits_of(even) >> 16);
+    to[1].bits = static_cast<uint16_t>(bits_of(odd) >> 16);
+  }
+
   // Bytes as integers; and, four vectors at a time, integers that are 128 more than the bytes.
   using ByteSource = int32_t;
   static int32_t load_bytes(const int8_t* from) { return *from; }

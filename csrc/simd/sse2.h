@@ -96,6 +96,18 @@ struct Sse2 {
     _mm_storeu_si128(reinterpret_cast<__m128i*>(to), _mm_or_si128(low, high));
   }
 
+  // The upper halves of two in memory order, or of the even and the odd elements, as they are.
+  static void store_two_upper(bf16* to, Number a, Number b) {
+    const __m128i upper_halves =  // as signed numbers, which packing leaves as they are
+        _mm_packs_epi32(_mm_srai_epi32(_mm_castps_si128(a), 16), _mm_srai_epi32(_mm_castps_si128(b), 16));
+    _mm_storeu_si128(reinterpret_cast<__m128i*>(to), upper_halves);
+  }
+  static void store_even_odd_upper(bf16* to, Number even, Number odd) {
+    const __m128i low = _mm_srli_epi32(_mm_castps_si128(even), 16);
+    const __m128i high = _mm_and_si128(_mm_castps_si128(odd), _mm_set1_epi32(-0x10000));
+    _mm_storeu_si128(reinterpret_cast<__m128i*>(to), _mm_or_si128(low, high));
+  }
+
   // Bytes as integers; and, four vectors at a time, integers that are 128 more than the bytes.
   using ByteSource = __m128i;
   static __m128i load_bytes(const int8_t* from) { return _mm_srai_epi32(upper_bytes(from), 24); }

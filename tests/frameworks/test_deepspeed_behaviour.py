@@ -98,14 +98,27 @@ def test_16_bit_params_stay_near_a_float32_reference(CPUAdam, dtype):
         assert ((param.detach().float() - wide.detach()).abs() <= steps * unit / 2).all()
 
 
+def with_deepspeeds_float16_states(optimizer):
+    """The optimizer before its first step, with states of float16 for params of float16, as DeepSpeed makes them."""
+    for group in optimizer.param_groups:
+        for param in group["params"]:
+            if param.dtype == torch.float16:
+                averages = {key: torch.zeros_like(param.detach()) for key in ("exp_avg", "exp_avg_sq")}
+                optimizer.state[param] = {"step": 0, **averages}
+    return optimizer
+
+
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
 @pytest.mark.parametrize("fp32_states", [True, False])
-def test_states_are_float32_or_of_the_params_dtype(CPUAdam, dtype, fp32_states):
+def test_states_are_float32_or_of_16_bits(CPUAdam, dtype, fp32_states):
+    """DeepSpeed's have the param's dtype, ours are bfloat16 for float16 params too."""
     (param,) = params = new_params([70], dtype)
     optimizer = CPUAdam(params, fp32_optimizer_states=fp32_states)
     set_grads(params)
     optimizer.step()
     expected = torch.float32 if fp32_states else dtype
+    if expected == torch.float16 and CPUAdam is adamops.DeepSpeedCPUAdam:
+        expected = torch.bfloat16
     assert {optimizer.state[param][key].dtype for key in ("exp_avg", "exp_avg_sq")} == {expected}
     assert optimizer.state[param]["exp_avg"].any() and optimizer.state[param]["exp_avg_sq"].any()
 
@@ -118,6 +131,8 @@ def test_both_classes_have_the_same_bits(dtype, fp32_states, adamw_mode):
     others = twins(params)
     settings = {"lr": 3e-3, "weight_decay": 0.05, "adamw_mode": adamw_mode, "fp32_optimizer_states": fp32_states}
     ours, theirs = adamops.DeepSpeedCPUAdam(params, **settings), DeepSpeedsCPUAdam(others, **settings)
+    if not fp32_states:
+        ours = with_deepspeeds_float16_states(ours)
     for _ in range(5):
         set_grads(params, others)
         ours.step()
@@ -382,7 +397,7 @@ def test_deepspeeds_fused_adam_keeps_states_in_the_params_dtype(dtype):
     params = new_params(dtype=dtype)
     expected = twins(params)
     optimizer = DeepSpeedsFusedAdam(params)
-    peer = adamops.DeepSpeedCPUAdam(expected, fp32_optimizer_states=False)
+    peer = with_deepspeeds_float16_states(adamops.DeepSpeedCPUAdam(expected, fp32_optimizer_states=False))
     for _ in range(3):
         set_grads(params, expected)
         optimizer.step()

@@ -43,13 +43,15 @@ class DeepSpeedCPUAdam(AdamOptimizer):
     adamw_mode
         AdamW if true, Adam with L2 otherwise.
     fp32_optimizer_states
-        Whether states are float32 for params of every dtype; otherwise they have the param's dtype.
+        Whether states are float32 for params of every dtype; otherwise those of 16-bit params are bfloat16, as with
+        `state_dtype`. (DeepSpeed's are float16 for float16 params, in which the squares of small grads become zero.)
     maximize
         Whether to ascend.
     state_dtype
-        torch.float32, torch.bfloat16, torch.float16, or ``"8bit"``: codes of 8 bits with a scale for each 256 elements
-        (adamops.ops.adam.block_codes), where a param has 4096 elements or more. By default as `fp32_optimizer_states`
-        says.
+        torch.float32, torch.bfloat16, or ``"8bit"``: codes of 8 bits with a scale for each 256 elements
+        (adamops.ops.adam.block_codes), where a param has 4096 elements or more. A step rounds averages to bfloat16 or
+        8 bits with noise that evens out over the steps, as to the nearest small changes would be lost for good. By
+        default as `fp32_optimizer_states` says.
     master_weight_bits
         24 or 32: params of 16 bits have 8 or 16 bits more in their state, ``"param_remainder"``, and are updated as
         numbers of so many bits. With 32, bfloat16 params are the float32 params of the same training, rounded.

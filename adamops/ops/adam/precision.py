@@ -15,6 +15,7 @@ from .settings import check_flags
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 EIGHT_BIT = "8bit"
+STATE_DTYPES = (torch.float32, torch.bfloat16, EIGHT_BIT)
 LEAST_CODED = 4096  # elements: states of smaller params are float32 where those of others are 8-bit codes
 
 AVERAGES = tuple(CODES)
@@ -58,17 +59,21 @@ class Master(enum.IntEnum):
 
 @dataclasses.dataclass(frozen=True)
 class Precision:
-    """The precision of an optimizer's states and params; `state_dtype` None is that of each param."""
+    """The precision of an optimizer's states and params; `state_dtype` None: of as many bits as each param."""
 
     state_dtype: torch.dtype | str | None = torch.float32
     master: Master = Master.NONE
     stochastic_rounding: bool = False
 
     def __post_init__(self) -> None:
-        if self.state_dtype is not None and self.state_dtype not in (*DTYPES, EIGHT_BIT):
+        if self.state_dtype == torch.float16:
             raise ValueError(
-                f"Invalid state_dtype: {self.state_dtype}; expected torch.float32, torch.bfloat16, torch.float16 "
-                "or '8bit'"
+                "Invalid state_dtype: torch.float16, in which the squares of small grads (0.001, say) become zero, and "
+                "params run away; use torch.bfloat16, which takes as much memory, or '8bit'"
+            )
+        if self.state_dtype is not None and self.state_dtype not in STATE_DTYPES:
+            raise ValueError(
+                f"Invalid state_dtype: {self.state_dtype}; expected torch.float32, torch.bfloat16 or '8bit'"
             )
         if self.master is Master.FP32 and self.state_dtype != torch.float32:
             found = self.state_dtype or "those of the params' dtype"
@@ -89,7 +94,8 @@ class Precision:
     def float_state_dtype(self, param: Tensor) -> torch.dtype:
         """The dtype of states that are not codes."""
         if self.state_dtype is None:
-            return param.dtype
+            # Never float16, for the reason above.
+            return torch.float32 if param.dtype == torch.float32 else torch.bfloat16
         return torch.float32 if isinstance(self.state_dtype, str) else self.state_dtype
 
     def state_dtypes(self, param: Tensor, amsgrad: bool) -> dict[str, torch.dtype]:

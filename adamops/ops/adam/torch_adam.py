@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from . import remainders
+from .average_rounding import store_average
 from .backend import Update
 from .batch import AdamBatch, check_params_and_grads, check_states, is_coded
 from .coded_states import float_states, store_codes
@@ -58,15 +59,7 @@ class TorchBackend:
             kind, coded = hyper.precision.master_of(param), is_coded(state)
             master = param if kind is Master.NONE else _master(param, state, kind)
             averages = float_states(state, names) if coded else {name: state[name] for name in names}
-            _adam_update(
-                master,
-                grad,
-                averages["exp_avg"],
-                averages["exp_avg_sq"],
-                averages.get("max_exp_avg_sq"),
-                hyper.scalars(step),
-                hyper.l2,
-            )
+            _adam_update(master, grad, averages, hyper.scalars(step), hyper.l2, step)
             if coded:
                 store_codes(state, averages, step)
             if kind is Master.FP32:
@@ -95,11 +88,10 @@ def _master(param: Tensor, state: dict[str, Any], kind: Master) -> Tensor:
 def _adam_update(
     param: Tensor,
     grad: Tensor,
-    exp_avg: Tensor,
-    exp_avg_sq: Tensor,
-    max_exp_avg_sq: Tensor | None,
+    averages: dict[str, Tensor],
     scalars: tuple[float, ...],
     l2: bool,
+    step: int,
 ) -> None:
     """adam_update() of csrc/adam/adam_update.h in torch calls; float32 inside, whatever the tensors hold."""
     (
@@ -114,16 +106,15 @@ def _adam_update(
         decay,
         l2_decay,
     ) = scalars
-    p, g, m, v = param.float(), grad.float() * scale, exp_avg.float(), exp_avg_sq.float()
+    p, g = param.float(), grad.float() * scale
+    new = {name: average.float() for name, average in averages.items()}
     if l2:
         g = g + l2_decay * p
-    m = beta1 * m + one_minus_beta1 * g
-    v = beta2 * v + one_minus_beta2 * g * g
-    largest_v = v
-    if max_exp_avg_sq is not None:
-        largest_v = torch.maximum(max_exp_avg_sq.float(), v)
-        max_exp_avg_sq.copy_(largest_v)
+    new["exp_avg"] = beta1 * new["exp_avg"] + one_minus_beta1 * g
+    new["exp_avg_sq"] = largest_v = beta2 * new["exp_avg_sq"] + one_minus_beta2 * g * g
+    if "max_exp_avg_sq" in new:
+        new["max_exp_avg_sq"] = largest_v = torch.maximum(new["max_exp_avg_sq"], largest_v)
     denominator = largest_v.sqrt() * inverse_sqrt_bias2 + eps
-    param.copy_(p * decay + negative_step_size * (m / denominator))
-    exp_avg.copy_(m)
-    exp_avg_sq.copy_(v)
+    param.copy_(p * decay + negative_step_size * (new["exp_avg"] / denominator))
+    for name, value in new.items():
+        store_average(averages[name], name, value, step)

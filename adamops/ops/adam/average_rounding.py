@@ -1,0 +1,26 @@
+"""How averages are rounded to bfloat16 after a step, in torch calls, for where no op is compiled.
+
+The definition, with its reasons, is csrc/adam/average_rounding.h; the same bits come out here.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from .block_codes import CODES
+
+NEAREST = ("max_exp_avg_sq",)
+
+
+def store_average(state: Tensor, name: str, value: Tensor, step: int) -> None:
+    """Writes a float32 average to the state of that name, after the step that counts from 1."""
+    if state.dtype != torch.bfloat16 or name in NEAREST:
+        state.copy_(value)
+        return
+    bits = value.view(torch.int32)
+    rounded = bits + (step * CODES[name].step_stride & 0xFFFF)
+    if name == "exp_avg_sq":
+        rounded = torch.where((bits > 0) & (bits < 0x10000), 0x10000, rounded)
+    kept = torch.where(value.isfinite(), rounded, bits) & -0x10000  # a bfloat16 as a float32
+    state.copy_(torch.where(value.isnan(), value, kept.view(torch.float32)))

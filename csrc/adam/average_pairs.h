@@ -1,0 +1,63 @@
+// Stores averages in pairs of vectors: average_rounding.h for the CPU's loops. Included by kernels, which are compiled
+// once per SIMD target, after ADAMOPS_SIMD_HEADER; ../simd/blocks.h says what that means for linkage.
+#pragma once
+
+#include <cstring>
+
+#include "../simd/blocks.h"
+#include "average_rounding.h"
+
+namespace adamops {
+namespace ADAMOPS_TARGET {
+namespace {
+
+// The noise of a step, by average. Averages in other dtypes than bfloat16 are rounded to the nearest.
+class AverageRounding {
+ public:
+  explicit AverageRounding(uint32_t step)
+      : signed_noise_(Bits{} + average_noise<SignedCode>(step)),
+        unsigned_noise_(Bits{} + average_noise<UnsignedCode>(step)) {}
+
+  template <class Code, bool EvenOdd, class T>
+  ADAMOPS_INLINE void store(T* to, const Pair& from) const {
+    if constexpr (!same_type<T, bf16>)
+      store_pair<EvenOdd>(to, from);
+    else if constexpr (EvenOdd)  // of bfloat16 values only: a NaN among them has an empty lower half
+      Ops::store_even_odd_upper(to, rounded<Code>(from.a, noise<Code>()), rounded<Code>(from.b, noise<Code>()));
+    else
+      Ops::store_two_upper(to, rounded<Code>(from.a, noise_but_of_nan<Code>(from.a)),
+                           rounded<Code>(from.b, noise_but_of_nan<Code>(from.b)));
+  }
+
+ private:
+  using Number = Ops::Number;
+  typedef uint32_t Bits __attribute__((vector_size(4 * Ops::kWidth)));
+  typedef float Floats __attribute__((vector_size(4 * Ops::kWidth)));
+
+  template <class To, class From>
+  ADAMOPS_INLINE static To cast(From from) {
+    static_assert(sizeof(To) == sizeof(From), "only the type changes");
+    To to;
+    std::memcpy(&to, &from, sizeof to);
+    return to;
+  }
+  template <class Code>
+  ADAMOPS_INLINE Bits noise() const {
+    return Code::kSigned ? signed_noise_ : unsigned_noise_;
+  }
+  template <class Code>
+  ADAMOPS_INLINE Bits noise_but_of_nan(Number of) const {
+    const Floats floats = cast<Floats>(of);
+    return noise<Code>() & cast<Bits>(floats == floats);
+  }
+  template <class Code>
+  ADAMOPS_INLINE static Number rounded(Number a, Bits noise) {
+    return cast<Number>(rounded_average<Code>(cast<Bits>(a), noise));
+  }
+
+  Bits signed_noise_, unsigned_noise_;
+};
+
+}  // namespace
+}  // namespace ADAMOPS_TARGET
+}  // namespace adamops
