@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import dataclasses
 import numbers
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
@@ -25,8 +25,8 @@ MOST_STEPS = 2**53  # kMostSteps in csrc/adam/adam_table.h
 class AdamBatch:
     """Params with what belongs to each; every tensor of a row has the param's shape and lies in memory like it.
 
-    Of DTensors all is what this process holds; `owners` are the params as the optimizer has them, and `owned_states` the
-    dicts that it keeps for them, which step counts are written to.
+    Of DTensors all is what this process holds; `owners` are the params as the optimizer has them, and `owned_states`
+    the dicts that it keeps for them, which step counts are written to.
 
     `states` holds each param's step count, before this step, and tensors in torch's form: ``{"step", "exp_avg", ...}``;
     `names` are for messages, as in "param group 0, param 3".
@@ -112,7 +112,8 @@ class AdamBatch:
 
     def written(self) -> list[Tensor]:
         """The tensors that the step writes in place."""
-        columns = [self.params, *(self.column(name) for name in self._averages()), self.masters, self.scales]
+        columns: list[Sequence[Tensor | None]] = [self.params, self.masters, self.scales]
+        columns += map(self.column, averages_of(self.hyper.amsgrad))
         columns += [self.grads] if self.hyper.zero_grads else []
         columns += [self.lowp_outs] if self.lowp_outs else []
         return [tensor for column in columns for tensor in column if tensor is not None]
@@ -120,9 +121,6 @@ class AdamBatch:
     def borrowed(self) -> list[Tensor]:
         """The tensors that the step reads or writes."""
         return [*self.written(), *self.grads]
-
-    def _averages(self) -> tuple[str, ...]:
-        return averages_of(self.hyper.amsgrad)
 
 
 def is_shared_count(step: Tensor) -> bool:

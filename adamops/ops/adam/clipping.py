@@ -29,10 +29,7 @@ class ClippedGrads:
         return all(map(self._has, grads))
 
     def settle(self, grads: Sequence[Tensor]) -> None:
-        """Multiplies those of the grads that were clipped and are as they were by the factor; others are left alone.
-
-        Returns None, in the place of this.
-        """
+        """Multiplies those of the grads that were clipped and are as they were by the factor; others are left alone."""
         with torch.no_grad():
             for grad in grads:
                 if self._has(grad):

@@ -5,8 +5,9 @@ from __future__ import annotations
 import contextlib
 import signal
 import threading
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from types import FrameType
+from typing import Any
 
 
 @contextlib.contextmanager
@@ -19,14 +20,17 @@ def deferred_signals() -> Iterator[None]:
         yield
         return
     arrived: dict[int, FrameType | None] = {}
-    former = {number: signal.getsignal(number) for number in signal.valid_signals()}
-    former = {number: handler for number, handler in former.items() if callable(handler)}
+    handlers: dict[int, Callable[[int, FrameType | None], Any]] = {}
+    for valid in signal.valid_signals():
+        handler = signal.getsignal(valid)
+        if callable(handler):  # one in Python
+            handlers[int(valid)] = handler
     try:
-        for number in former:
-            signal.signal(number, lambda signum, frame: arrived.setdefault(signum, frame))
+        for number in handlers:
+            signal.signal(number, arrived.setdefault)  # called with the number and the frame
         yield
     finally:
-        for number, handler in former.items():
+        for number, handler in handlers.items():
             signal.signal(number, handler)
         for number, frame in arrived.items():
-            former[number](number, frame)  # type: ignore[operator]
+            handlers[number](number, frame)

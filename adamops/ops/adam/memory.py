@@ -1,4 +1,4 @@
-"""The proof that goes with every address: that a tensor's elements are there, are its own numbers, and lie in its storage.
+"""The proof that goes with every address: a tensor's elements are there, are its own numbers, and lie in its storage.
 
 Whatever reaches an op as an address comes from here, or from csrc/tensor_reader.h, which proves the same of plain
 tensors in C++. Must not know of optimizers.

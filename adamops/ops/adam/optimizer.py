@@ -266,11 +266,11 @@ class AdamOptimizer(Optimizer):
         """Clips the grads of all params to a norm, as torch.nn.utils.clip_grad_norm_ does, without writing them.
 
         They are read once for their norm, which is the same bits for any number of threads; the next step() multiplies
-        them by ``min(1, max_norm / (norm + 1e-6))`` where it reads them anyway. The factor belongs to these grads as they
-        are now: it is dropped once they are replaced or written, by whomever. If ``self.grad_scale`` is set (what the
-        loss was multiplied by), the norm is that of the unscaled grads. On a GPU the norm stays there, nothing waits for
-        it, and step counts are kept there from then on. With grads on several devices torch's function does it all,
-        which writes them.
+        them by ``min(1, max_norm / (norm + 1e-6))`` where it reads them anyway. The factor belongs to these grads as
+        they are now: it is dropped once they are replaced or written, by whomever. If ``self.grad_scale`` is set (what
+        the loss was multiplied by), the norm is that of the unscaled grads. On a GPU the norm stays there, nothing
+        waits for it, and step counts are kept there from then on. With grads on several devices torch's function does
+        it all, which writes them.
 
         Parameters
         ----------
@@ -633,7 +633,8 @@ class AdamOptimizer(Optimizer):
             named = (with_grads(group, f"param group {i}") for i, group in enumerate(self.param_groups))
             grads = [grad for entries in named for *_, grad in entries]
         if not self._clipped.are(grads):
-            self._clipped = self._clipped.settle(grads)
+            self._clipped.settle(grads)
+            self._clipped = None
             return 1.0
         return to_number(self._clipped.factor, "clip factor")
 
