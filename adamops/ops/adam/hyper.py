@@ -39,23 +39,25 @@ class AdamHyper:
     stream: int = 0  # where the random bits of the group's params begin
 
     @classmethod
-    def of_group(cls, group: dict[str, Any], where: str = "", **others: Any) -> AdamHyper:
+    def of_group(cls, group: dict[str, Any], where: str, **others: Any) -> AdamHyper:
         """From a param group, whose numbers may be 0-dim tensors, and what it does not have.
 
-        Raises TypeError or ValueError for what is no number, here and not in the middle of a step; `where` ends the
-        message.
+        Raises TypeError or ValueError for what is no number, here and not in the middle of a step; `where` is the
+        group's name.
         """
-        if type(group["lr"]) is not float:
-            check_number(group["lr"], "lr", where)  # it stays what it is, as a step on a GPU may read it there
+        lr = group["lr"]
+        if type(lr) is not float:
+            check_number(lr, "lr", f" in {where}")  # it stays what it is, as a step on a GPU may read it there
         try:
             beta1, beta2 = group["betas"]
-            numbers = float(beta1), float(beta2), float(group["eps"]), float(group["weight_decay"])
+            # With a sign, as float() alone takes strings.
+            numbers = float(+beta1), float(+beta2), float(+group["eps"]), float(+group["weight_decay"])
         except (TypeError, ValueError, RuntimeError):
-            check_numbers(group, where)
+            check_numbers(group, f" in {where}")
             raise
         beta1, beta2, eps, weight_decay = numbers
         return cls(
-            lr=group["lr"],
+            lr=lr,
             beta1=beta1,
             beta2=beta2,
             eps=eps,
