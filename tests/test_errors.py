@@ -5,7 +5,7 @@ import copy
 import pytest
 import torch
 
-from adamops import DeepSpeedCPUAdam
+from adamops import DeepSpeedCPUAdam, FusedAdam
 from adamops.ops.adam.batch import AdamBatch, check_params_and_grads
 from adamops.ops.adam.hyper import AdamHyper
 
@@ -49,6 +49,90 @@ def test_hyper_parameters_out_of_range(Adam, setting, value, message):
     with pytest.raises(ValueError, match=f"{message} in param group 1"):
         optimizer.add_param_group({"params": [torch.nn.Parameter(torch.ones(3))], setting: value})
     assert len(optimizer.param_groups) == 1
+
+
+NO_NUMBERS = [
+    ("lr", "1e-2", TypeError, "Invalid lr: '1e-2', a str.*expected a number: take it out of its quotes"),
+    ("lr", None, TypeError, "Invalid lr: None, a NoneType.*expected a number"),
+    ("lr", (1e-3,), TypeError, r"Invalid lr: \(0.001,\), a tuple"),
+    ("lr", torch.ones((), device="meta"), ValueError, "Tensor lr has no value.*meta"),
+    ("lr", torch.ones((), dtype=torch.complex64), TypeError, "Tensor lr is torch.complex64.*expected a real number"),
+    ("eps", "1e-8", TypeError, "Invalid eps: '1e-8'"),
+    ("eps", (1e-30, 1e-3), TypeError, "Invalid eps: .*a tuple"),
+    ("eps", torch.ones(2), ValueError, r"Tensor eps must be 1-element, has shape \(2,\)"),
+    ("weight_decay", "0", TypeError, "Invalid weight_decay: '0'"),
+    ("weight_decay", torch.ones(2), ValueError, "Tensor weight_decay must be 1-element"),
+    ("weight_decay", torch.ones((), device="meta"), ValueError, "Tensor weight_decay has no value"),
+    ("betas", None, TypeError, "Invalid betas: None.*expected two numbers"),
+    ("betas", 0.9, TypeError, "Invalid betas: 0.9.*expected two numbers"),
+    ("betas", (0.9, 0.99, 0.999), TypeError, r"Invalid betas: \(0.9, 0.99, 0.999\)"),
+    ("betas", ("0.9", 0.99), TypeError, r"Invalid betas\[0\]: '0.9'"),
+    ("betas", (0.9, torch.ones((), device="meta")), ValueError, r"Tensor betas\[1\] has no value"),
+]
+
+
+@pytest.mark.parametrize(("setting", "value", "error", "message"), NO_NUMBERS)
+def test_hyper_parameters_that_are_no_numbers(Adam, setting, value, error, message):
+    with pytest.raises(error, match=message):
+        Adam([torch.nn.Parameter(torch.ones(3))], **{setting: value})
+    first, second = (torch.nn.Parameter(torch.ones(3)) for _ in range(2))
+    optimizer = Adam([first])
+    with pytest.raises(error, match=f"{message}.*param group 1|param group 1.*{message}|in param group 1"):
+        optimizer.add_param_group({"params": [second], setting: value})
+    loaded = copy.deepcopy({**optimizer.state_dict()})
+    loaded["param_groups"][0][setting] = value
+    with pytest.raises(error, match=message):
+        optimizer.load_state_dict(loaded)
+    assert len(optimizer.param_groups) == 1
+
+
+@pytest.mark.parametrize(("setting", "value", "error", "message"), NO_NUMBERS)
+def test_hyper_parameters_changed_to_no_numbers_are_found_before_any_group_is_updated(
+    Adam, setting, value, error, message
+):
+    params = [torch.nn.Parameter(torch.ones(3)) for _ in range(2)]
+    for param in params:
+        param.grad = torch.ones(3)
+    optimizer = Adam([{"params": [param]} for param in params])
+    for stepped in (0, 1):
+        before = [param.detach().clone() for param in params]
+        good = optimizer.param_groups[1][setting]
+        optimizer.param_groups[1][setting] = value
+        with pytest.raises(error, match=message):
+            optimizer.step()
+        assert all(map(torch.equal, params, before))
+        assert stepped == 0 or optimizer.state[params[0]]["step"] == 1
+        optimizer.param_groups[1][setting] = good
+        optimizer.step()
+
+
+@pytest.mark.parametrize("value", [(0.9, 0.95), 0.5, "true", None, [True], torch.ones(2)])
+@pytest.mark.parametrize("flag", ["bias_correction", "amsgrad", "maximize", "adamw_mode", "stochastic_rounding"])
+def test_flags_that_are_neither_true_nor_false(Adam, flag, value):
+    name = "adam_?w_mode" if flag == "adamw_mode" else flag
+    with pytest.raises(TypeError, match=f"Invalid {name}: .*expected True or False"):
+        Adam([torch.nn.Parameter(torch.ones(3))], **{flag: value})
+    if flag != "adamw_mode":
+        optimizer = Adam([torch.nn.Parameter(torch.ones(3))])
+        with pytest.raises(TypeError, match=f"Invalid {name}.*expected True or False"):
+            optimizer.add_param_group({"params": [torch.nn.Parameter(torch.ones(3))], flag: value})
+
+
+@pytest.mark.parametrize("cls", [DeepSpeedCPUAdam, FusedAdam])
+def test_betas_in_the_place_of_bias_correction(cls):
+    """torch has them third, DeepSpeed has bias_correction there."""
+    with pytest.raises(TypeError, match=r"Invalid bias_correction: \(0.9, 0.95\).*pass betas by name"):
+        cls([torch.nn.Parameter(torch.ones(3))], 1e-3, (0.9, 0.95))
+    for flag in (True, False, 1, 0):
+        cls([torch.nn.Parameter(torch.ones(3))], 1e-3, flag, (0.9, 0.95))
+
+
+@pytest.mark.parametrize("flag", ["set_grad_none", "master_weights", "capturable", "adam_w_mode"])
+def test_flags_of_fused_adam(flag):
+    with pytest.raises(TypeError, match=f"Invalid {flag}: 0.01; expected True or False"):
+        FusedAdam([torch.nn.Parameter(torch.ones(3))], **{flag: 0.01})
+    with pytest.raises(TypeError, match="Invalid fp32_optimizer_states: None"):
+        DeepSpeedCPUAdam([torch.nn.Parameter(torch.ones(3))], fp32_optimizer_states=None)
 
 
 def test_loaded_betas_out_of_range_change_nothing(Adam):

@@ -24,9 +24,9 @@ class DeepSpeedCPUAdam(AdamOptimizer):
     Parameters
     ----------
     model_params
-        Params to optimise, or dicts of param groups, which may have settings of their own. Each param is a dense tensor
-        in host memory of any shape and strides, of float32, bfloat16 or float16. Its grad has the same dtype or
-        float32.
+        Params to optimise, or dicts of param groups, which may have settings of their own, also of precision. Each
+        param is a dense tensor in host memory of any shape and strides, of float32, bfloat16 or float16; a frozen one
+        may be any. Its grad has the same dtype or float32.
     lr
         Learning rate, 0 or more; a float or a 0-dim tensor.
     bias_correction
@@ -68,7 +68,7 @@ class DeepSpeedCPUAdam(AdamOptimizer):
     ValueError
         For a hyper-parameter out of its range, or a param whose elements overlap or leave gaps.
     TypeError
-        For a param of another dtype or layout.
+        For a param of another dtype or layout, and for a setting of another type.
     """
 
     def __init__(

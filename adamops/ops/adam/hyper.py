@@ -39,7 +39,7 @@ class AdamHyper:
     stream: int = 0  # where the random bits of the group's params begin
 
     @classmethod
-    def of_group(cls, group: dict[str, Any], where: str = "", **others: Any) -> AdamHyper:
+    def of_group(cls, group: dict[str, Any], where: str, **others: Any) -> AdamHyper:
         """From a param group, whose numbers may be 0-dim tensors, and what it does not have.
 
         A `lr` on a GPU stays there, as float() would wait for it. Raises TypeError or ValueError for what is no number,

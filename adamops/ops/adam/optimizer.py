@@ -64,8 +64,8 @@ from .torch_adam import TorchBackend
 from .uncompiled import uncompiled
 
 _HOST = torch.device("cpu")
-# By the identity of param groups: the group, its settings of precision, and what they mean.
-_GroupPrecisions: TypeAlias = dict[int, tuple[dict[str, Any], dict[str, Any], Precision]]
+# By the identity of param groups: the group, its settings of precision, what they mean, and how many keys it has.
+_GroupPrecisions: TypeAlias = dict[int, tuple[dict[str, Any], dict[str, Any], Precision, int]]
 _Method = TypeVar("_Method", bound=Callable[..., Any])
 
 
@@ -236,7 +236,8 @@ class AdamOptimizer(Optimizer):
             raise type(error)(f"{where}: {error}") from None
 
     def _keep_precision(self, group: dict[str, Any], precision: Precision) -> None:
-        self._group_precisions[id(group)] = group, own_settings(group), precision
+        settings = own_settings(group)
+        self._group_precisions[id(group)] = group, settings, precision, -1 if settings else len(group)
 
     def _precision_of(self, group: dict[str, Any], where: str) -> Precision:
         """In what precision the params and states of a group are kept.
@@ -244,14 +245,19 @@ class AdamOptimizer(Optimizer):
         Raises ValueError if the group's settings have been changed, as its states are what they were before.
         """
         kept = self._group_precisions.get(id(group))
-        if kept is None or kept[0] is not group:  # a copy of a group
+        if kept is None:  # a copy of a group
             return self._checked_precision(group, where)
-        if kept[1] if group.keys().isdisjoint(SETTINGS) else kept[1] != own_settings(group):
+        _, before, precision, size = kept
+        if size == len(group):  # it had no such settings, and nothing was added since
+            return precision
+        settings = own_settings(group)
+        if settings != before:
             raise ValueError(
-                f"The precision of {where} was set to {own_settings(group)}, from {kept[1]}: it cannot be changed in "
-                "the middle of training, but optimizer.load_state_dict(optimizer.state_dict()) converts the states"
+                f"The precision of {where} was set to {settings}, from {before}: it cannot be changed in the middle of "
+                "training, but optimizer.load_state_dict(optimizer.state_dict()) converts the states"
             )
-        return kept[2]
+        self._keep_precision(group, precision)
+        return precision
 
     @waits
     def zero_grad(self, set_to_none: bool = True) -> None:
@@ -622,7 +628,8 @@ class AdamOptimizer(Optimizer):
             found_inf=None if found_inf is None else to_number(found_inf, "found_inf"),
             threads=self._preparing.threads if self._preparing else None,
         )
-        check_betas(hyper.beta1, hyper.beta2, in_group)
+        if not (0.0 <= hyper.beta1 < 1.0 and 0.0 <= hyper.beta2 < 1.0):
+            check_betas(hyper.beta1, hyper.beta2, in_group)
         return hyper
 
     def _grad_factor(self, grads: Sequence[Tensor] | None = None) -> float | Tensor:
