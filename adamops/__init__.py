@@ -28,7 +28,8 @@ if not (_checkout / "adamops" / "op_builder").is_dir() and (_checkout / "op_buil
     __path__.append(str(_checkout))
 
 
-_SUBMODULES = (
+# Imported when they are asked for.
+_SUBMODULES = ("bench", "deepspeed", "in_backward", "op_builder", "ops", "plugin_process", "report")
     "bench",
     "deepspeed",
     "in_backward",

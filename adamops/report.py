@@ -54,6 +54,7 @@ def _environment(ops: list[str]) -> dict[str, Any]:
     targets = [target.name for target in targets_of(platform.machine())]
     errors = []
     checks: list[Callable[[], Any]] = [functools.partial(environment.cpu_targets, targets), environment.max_jobs]
+    checks += [functools.partial(environment.words, name) for name in ("CXX", "CXXFLAGS", "LDFLAGS")]
     checks += [functools.partial(environment.build_switch, op) for op in ops]
     for check in checks:
         try:
