@@ -30,14 +30,6 @@ if not (_checkout / "adamops" / "op_builder").is_dir() and (_checkout / "op_buil
 
 # Imported when they are asked for.
 _SUBMODULES = ("bench", "deepspeed", "in_backward", "op_builder", "ops", "plugin_process", "report")
-    "bench",
-    "deepspeed",
-    "in_backward",
-    "op_builder",
-    "ops",
-    "plugin_process",
-    "report",
-)  # imported when they are asked for
 
 
 def __getattr__(name: str) -> Any:
