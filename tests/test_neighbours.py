@@ -32,13 +32,17 @@ WHOLE = {"built": True, "compiler": "c++", "machine": "x86_64", "flags": ["-O3"]
 def describe(tmp_path, monkeypatch, record=None, method="", seconds=60.0):
     """What the report says of a plugin, and whether another one is still reported."""
     offer(tmp_path, "op", PLUGIN.format(record=repr(record), method=method), "the_plugin:Builder")
-    offer(tmp_path, "other", PLUGIN.replace('"op"', '"other"').format(record=None, method=""), "other:Builder", "more")
+    crashes = "SIGSEGV" in method
+    if crashes:
+        offer(
+            tmp_path, "other", PLUGIN.replace('"op"', '"other"').format(record=None, method=""), "other:Builder", "more"
+        )
     monkeypatch.syspath_prepend(str(tmp_path))
     monkeypatch.setattr(report, "PLUGIN_SECONDS", seconds)
     found = {op["name"]: op for op in report._describe_plugins({})}
     for op in found.values():
         assert all(isinstance(text, str) for row in report.rows_of_op(op) for text in row)
-    if seconds > 10:
+    if crashes:
         assert found["other"]["ok"]
     return found["op"]
 
@@ -63,7 +67,7 @@ def test_a_build_record_that_is_none_costs_a_line(tmp_path, monkeypatch, record,
     [
         ("def load(self): raise SystemExit(3)", "SystemExit: 3"),
         ("def compatibility(self): raise BaseException('odd')", "BaseException: odd"),
-        ("def is_prebuilt(self): raise KeyboardInterrupt", "ended its process with exit status"),
+        ("def is_prebuilt(self): raise KeyboardInterrupt", "its process was ended by SIGINT"),
         ("def load(self): os._exit(7)", "ended its process with exit status 7"),
         ("def load(self): os.kill(os.getpid(), signal.SIGSEGV)", "its process was ended by SIGSEGV"),
         ("os.abort()", "its process was ended by SIGABRT"),
