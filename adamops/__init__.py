@@ -9,6 +9,7 @@ Importing adamops does not import torch: the optimizers do, when they are first 
 
 from __future__ import annotations
 
+import importlib
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -27,7 +28,13 @@ if not (_checkout / "adamops" / "op_builder").is_dir() and (_checkout / "op_buil
     __path__.append(str(_checkout))
 
 
+# Imported when they are asked for.
+_SUBMODULES = ("bench", "deepspeed", "in_backward", "op_builder", "ops", "plugin_process", "report")
+
+
 def __getattr__(name: str) -> Any:
+    if name in _SUBMODULES:
+        return importlib.import_module(f"{__name__}.{name}")
     if name in ("CPUAdam", "DeepSpeedCPUAdam", "FusedAdam"):
         from .ops import adam
 
@@ -44,4 +51,4 @@ def __getattr__(name: str) -> Any:
 
 
 def __dir__() -> list[str]:
-    return sorted({*globals(), *__all__})
+    return sorted({*globals(), *__all__, *_SUBMODULES})

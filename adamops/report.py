@@ -8,6 +8,7 @@ from __future__ import annotations
 import argparse
 import contextlib
 import functools
+import importlib.metadata
 import importlib.util
 import json
 import os
@@ -20,13 +21,14 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from . import __version__, op_builder
+from . import __version__, op_builder, plugin_process
 from .op_builder import environment, jit
 from .op_builder.builder import OpBuilder
 from .op_builder.cpu import targets_of
 from .op_builder.cuda import covers, visible_gpus
 
 FALLBACK = "torch_adam"
+PLUGIN_SECONDS = 60.0  # that a plugin may take to be imported, loaded and described
 OTHER_VARIABLES = ("CUDA_HOME", "CXX", "CXXFLAGS", "LDFLAGS", "MAX_JOBS", "TORCH_CUDA_ARCH_LIST")
 
 
@@ -37,7 +39,8 @@ def collect() -> dict[str, Any]:
     and no environment variable has a value that is not valid.
     """
     machine = _machine()  # first: it imports torch, whose OpenMP runtime the ops then find
-    ops = [_describe(op) for op in op_builder.registered_ops()]
+    ops = [_describe(op) for op in op_builder.builtin_ops()]
+    ops += _describe_plugins({op["name"]: op["origin"] for op in ops})
     variables = _environment([op["name"] for op in ops])
     ok = all(op["ok"] for op in ops) and not variables["errors"] and machine["threads"] is not None
     return {"ok": ok, "ops": ops, "environment": variables, "machine": machine}
@@ -51,6 +54,7 @@ def _environment(ops: list[str]) -> dict[str, Any]:
     targets = [target.name for target in targets_of(platform.machine())]
     errors = []
     checks: list[Callable[[], Any]] = [functools.partial(environment.cpu_targets, targets), environment.max_jobs]
+    checks += [functools.partial(environment.words, name) for name in ("CXX", "CXXFLAGS", "LDFLAGS")]
     checks += [functools.partial(environment.build_switch, op) for op in ops]
     for check in checks:
         try:
@@ -71,9 +75,34 @@ def _describe(op: op_builder.RegisteredOp) -> dict[str, Any]:
     if op.builder is None:
         return {**entry, "error": op.error}
     try:
-        return {**entry, **_describe_builder(op.builder)}
-    except Exception as error:  # a plugin's builder may do anything
+        described = json.loads(json.dumps({**entry, **_describe_builder(op.builder)}, default=str))
+        rows_of_op(described)  # so that what cannot be shown is found here
+    except KeyboardInterrupt:
+        raise
+    except BaseException as error:  # a plugin's builder may do anything
         return {**entry, "error": _in_words(error)}
+    return described
+
+
+def _describe_plugins(origins: dict[str, str]) -> list[dict[str, Any]]:
+    """The ops of other packages, by entry point; `origins` are those of the names that are taken already."""
+    entries = []
+    for entry_point in op_builder.plugins():
+        entry = plugin_process.describe(entry_point, PLUGIN_SECONDS)
+        name = entry["name"]
+        if name in origins:
+            origin = op_builder.origin_of(entry_point)
+            error = op_builder.name_is_taken(name, origins[name].removeprefix("plugin of "))
+            entry = {"name": f"{name} ({origin})", "origin": entry["origin"], "ok": False, "error": error}
+        origins[entry["name"]] = entry["origin"]
+        entries.append(entry)
+    return entries
+
+
+def describe_plugin(entry_point: importlib.metadata.EntryPoint) -> dict[str, Any]:
+    """What the report says of a plugin. Runs its code: plugin_process.py calls this in a process of its own."""
+    _torch()  # first, as in collect()
+    return _describe(op_builder.load_plugin(entry_point))
 
 
 def _describe_builder(builder: OpBuilder) -> dict[str, Any]:
@@ -84,6 +113,7 @@ def _describe_builder(builder: OpBuilder) -> dict[str, Any]:
         "reason": str(getattr(compatible, "reason", "")),
     }
     record = builder.build_record() if hasattr(builder, "build_record") else None
+    _check_record(record)
     if record:
         entry["build"] = record
     entry.update(_usable(builder, bool(compatible), entry["prebuilt"]))
@@ -96,6 +126,22 @@ def _describe_builder(builder: OpBuilder) -> dict[str, Any]:
     elif problem := entry.get("cuda", {}).get("problem"):  # there is a GPU, and this build cannot use it
         entry.update(ok=False, in_use=f"a build at first use, else {FALLBACK} (torch calls)", error=problem)
     return entry
+
+
+def _check_record(record: Any) -> None:
+    """Raises TypeError or ValueError for what is no build record, as a plugin may return."""
+    if record is None:
+        return
+    if not isinstance(record, dict):
+        raise TypeError(f"build_record() returned a {type(record).__name__}, expected a dict or None")
+    needed = {"compiler": str, "machine": str, "flags": list} if record.get("built") else {}
+    if "targets" in record:
+        needed |= {"targets_requested": str, "targets": list, "targets_dropped": dict}
+    if "architectures" in record:
+        needed |= {"architectures_requested": str, "architectures": list, "architectures_dropped": dict, "nvcc": str}
+    for key, kind in needed.items():
+        if not isinstance(record.get(key), kind):
+            raise ValueError(f"build_record() has {record.get(key)!r} for {key!r}, expected a {kind.__name__}")
 
 
 def _usable(builder: OpBuilder, compatible: bool, prebuilt: bool) -> dict[str, Any]:

@@ -55,26 +55,46 @@ def builtin_builders() -> list[OpBuilder]:
     return [CPUAdamBuilder(), FusedAdamBuilder()]
 
 
-@functools.cache
-def _builtin() -> dict[str, OpBuilder]:
-    return {builder.NAME: builder for builder in (*builtin_builders(), TorchAdamBuilder())}
+# Made at import, once, whichever threads ask for them.
+_BUILTIN: dict[str, OpBuilder] = {builder.NAME: builder for builder in (*builtin_builders(), TorchAdamBuilder())}
+
+
+def builtin_ops() -> list[RegisteredOp]:
+    """The ops that come with adamops, with the builders that get() returns."""
+    return [RegisteredOp(name, "built-in", builder) for name, builder in _BUILTIN.items()]
+
+
+def plugins() -> list[importlib.metadata.EntryPoint]:
+    """The entry points by which other packages offer ops, none of them loaded."""
+    return list(importlib.metadata.entry_points(group=ENTRY_POINT_GROUP))
 
 
 @functools.cache
 def registered_ops() -> tuple[RegisteredOp, ...]:
     """All ops, built-in ones first. What is wrong with a plugin is kept in its entry; nothing is raised."""
-    ops = {name: RegisteredOp(name, "built-in", builder) for name, builder in _builtin().items()}
-    for entry_point in importlib.metadata.entry_points(group=ENTRY_POINT_GROUP):
-        plugin = _load_plugin(entry_point)
+    ops = {op.name: op for op in builtin_ops()}
+    for entry_point in plugins():
+        plugin = load_plugin(entry_point)
         if plugin.name in ops:
-            error = f"the name {plugin.name!r} is taken by {ops[plugin.name].origin}"
+            error = name_is_taken(plugin.name, ops[plugin.name].origin)
             plugin = RegisteredOp(f"{plugin.name} ({plugin.origin})", plugin.origin, None, error)
         ops[plugin.name] = plugin
     return tuple(ops.values())
 
 
-def _load_plugin(entry_point: importlib.metadata.EntryPoint) -> RegisteredOp:
-    origin = entry_point.dist.name if entry_point.dist else entry_point.value
+def name_is_taken(name: str, origin: str) -> str:
+    """What is wrong with a plugin whose op has the name of another."""
+    return f"the name {name!r} is taken by {origin}"
+
+
+def origin_of(entry_point: importlib.metadata.EntryPoint) -> str:
+    """The distribution that offers a plugin."""
+    return entry_point.dist.name if entry_point.dist else entry_point.value
+
+
+def load_plugin(entry_point: importlib.metadata.EntryPoint) -> RegisteredOp:
+    """The op of a plugin, with what is wrong with it; nothing is raised but KeyboardInterrupt."""
+    origin = origin_of(entry_point)
     try:
         found = entry_point.load()
         builder = found() if isinstance(found, type) else found
@@ -83,7 +103,9 @@ def _load_plugin(entry_point: importlib.metadata.EntryPoint) -> RegisteredOp:
             raise TypeError(f"{entry_point.value} is not an op builder: it has no {', '.join(missing)}")
         if not isinstance(builder.NAME, str) or not builder.NAME:
             raise TypeError(f"{entry_point.value} is not an op builder: its NAME is {builder.NAME!r}")
-    except (Exception, SystemExit) as error:  # whatever a third party's code does must not reach the user's import
+    except KeyboardInterrupt:
+        raise
+    except BaseException as error:  # whatever a third party's code does must not reach the user's import
         return RegisteredOp(entry_point.name, origin, None, f"{type(error).__name__}: {error}")
     return RegisteredOp(builder.NAME, origin, builder)
 
@@ -98,8 +120,8 @@ def get(name: str) -> OpBuilder:
     OpUnavailableError
         If a plugin of this name is broken.
     """
-    if name in _builtin():  # first, since to know the others takes the import of every plugin
-        return _builtin()[name]
+    if name in _BUILTIN:  # first, since to know the others takes the import of every plugin
+        return _BUILTIN[name]
     for op in registered_ops():
         if op.name == name:
             if op.builder is None:

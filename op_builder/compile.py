@@ -29,6 +29,9 @@ if TYPE_CHECKING:
     from .builder import OpBuilder
 
 
+SCRATCH_PREFIX = "adamops-"
+
+
 class BuildError(RuntimeError):
     """An op could not be compiled; the message holds the compiler's output."""
 
@@ -80,10 +83,9 @@ class Compiler:
     @classmethod
     def find(cls) -> Compiler | None:
         """The compiler named by $CXX, else the first of c++, g++ and clang++ on PATH; None if there is none."""
-        named = os.environ.get("CXX", "").strip()
-        for candidate in [named] if named else ["c++", "g++", "clang++"]:
-            command = shlex.split(candidate)
-            if command and shutil.which(command[0]):
+        named = environment.words("CXX")
+        for command in [named] if named else [["c++"], ["g++"], ["clang++"]]:
+            if shutil.which(command[0]):
                 return cls(command)
         return None
 
@@ -146,7 +148,12 @@ def cannot_compile_extensions(what: str) -> str:
     """Why extension modules in C++ cannot be compiled here; empty if they can. `what` needs them, for the message."""
     if os.name != "posix":
         return f"{what} need a POSIX system with GCC or Clang, this is {platform.system()}"
-    if Compiler.find() is None:
+    try:
+        compiler = Compiler.find()
+        environment.words("CXXFLAGS"), environment.words("LDFLAGS")
+    except ValueError as error:
+        return str(error)
+    if compiler is None:
         return "no C++ compiler found (set CXX, or install g++ or clang++)"
     if not (python_headers() / "Python.h").is_file():
         return f"no Python.h in {python_headers()} (install python3-dev)"
@@ -155,24 +162,25 @@ def cannot_compile_extensions(what: str) -> str:
     return ""
 
 
-def compile_op(builder: OpBuilder, output: Path) -> dict[str, Any]:
+def compile_op(builder: OpBuilder, output: Path, scratch_root: Path | None = None) -> dict[str, Any]:
     """Compiles and links the builder's extension into `output`, and returns the record of what was built.
 
-    Raises BuildError. Nothing is left at `output` on failure.
+    Works in a new folder in `scratch_root`, by default where temporary files go. Raises BuildError. Nothing is left at
+    `output` on failure.
     """
     compiler = Compiler.find()
     if compiler is None:
         raise BuildError("no C++ compiler found (set CXX, or install g++ or clang++)")
-    environment_flags = shlex.split(os.environ.get("CXXFLAGS", ""))
+    environment_flags = environment.words("CXXFLAGS")
     include_paths = [*builder.include_paths(), str(python_headers())]
     includes = [f"-I{path}" for path in include_paths]
     # Headers have their own names in messages, and an isolated build has pybind11's in another place each time.
     prefix_maps = [f"-ffile-prefix-map={path}=." for path in (*include_paths, *builder.source_roots())]
     flags = [*environment_flags, *Compiler.COMMON_FLAGS, *builder.cxx_args()]
-    link_flags = [*builder.extra_ldflags(), *shlex.split(os.environ.get("LDFLAGS", ""))]
+    link_flags = [*builder.extra_ldflags(), *environment.words("LDFLAGS")]
     units = builder.compile_units()
 
-    with tempfile.TemporaryDirectory(prefix=f"adamops-{builder.NAME}-") as scratch:
+    with tempfile.TemporaryDirectory(prefix=f"{SCRATCH_PREFIX}{builder.NAME}-", dir=scratch_root) as scratch:
 
         def compile_unit(unit: CompileUnit) -> None:
             command = [word.format(jobs=environment.max_jobs()) for word in unit.command]
@@ -218,8 +226,9 @@ def write_record(extension: Path, record: dict[str, Any]) -> None:
 
 
 def read_record(extension: Path) -> dict[str, Any] | None:
-    """The record written when the extension was built or left out; None if there is none."""
+    """The record written when the extension was built or left out; None if there is none, or it is damaged."""
     try:
-        return json.loads(record_path(extension).read_text())
+        record = json.loads(record_path(extension).read_text())
     except (OSError, ValueError):
         return None
+    return record if isinstance(record, dict) else None

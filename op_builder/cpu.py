@@ -137,8 +137,9 @@ class CPUOpBuilder(OpBuilder):
         }
 
     def compatibility(self) -> Compatibility:
-        reason, compiler = cannot_compile_extensions("the CPU ops"), Compiler.find()
-        if reason or compiler is None:
+        reason = cannot_compile_extensions("the CPU ops")
+        compiler = None if reason else Compiler.find()
+        if compiler is None:
             return Compatibility(False, reason)
         return Compatibility(True, f"{compiler.version} for {compiler.machine}")
 

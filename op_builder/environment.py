@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import os
 import re
+import shlex
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -95,6 +96,15 @@ def simd(valid: Sequence[str]) -> str | None:
     if value not in valid:
         raise ValueError(f"ADAMOPS_SIMD={value!r} is not valid on this machine; use one of {', '.join(valid)}")
     return value
+
+
+def words(name: str) -> list[str]:
+    """The words of CXX, CXXFLAGS or LDFLAGS, split as a shell does; none if it is unset."""
+    value = os.environ.get(name, "")
+    try:
+        return shlex.split(value)
+    except ValueError as error:
+        raise ValueError(f"{name}={value!r} is not valid: {error}; quote it as for a shell") from error
 
 
 def max_jobs() -> int:

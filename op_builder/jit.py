@@ -12,6 +12,7 @@ import importlib.util
 import json
 import os
 import re
+import shutil
 import stat
 import sys
 import time
@@ -20,7 +21,16 @@ from types import ModuleType
 from typing import TYPE_CHECKING
 
 from . import environment
-from .compile import BuildError, Compiler, compile_op, extension_suffix, pybind11_headers, read_record, write_record
+from .compile import (
+    SCRATCH_PREFIX,
+    BuildError,
+    Compiler,
+    compile_op,
+    extension_suffix,
+    pybind11_headers,
+    read_record,
+    write_record,
+)
 
 if TYPE_CHECKING:
     from .builder import OpBuilder
@@ -61,8 +71,8 @@ def _build_unless_there(builder: OpBuilder, extension: Path) -> None:
                 _build(builder, extension)
     except OSError as error:
         raise BuildError(
-            f"the build cannot be written to {extension.parent}: {error}; set ADAMOPS_CACHE_DIR (or TMPDIR, where the "
-            "compiler works)"
+            f"the build cannot be written to {extension.parent}: {error}; set ADAMOPS_CACHE_DIR (or TMPDIR, where "
+            "compilers keep files of their own)"
         ) from error
 
 
@@ -72,9 +82,12 @@ def _build(builder: OpBuilder, extension: Path) -> None:
     print(f"adamops: building {builder.NAME} for this machine, once ...", end=" ", file=sys.stderr, flush=True)
     for left_by_a_killed_build in extension.parent.glob("unfinished-*"):
         left_by_a_killed_build.unlink()
+    for left_by_a_killed_build in extension.parent.glob(f"{SCRATCH_PREFIX}*/"):
+        shutil.rmtree(left_by_a_killed_build, ignore_errors=True)
     unfinished = extension.with_name(f"unfinished-{os.getpid()}.so")
     try:
-        record = compile_op(builder, unfinished)
+        # Beside the result, not where temporary files go: there nobody would remove what a killed build leaves.
+        record = compile_op(builder, unfinished, scratch_root=extension.parent)
         write_record(extension, {**record, "sha256": _digest(unfinished)})
         unfinished.replace(extension)
     except BaseException:
@@ -115,7 +128,9 @@ def _pybind11_version() -> list[str]:
 def _make_private_folder(folder: Path) -> None:
     """Makes the folder; BuildError if someone else could put code there for this user to run."""
     try:
-        folder.mkdir(mode=0o700, parents=True, exist_ok=True)
+        missing = [parent for parent in (folder, *folder.parents) if not parent.exists()]
+        for parent in reversed(missing):  # not mkdir(parents=True), which makes the parents as the umask says
+            parent.mkdir(mode=0o700, exist_ok=True)
         status = folder.stat()
     except OSError as error:
         raise BuildError(f"the cache folder {folder} cannot be used: {error}; set ADAMOPS_CACHE_DIR") from error

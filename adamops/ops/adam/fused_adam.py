@@ -152,7 +152,7 @@ class FusedAdam(AdamOptimizer):
 
     def _place_step_counts(self, group: dict[str, Any], where: str) -> None:
         """Moves loaded step counts to where a captured step will look for them."""
-        hyper = AdamHyper.of_group(group, where, adamw_mode=self.adam_w_mode)
+        hyper = AdamHyper.of_group(group, f" in {where}", adamw_mode=self.adam_w_mode)
         for i, param in enumerate(group["params"]):
             state = self.state.get(param)
             if state and "step" in state:

@@ -1,0 +1,66 @@
+"""Describes a plugin's op in a process of its own, so that one that crashes, exits or hangs costs a line of the report.
+
+python -m adamops.plugin_process NAME VALUE OUTPUT    # of an entry point; writes JSON to the file
+"""
+
+from __future__ import annotations
+
+import contextlib
+import importlib.metadata
+import json
+import os
+import signal
+import subprocess
+import sys
+import tempfile
+from pathlib import Path
+from typing import Any
+
+from . import op_builder
+
+
+def describe(entry_point: importlib.metadata.EntryPoint, seconds: float) -> dict[str, Any]:
+    """What report.describe_plugin() says of a plugin, or what became of the process that asked it."""
+    with tempfile.TemporaryDirectory(prefix="adamops-report-") as folder:
+        output = Path(folder) / "plugin.json"  # not a pipe, which a child of the plugin could keep open
+        outcome = _run([entry_point.name, entry_point.value, str(output)], seconds)
+        try:
+            return json.loads(output.read_text())
+        except (OSError, ValueError):
+            origin = f"plugin of {op_builder.origin_of(entry_point)}"
+            return {"name": entry_point.name, "origin": origin, "ok": False, "error": outcome}
+
+
+def _run(arguments: list[str], seconds: float) -> str:
+    """Runs this module; returns how the process ended, in words. What it prints goes to standard error."""
+    environment = {**os.environ, "PYTHONPATH": os.pathsep.join(filter(None, sys.path))}
+    command = [sys.executable, "-m", __name__, *arguments]
+    process = subprocess.Popen(
+        command, env=environment, stdin=subprocess.DEVNULL, stdout=sys.stderr.fileno(), start_new_session=True
+    )
+    try:
+        status = process.wait(seconds)
+    except subprocess.TimeoutExpired:
+        return f"the plugin did not answer within {seconds:g} s, while it was imported, loaded or described"
+    finally:
+        with contextlib.suppress(OSError):
+            os.killpg(process.pid, signal.SIGKILL)  # what it may have started, too
+        process.wait()
+    if status < 0:
+        return f"the plugin crashed: its process was ended by {signal.Signals(-status).name}"
+    return f"the plugin ended its process with exit status {status}"
+
+
+def main(name: str, value: str, output: str) -> None:
+    """Describes the plugin of the entry point with this name and value."""
+    from . import report
+
+    found = next(entry for entry in op_builder.plugins() if (entry.name, entry.value) == (name, value))
+    text = json.dumps(report.describe_plugin(found))
+    unfinished = Path(f"{output}.unfinished")
+    unfinished.write_text(text)
+    unfinished.replace(output)
+
+
+if __name__ == "__main__":
+    main(*sys.argv[1:])
