@@ -106,9 +106,10 @@ def _wrap_fragments() -> None:
 
     def read(original: Callable[..., Tensor]) -> Callable[..., Tensor]:
         def get_optim_state_fragment(self: Any, key: str) -> Tensor:
-            state: Any = getattr(self, "_adamops_state", None)
-            if not _is_quantized(state, key):
-                return original(self, key)
+            held, state = original(self, key), getattr(self, "_adamops_state", None)
+            # While DeepSpeed loads, float32 fragments stand in for those of the state.
+            if state is None or held.is_floating_point() or not _is_quantized(state, key):
+                return held
             address = self.hp_fragment_address
             return read_piece(state, key, address.start, address.numel)
 
@@ -149,7 +150,7 @@ def _wrap_partitions() -> None:
     def read(original: Callable[..., Any]) -> Callable[..., Any]:
         def _get_fp32_opt_state_partition(self: Any, param: Tensor, *arguments: Any, **named: Any) -> Any:
             # The key is the last argument; some versions of DeepSpeed have a bool before it.
-            key = named.get("optim_state_key", arguments[-1] if arguments else None)
+            key: Any = named.get("optim_state_key", arguments[-1] if arguments else None)
             place = quantized_state(self, param, key)
             held, group = original(self, param, *arguments, **named)
             if place is None:

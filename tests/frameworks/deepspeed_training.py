@@ -200,9 +200,10 @@ def refusals(rank: int, world_size: int) -> dict[str, str]:
     import adamops.deepspeed
 
     with adamops.deepspeed.patch():  # knows our classes
-        settings = config(2, False, "fp32")
-        del settings["zero_allow_untested_optimizer"]
-        found["patched"] = type(new_engine(deepspeed, settings, "ours").basic_optimizer).__module__
+        for name, offload in (("patched", False), ("patched, offloaded", True)):
+            settings = config(2, offload, "fp32")
+            del settings["zero_allow_untested_optimizer"], settings["zero_force_ds_cpu_optimizer"]
+            found[name] = type(new_engine(deepspeed, settings, "ours").basic_optimizer).__module__
     return found
 
 
@@ -265,3 +266,29 @@ def superoffload_steps(rank: int, world_size: int, folder: str) -> list[tuple[to
     finally:
         process.close()
     return found
+
+
+def prepared_by_accelerate(rank: int, world_size: int, cls: str, patched: bool, keys: dict[str, bool]) -> Any:
+    """What Accelerate makes of an offloaded client optimizer, and a training's losses; or what is said."""
+    os.environ |= {"MASTER_ADDR": "localhost", "MASTER_PORT": "29500", "ACCELERATE_USE_DEEPSPEED": "true"}
+    quiet_deepspeed()
+    import accelerate
+
+    import adamops.deepspeed
+
+    settings = config(2, True, "bf16") | {"gradient_accumulation_steps": 1}
+    del settings["scheduler"], settings["zero_allow_untested_optimizer"], settings["zero_force_ds_cpu_optimizer"]
+    plugin = accelerate.DeepSpeedPlugin(hf_ds_config=settings | keys)
+    if patched:
+        adamops.deepspeed.patch()
+    accelerator = accelerate.Accelerator(deepspeed_plugin=plugin, mixed_precision="bf16")
+    torch.manual_seed(7)
+    model = torch.nn.Sequential(torch.nn.Linear(WIDTH, 300), torch.nn.GELU(), torch.nn.Linear(300, WIDTH))
+    client = getattr(adamops, cls)(model.parameters(), **HYPER, state_dtype="8bit")
+    try:
+        engine, _ = accelerator.prepare(model, client)
+    except RuntimeError as error:
+        return str(error)
+    losses = train(engine, rank, range(6))
+    dtypes = {state["exp_avg"].dtype for state in client.state.values()}
+    return engine.basic_optimizer is client, dtypes, losses

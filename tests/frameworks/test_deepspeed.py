@@ -16,6 +16,7 @@ from frameworks.deepspeed_training import (
     curves,
     eight_bit_curves,
     further_curves,
+    prepared_by_accelerate,
     refusals,
     resumed_curves,
     superoffload_steps,
@@ -157,7 +158,27 @@ def test_what_deepspeed_says_to_our_class_as_a_client_optimizer():
     assert "untested ZeRO Optimizer" in found["untested"]
     assert '"zero_force_ds_cpu_optimizer": false' in found["offload"]
     assert "Master weights feature requires ZeRO-2 Offload with DeepSpeedCPUAdam" in found["masters"]
-    assert found["patched"].startswith("adamops.")
+    assert found["patched"].startswith("adamops.") and found["patched, offloaded"].startswith("adamops.")
+
+
+ALLOWED = {"zero_force_ds_cpu_optimizer": False, "zero_allow_untested_optimizer": True}
+
+
+@pytest.mark.parametrize("cls", ["DeepSpeedCPUAdam", "FusedAdam"])
+@pytest.mark.parametrize(("patched", "keys"), [(True, {}), (False, ALLOWED)], ids=["patched", "by the config"])
+def test_accelerate_keeps_the_optimizer(cls, patched, keys):
+    pytest.importorskip("accelerate")
+    ((is_kept, dtypes, losses),) = run_on_ranks(prepared_by_accelerate, 1, cls, patched, keys)
+    assert is_kept and dtypes == {torch.int8}
+    assert sum(losses[-2:]) < 0.9 * sum(losses[:2])
+
+
+@pytest.mark.parametrize("cls", ["DeepSpeedCPUAdam", "FusedAdam"])
+def test_accelerate_does_not_replace_the_optimizer_unasked(cls):
+    pytest.importorskip("accelerate")
+    (message,) = run_on_ranks(prepared_by_accelerate, 1, cls, False, {})
+    assert f"adamops.{cls} by DeepSpeed's DeepSpeedCPUAdam" in message
+    assert "decoupled weight decay, precision of states and params" in message and "patch()" in message
 
 
 @pytest.mark.parametrize("world_size", [1, 2])
