@@ -333,8 +333,9 @@ def step_in_backward(model: nn.Module, optimizer: AdamOptimizer) -> InBackward:
     checkpoints (``use_reentrant=True``) is updated at the end of the pass, with its whole grad; use_reentrant=False
     frees grads sooner.
 
-    Shards of fully_shard() are updated once their grads are averaged (torch 2.5 or later). DistributedDataParallel and
-    FullyShardedDataParallel average later than that, and are refused, also when they are made afterwards. What else
+    Shards of fully_shard() are updated once their grads are averaged (torch 2.5 or later). DistributedDataParallel,
+    FullyShardedDataParallel and DeepSpeed's engine average later than that, and are refused, also when they are made
+    between this call and the first backward pass. What else
     changes grads after the backward pass (torch.nn.utils.clip_grad_norm_, an all-reduce by hand) comes too late, and
     nothing can tell.
 
