@@ -40,7 +40,10 @@ struct TensorLayout {
   // autograd notices that a value it has saved is gone.
   void count_write(const PyObject* tensor) const {
     char* const counter = at<char*>(at<const char*>(tensor, impl), version_counter);
-    reinterpret_cast<std::atomic<uint32_t>*>(counter + version)->fetch_add(1, std::memory_order_relaxed);
+    auto* const count = reinterpret_cast<std::atomic<uint32_t>*>(counter + version);
+    // Not fetch_add(), which would wait for each counter to come from memory before it asks for the next. Where two
+    // threads write a tensor at once, one of their counts may be lost; the other says enough.
+    count->store(count->load(std::memory_order_relaxed) + 1, std::memory_order_relaxed);
   }
 
  private:

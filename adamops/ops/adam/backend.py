@@ -14,7 +14,7 @@ from .hyper import AdamHyper
 from .memory import count_writes
 
 
-@dataclasses.dataclass
+@dataclasses.dataclass(slots=True)
 class Update:
     """What a backend has prepared: whatever can fail has been done, and nothing has been written yet.
 
@@ -42,7 +42,8 @@ class Update:
     on_host: bool = True
 
     def __call__(self) -> None:
-        count_writes(self.written)
+        if self.written:
+            count_writes(self.written)
         self.run()
 
 

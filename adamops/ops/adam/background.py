@@ -103,7 +103,12 @@ def are_one_call(updates: Sequence[tuple[Backend | None, Update]]) -> bool:
 def run_updates(updates: Sequence[tuple[Backend | None, Update]]) -> None:
     """Runs updates, each with its backend: in one call of the op, if it is one op's that can do so."""
     if are_one_call(updates):
-        updates[0][0].run_all([update for _, update in updates])  # type: ignore[union-attr]
+        run_in_one_call(updates)
         return
     for _, update in updates:
         update()
+
+
+def run_in_one_call(updates: Sequence[tuple[Backend | None, Update]]) -> None:
+    """Runs updates of which are_one_call() is true."""
+    updates[0][0].run_all([update for _, update in updates])  # type: ignore[union-attr]

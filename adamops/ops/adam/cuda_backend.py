@@ -62,7 +62,7 @@ class CudaBackend(TableBackend):
 
         return Update(run, batch.borrowed, batch.written(), table, on_host=False)
 
-    def _runner(self, table: Any, hyper: AdamHyper) -> Callable[[], None]:
+    def _runner(self, table: Any, hyper: AdamHyper, call: tuple[Any, ...] | None) -> Callable[[], None]:
         return lambda: self._step(table, hyper)
 
     def _update_of_params(self, table: Any, hyper: AdamHyper) -> Update:

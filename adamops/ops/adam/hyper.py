@@ -13,7 +13,7 @@ from .precision import Precision
 from .settings import check_number, unpacked_betas
 
 
-@dataclasses.dataclass(frozen=True)
+@dataclasses.dataclass(slots=True)  # made at each step: freezing it takes a microsecond
 class AdamHyper:
     """The hyper-parameters of one param group, and what a step needs to know besides.
 
@@ -45,13 +45,17 @@ class AdamHyper:
         A `lr` on a GPU stays there, as float() would wait for it. Raises TypeError or ValueError for what is no number,
         here and not in the middle of a step; `where` ends the message.
         """
-        beta1, beta2 = group["betas"] if type(group["betas"]) is tuple else unpacked_betas(group["betas"], where)
-        return cls(
-            lr=to_number(group["lr"], "lr", where),
-            beta1=float(to_number(beta1, "betas[0]", where)),
-            beta2=float(to_number(beta2, "betas[1]", where)),
-            eps=float(to_number(group["eps"], "eps", where)),
-            weight_decay=float(to_number(group["weight_decay"], "weight_decay", where)),
+        betas = group["betas"]
+        beta1, beta2 = betas if type(betas) is tuple and len(betas) == 2 else unpacked_betas(betas, where)
+        lr, eps, weight_decay = group["lr"], group["eps"], group["weight_decay"]
+        return cls(  # a call is worth sparing where a number is a float already
+            lr=lr if type(lr) is float else to_number(lr, "lr", where),
+            beta1=beta1 if type(beta1) is float else float(to_number(beta1, "betas[0]", where)),
+            beta2=beta2 if type(beta2) is float else float(to_number(beta2, "betas[1]", where)),
+            eps=eps if type(eps) is float else float(to_number(eps, "eps", where)),
+            weight_decay=weight_decay
+            if type(weight_decay) is float
+            else float(to_number(weight_decay, "weight_decay", where)),
             bias_correction=bool(group["bias_correction"]),
             amsgrad=bool(group["amsgrad"]),
             maximize=bool(group["maximize"]),

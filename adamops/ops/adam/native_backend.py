@@ -62,15 +62,15 @@ class NativeBackend(TableBackend):
     def run_all(self, updates: Sequence[Update]) -> None:
         """Runs updates that have a `call`, in one call of the op: no signal's handler can run between them."""
         for update in updates:
-            count_writes(update.written)
+            if update.written:
+                count_writes(update.written)
         self._run([update.call for update in updates])
 
     def _call(self, table: Any, hyper: AdamHyper) -> tuple[Any, ...]:
         mode = (hyper.l2, hyper.zero_grads, hyper.precision.stochastic_rounding)
         return table, hyper.numbers(), *mode, hyper.threads or torch.get_num_threads()
 
-    def _runner(self, table: Any, hyper: AdamHyper) -> Callable[[], None]:
-        call = self._call(table, hyper)
+    def _runner(self, table: Any, hyper: AdamHyper, call: tuple[Any, ...] | None) -> Callable[[], None]:
         return lambda: self._run([call])
 
     def _run(self, calls: list[Any]) -> None:

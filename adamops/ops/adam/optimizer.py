@@ -21,7 +21,7 @@ from ... import _neighbours, op_builder
 from . import remainders, sharding
 from .amp import UnscalesInStep
 from .backend import Backend, Update
-from .background import AsyncStep, are_one_call, run_updates
+from .background import AsyncStep, are_one_call, run_in_one_call, run_updates
 from .batch import (
     AdamBatch,
     check_in_host_memory,
@@ -108,7 +108,7 @@ def waits(method: _Method) -> _Method:
     return cast(_Method, waiting)
 
 
-@dataclasses.dataclass
+@dataclasses.dataclass(slots=True)
 class GroupStep:
     """One step of a param group, or of a part of it, prepared: nothing of it has been written yet."""
 
@@ -366,8 +366,10 @@ class AdamOptimizer(Optimizer):
             that share memory.
         """
         self._settle()
-        loss = evaluate(closure)
-        self._settle()  # the closure may have begun a step
+        loss = None
+        if closure is not None:
+            loss = evaluate(closure)
+            self._settle()  # the closure may have begun a step
         # All that is to become a number first, as it may be an object that runs code of its own.
         factor = self._grad_factor()
         groups = [
@@ -401,28 +403,36 @@ class AdamOptimizer(Optimizer):
 
     def _commit(self, steps: Sequence[GroupStep]) -> None:
         """Does what was prepared: all of it, or nothing if a signal's handler raises before it begins."""
-        states: Any = self.state
-        former = {key: states.get(key) for step in steps for key, _ in step.new_states}
-        try:
-            for step in steps:  # of zeros, and no step counted: they say no more than no state does
-                for key, state in step.new_states:
-                    states[key] = state
-        except BaseException:
-            for key, state in former.items():
-                states.pop(key, None) if state is None else states.__setitem__(key, state)
-            raise
+        new_states = [entry for step in steps for entry in step.new_states]
+        if new_states:
+            self._insert(new_states)
         if self._preparing is not None:
             self._leave_to_background(steps, self._preparing)
             return
         updates = [entry for step in steps for entry in step.updates]
         others = [step for step in steps if step.after or step.sharded]
         if not others and are_one_call(updates):
-            run_updates(updates)
+            run_in_one_call(updates)
             return
         with deferred_signals():
             run_updates(updates)
             for step in others:
                 self._finish(step)
+
+    def _insert(self, new_states: list[tuple[Any, dict[str, Any]]]) -> None:
+        """Adds states of zeros in which no step is counted: they say no more than no state does. All, or none."""
+        states: Any = self.state
+        former = {key: states.get(key) for key, _ in new_states}
+        try:
+            for key, state in new_states:
+                states[key] = state
+        except BaseException:
+            for key, former_state in former.items():
+                if former_state is None:
+                    states.pop(key, None)
+                else:
+                    states[key] = former_state
+            raise
 
     def _finish(self, step: GroupStep) -> None:
         for call in step.after:

@@ -97,8 +97,8 @@ class TableBackend:
         spare = set_spare_scales_aside(batch)
         counts_here = batch.counts_in_tensors
         table = self._table_of_addresses(batch, steps, states=None if counts_here else batch.counted_states)
-        run = self._runner(table, batch.hyper)
         call = self._call(table, batch.hyper)
+        run = self._runner(table, batch.hyper, call)
 
         def run_and_count() -> None:
             run()
@@ -119,10 +119,10 @@ class TableBackend:
     def _update_of_params(self, table: Any, hyper: AdamHyper) -> Update:
         """The update of a table of the op's own reader, which is to tell autograd."""
         call = self._call(table, hyper)
-        return Update(self._runner(table, hyper), lambda: table.borrowed, (), table, call, self.on_host)
+        return Update(self._runner(table, hyper, call), lambda: table.borrowed, (), table, call, self.on_host)
 
-    def _runner(self, table: Any, hyper: AdamHyper) -> Callable[[], None]:
-        """What does a step for a table when called."""
+    def _runner(self, table: Any, hyper: AdamHyper, call: tuple[Any, ...] | None) -> Callable[[], None]:
+        """What does a step for a table when called; `call` is that of _call()."""
         raise NotImplementedError
 
     def _call(self, table: Any, hyper: AdamHyper) -> tuple[Any, ...] | None:
