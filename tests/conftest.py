@@ -10,7 +10,7 @@ from pathlib import Path
 import cuda_emulation
 import pytest
 import torch
-from optimizers import MAKERS, EmulatedFusedAdam
+from optimizers import MAKERS, PATHS, STATES, EmulatedFusedAdam
 
 from adamops import op_builder
 
@@ -59,6 +59,20 @@ def Adam(request):  # noqa: N802
     if "CUDA" in request.param:
         request.getfixturevalue("cuda_op")
     return MAKERS[request.param]
+
+
+@pytest.fixture(scope="session", params=list(PATHS))
+def PathAdam(request):  # noqa: N802
+    """As Adam, by each path: the fast one, the slow one, and torch calls."""
+    if "CUDA" in request.param:
+        request.getfixturevalue("cuda_op")
+    return PATHS[request.param]
+
+
+@pytest.fixture(params=list(STATES))
+def states(request):
+    """The settings for a kind of states, and the dtype of the params that have it."""
+    return STATES[request.param]
 
 
 @pytest.fixture

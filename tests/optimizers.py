@@ -6,6 +6,7 @@ import torch
 
 from adamops import DeepSpeedCPUAdam, FusedAdam
 from adamops.ops.adam.cuda_backend import CudaBackend
+from adamops.ops.adam.torch_adam import TorchBackend
 
 HOST = torch.device("cpu")
 
@@ -58,3 +59,51 @@ MAKERS = {
     "FusedAdam-CUDA": by_deepspeeds_names(EmulatedFusedAdam),
     "FusedAdam-CUDA-capturable": by_deepspeeds_names(EmulatedFusedAdam, capturable=True),
 }
+
+
+def without_reader(make):
+    """Has every tensor checked and read from Python, as where it is not known how torch lays tensors out in memory."""
+
+    def made(*args, **kwargs):
+        optimizer = make(*args, **kwargs)
+        for backend in optimizer._backends.values():
+            backend._reader = None
+        return optimizer
+
+    return made
+
+
+def by_torch_calls(make):
+    """Has steps done by torch calls, as where no op is compiled."""
+
+    def made(*args, **kwargs):
+        optimizer = make(*args, **kwargs)
+        optimizer._backends = {HOST: TorchBackend()}
+        return optimizer
+
+    return made
+
+
+# Each class on each op, by the fast path and the slow one, and by torch calls.
+PATHS = {
+    **MAKERS,
+    **{f"{name}, slow path": without_reader(make) for name, make in MAKERS.items()},
+    **{f"{name}, torch calls": by_torch_calls(MAKERS[name]) for name in ("DeepSpeedCPUAdam", "FusedAdam")},
+}
+
+# Every kind of states: the settings, and the dtype of the params.
+STATES = {
+    "float32": ({}, torch.float32),
+    "float32, amsgrad": ({"amsgrad": True}, torch.float32),
+    "bfloat16": ({"state_dtype": torch.bfloat16}, torch.float32),
+    "8bit": ({"state_dtype": "8bit"}, torch.float32),
+    "8bit, amsgrad": ({"state_dtype": "8bit", "amsgrad": True}, torch.float32),
+    "masters of 24 bits": ({"master_weight_bits": 24}, torch.bfloat16),
+    "masters of 32 bits, 8bit": ({"master_weight_bits": 32, "state_dtype": "8bit"}, torch.bfloat16),
+}
+
+
+def state_tensors(optimizer, param):
+    """The tensors in the state of a param, without its step count."""
+    state = optimizer.state[param]
+    return {key: value for key, value in state.items() if isinstance(value, torch.Tensor) and key != "step"}

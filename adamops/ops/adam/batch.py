@@ -341,13 +341,14 @@ def check_state(state: Mapping[str, Any], param: Tensor, name: str, elsewhere: b
             raise ValueError(f"{described} has state {key!r} on {value.device}")
         if key in AVERAGES and not coded:
             dtypes.add(value.dtype)
-    _check_scales(state, param, described, coded)
+    check_scales(state, param, described)
     if len(dtypes) > 1:
         raise TypeError(f"{described} has states of different dtypes: {', '.join(sorted(map(str, dtypes)))}")
 
 
-def _check_scales(state: Mapping[str, Any], param: Tensor, described: str, coded: bool) -> None:
+def check_scales(state: Mapping[str, Any], param: Tensor, described: str) -> None:
     """Raises ValueError for 8-bit states without their scales, and for scales whose states have become floats."""
+    coded = is_coded(state)
     if SCALES in state and not coded and any(key in state for key in AVERAGES):
         raise ValueError(
             f"{described} has float states beside {SCALES!r}, which are of 8-bit states (state_dtype='8bit'): "
@@ -356,7 +357,7 @@ def _check_scales(state: Mapping[str, Any], param: Tensor, described: str, coded
     if not coded:
         return
     scales = state.get(SCALES)
-    fits = scales is not None and scales.dim() == 2 and len(scales) == blocks_of(param.numel())
+    fits = isinstance(scales, Tensor) and scales.dim() == 2 and len(scales) == blocks_of(param.numel())
     if not fits or scales is None or not 2 <= scales.shape[1] <= len(AVERAGES):
         raise ValueError(
             f"{described} has 8-bit states without the {SCALES!r} that belong to them (state_dtype='8bit'): expected "

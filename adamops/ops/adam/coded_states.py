@@ -61,7 +61,10 @@ def _rows(scales: Tensor) -> tuple[Tensor, ...]:
 def store_codes(state: dict[str, Any], floats: Mapping[str, Tensor], step: int) -> None:
     """Writes states back into the codes that they came from."""
     for name, tensor in coded_states(floats, step).items():
-        state[name].copy_(tensor)
+        target = state[name]
+        if name == SCALES:  # they have a column more if amsgrad was switched off
+            target = target[:, : tensor.shape[1]]
+        target.copy_(tensor)
 
 
 def with_saved_names(state: Mapping[str, Any]) -> dict[str, Any]:

@@ -121,8 +121,8 @@ def to_number(value: Any, name: str, where: str = "") -> Any:
     if type(value) is float:
         return value
     check_number(value, name, where)
-    device = getattr(value, "device", None)  # a tensor's
-    return value if device is not None and device.type != "cpu" else float(value)
+    device = getattr(value, "device", "cpu")  # a tensor's, or as NumPy's arrays and scalars have it, a string
+    return float(value) if getattr(device, "type", device) == "cpu" else value
 
 
 def integer_power(base: float, exponent: int) -> float:

@@ -30,7 +30,16 @@ def deferred_signals() -> Iterator[None]:
             signal.signal(number, arrived.setdefault)  # called with the number and the frame
         yield
     finally:
+        _restore(handlers)
+        with contextlib.ExitStack() as stack:  # which calls all of them, also if one raises
+            for number, frame in reversed(arrived.items()):
+                stack.callback(handlers[number], number, frame)
+
+
+def _restore(handlers: dict[int, Callable[[int, FrameType | None], Any]]) -> None:
+    try:
         for number, handler in handlers.items():
             signal.signal(number, handler)
-        for number, frame in arrived.items():
-            handlers[number](number, frame)
+    except BaseException:  # a handler that is back already may raise here; the others must come back too
+        _restore(handlers)
+        raise

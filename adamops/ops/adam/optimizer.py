@@ -30,6 +30,7 @@ from .batch import (
     check_nothing_lost,
     check_param,
     check_params_and_grads,
+    check_scales,
     is_coded,
     is_dense,
     like_param,
@@ -40,7 +41,7 @@ from .float_environment import in_default_float_environment
 from .hyper import AdamHyper, to_number
 from .interrupts import deferred_signals
 from .loading import adopted_states, check_groups, keep_own_settings, shield_states
-from .memory import count_writes, resolved
+from .memory import check_readable, count_writes, resolved
 from .native_backend import NativeBackend
 from .precision import (
     AVERAGES,
@@ -383,7 +384,9 @@ class AdamOptimizer(Optimizer):
                 self._prepare(group, where, dataclasses.replace(hyper, zero_grads=False), outs)
                 for where, group, hyper in groups
             ]
-            steps[-1].after += [grad.zero_ for where, group, _ in groups for *_, grad in with_grads(group, where)]
+            for step, (where, group, _) in zip(steps, groups, strict=True):
+                step.sharded += _sharded_grads(group["params"])
+                steps[-1].after += [grad.zero_ for grad in _zeroable_grads(group, where)]
         if self._shared.get("was_loaded") or any(step.has_new_params for step in steps):
             check_no_overlap(
                 {name: param for where, group, _ in groups for _, name, param, _ in with_grads(group, where)}
@@ -395,10 +398,12 @@ class AdamOptimizer(Optimizer):
     def _grads_overlap(self, steps: list[GroupStep]) -> bool:
         """Whether grads share memory, as autograd may give: then none may be zeroed before all are read."""
         by_backend: dict[int, tuple[Any, list[Any]]] = {}
-        for step in steps:
-            for backend, update in step.updates:
-                if update.table is not None:
-                    by_backend.setdefault(id(backend), (backend, []))[1].append(update.table)
+        updates = [entry for step in steps for entry in step.updates]
+        if len(updates) > 1 and any(update.table is None for _, update in updates):
+            return True  # perhaps; torch calls do not look, and zero those of one update after it
+        for backend, update in updates:
+            if update.table is not None:
+                by_backend.setdefault(id(backend), (backend, []))[1].append(update.table)
         return any(backend.module.grads_overlap(tables) for backend, tables in by_backend.values())
 
     def _commit(self, steps: Sequence[GroupStep]) -> None:
@@ -437,7 +442,9 @@ class AdamOptimizer(Optimizer):
     def _finish(self, step: GroupStep) -> None:
         for call in step.after:
             call()
-        for param in step.sharded:  # autograd sees the DTensors, and what was written are their local tensors
+        for (
+            param
+        ) in step.sharded:  # params and grads: autograd sees the DTensors, and what was written are their local tensors
             state = self.state.get(param) or {}
             count_writes([param, *(value for value in state.values() if sharding.is_sharded(value))])
 
@@ -491,7 +498,9 @@ class AdamOptimizer(Optimizer):
         except Exception as error:
             running.fail(error)
         else:
-            running.start()
+            with deferred_signals():  # a thread that nobody knows of must not write to params
+                self._running = running
+                running.start()
         finally:
             self._preparing = None
         self._running = running
@@ -536,6 +545,7 @@ class AdamOptimizer(Optimizer):
         update = backend.prepare_group(where, hyper, params, self.state) if backend and not lowp_outs else None
         if backend and update and not backend.skips(hyper):
             sharded = [param for param in params if param.grad is not None] if update.table.sharded else []
+            sharded += _sharded_grads(params) if sharded and hyper.zero_grads else []
             return GroupStep([(backend, update)], sharded=sharded)
 
         batches = self._batches(group, where, hyper)
@@ -548,8 +558,10 @@ class AdamOptimizer(Optimizer):
         if hyper.zero_grads:
             # Others were copied first, or belong to a step that is left out.
             read = {id(grad) for _, batch in batches for grad in batch.grads}
-            grads = (grad for _, _, _, grad in with_grads(group, where))
-            step.after += [grad.zero_ for grad in grads if id(grad) not in read and not grad._is_zerotensor()]
+            step.after += [grad.zero_ for grad in _zeroable_grads(group, where) if id(grad) not in read]
+            step.sharded += _sharded_grads(params)
+        for param in left:
+            check_readable(sharding.local(param), f"{where}: a param with a lowp_out")
         step.after += [functools.partial(self._write_copy, param, out, hyper.precision) for param, out in left.items()]
         return step
 
@@ -658,8 +670,9 @@ class AdamOptimizer(Optimizer):
     def _complete_states(self, backend: Backend, batch: AdamBatch) -> None:
         """Gives the batch's states what they lack: a step count of 0, and zeros; master weights begin as the params."""
         held = [with_held_names(state, name) for name, state in zip(batch.names, batch.states, strict=True)]
-        for name, state in zip(batch.names, held, strict=True):
+        for name, param, state in zip(batch.names, batch.params, held, strict=True):
             check_nothing_lost(state, name)
+            check_scales(state, param, name)  # those of a state that is new may be added below, and no others
         completed = [
             {**state} if "step" in state else {"step": backend.new_step_count(batch.hyper), **state} for state in held
         ]
@@ -713,7 +726,10 @@ class AdamOptimizer(Optimizer):
         Of DTensors they are DTensors placed alike. Params that are not of floats, as the frozen ones of quantized
         models, are copied as they are.
         """
-        return [self._fp32_param(param, precision) for param, precision in self._params_with_precision()]
+        own = self._params_with_precision()
+        for i, (param, _) in enumerate(own):
+            check_readable(sharding.local(param), f"param {i}")
+        return [self._fp32_param(param, precision) for param, precision in own]
 
     def _params_with_precision(self) -> list[tuple[Tensor, Precision]]:
         return [
@@ -754,8 +770,18 @@ class AdamOptimizer(Optimizer):
             raise ValueError(f"There are {len(own)} params in this optimizer, and {len(params)} were given")
         pairs = zip((param for param, _ in own), params, strict=True)
         values = [_value_for(param, value, f"param {i}") for i, (param, value) in enumerate(pairs)]
+        for i, ((param, _), value) in enumerate(zip(own, values, strict=True)):
+            check_readable(sharding.local(param), f"param {i}")
+            check_readable(value, f"param {i}: what was given")
         masters = [_new_master(sharding.local(param), precision.master_of(param)) for param, precision in own]
-        for (param, _), value, master in zip(own, values, masters, strict=True):
+        with deferred_signals():
+            self._write_params([param for param, _ in own], values, masters)
+
+    def _write_params(
+        self, params: Sequence[Tensor], values: Sequence[Tensor], masters: Sequence[Tensor | None]
+    ) -> None:
+        """Writes values to params, and to the memory for their masters, which then becomes part of the state."""
+        for param, value, master in zip(params, values, masters, strict=True):
             held = sharding.local(param)
             if master is None:
                 held.copy_(value)
@@ -912,8 +938,22 @@ def _norm_of(backend: Backend, device: torch.device, grads: list[Tensor], norm_t
         norm = backend.grad_norm(dense, norm_type)
         if norm is not None:
             return torch.as_tensor(norm, dtype=torch.float64, device=device)
+    for grad in grads:
+        check_readable(grad, "a grad")
     norms = torch.stack([grad.float().norm(norm_type) for grad in grads])
     return torch.linalg.vector_norm(norms, norm_type).double()
+
+
+def _zeroable_grads(group: dict[str, Any], where: str) -> list[Tensor]:
+    """The local grads of a group that have memory to set to zero."""
+    grads = [grad for *_, grad in with_grads(group, where) if not grad._is_zerotensor()]
+    for grad in grads:
+        check_readable(grad, f"{where}: a grad")
+    return grads
+
+
+def _sharded_grads(params: Sequence[Tensor]) -> list[Tensor]:
+    return [param.grad for param in params if param.grad is not None and sharding.is_sharded(param.grad)]
 
 
 def evaluate(closure: Callable[[], Any] | None) -> Any:

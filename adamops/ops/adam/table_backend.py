@@ -188,6 +188,8 @@ def set_spare_scales_aside(batch: AdamBatch) -> list[tuple[Tensor, Tensor]]:
         if scales is not None and scales.shape[1] > columns:
             narrow = scales[:, :columns].contiguous()
             aside.append((scales, narrow))
+            if batch.owned_states is None:  # steps are counted in the dicts that the optimizer has, not in copies
+                batch.owned_states = [*batch.states]
             batch.states[i] = {**batch.states[i], SCALES: narrow}
     return aside
 
