@@ -15,7 +15,7 @@ from torch import Tensor
 
 from .block_codes import CODES, blocks_of
 from .hyper import AdamHyper
-from .memory import check_memory, resolved
+from .memory import check_memory, check_readable, resolved
 from .precision import AVERAGES, DTYPES, MASTER, REMAINDER, SCALES, STATE_TENSORS, Master, averages_of, scales_shape
 
 MOST_STEPS = 2**53  # kMostSteps in csrc/adam/adam_table.h
@@ -178,6 +178,7 @@ def _checked_grad(param: Tensor, grad: Tensor, name: str) -> Tensor:
         raise ValueError(f"{described} has a grad on {grad.device}; copy it to the param's device")
     if grad.dtype not in (DTYPES if param.dtype == torch.float32 else (param.dtype, torch.float32)):
         raise TypeError(f"{described} has a grad of {grad.dtype}; use {_param_dtype_or_fp32(param)}")
+    check_readable(grad, f"{described}: its grad")
     grad = resolved(grad)
     check_memory(grad, f"{described}: its grad")
     return like_param(grad, param)
@@ -308,11 +309,12 @@ def check_step(step: Any, name: str) -> None:
             raise ValueError(f"{name} has a step count on the device meta, which has no value")
         if step.device.type != "cpu":
             return
+        check_readable(step, f"{name}: its step count")
     elif not isinstance(step, numbers.Real):
         raise TypeError(f"{name} has a {type(step).__name__} as step count; expected an int")
     try:
         count = int(step)
-    except (ValueError, OverflowError, RuntimeError) as error:  # NaN, infinity, a tensor without a number
+    except (TypeError, ValueError, OverflowError, RuntimeError) as error:  # NaN, infinity, a tensor without a number
         raise ValueError(f"{name} has the step count {step}, which is no whole number ({error})") from error
     if not 0 <= count < MOST_STEPS:
         raise ValueError(f"{name} has the step count {count}; expected 0 or more, and less than {MOST_STEPS}")

@@ -8,6 +8,8 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
+from .memory import check_readable
+
 
 class ClippedGrads:
     """Grads that steps are to multiply by a factor, as their norm was too large.
@@ -33,6 +35,7 @@ class ClippedGrads:
         with torch.no_grad():
             for grad in grads:
                 if self._has(grad):
+                    check_readable(grad, "a grad that clip_grad_norm_() has clipped")
                     grad.mul_(self.factor)
 
     def _has(self, grad: Tensor) -> bool:

@@ -37,6 +37,9 @@ def shield_states(optimizer: Optimizer, state_dict: dict[str, Any]) -> dict[str,
         else entry
         for key, entry in state_dict["state"].items()
     }
+    for i, group in enumerate(state_dict["param_groups"]):
+        if "params" not in group:
+            raise ValueError(f"param group {i} has no params; this is not the state dict of an optimizer")
     return {**state_dict, "state": shielded}
 
 

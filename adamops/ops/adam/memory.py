@@ -11,8 +11,9 @@ from collections.abc import Iterable, Sequence
 import torch
 from torch import Tensor
 from torch.autograd import graph
+from torch.nn import Parameter
 
-from .sharding import PLAIN_TYPES
+PLAIN_TYPES = (Parameter, Tensor)  # subclasses may keep their data elsewhere
 
 
 def is_lazy(tensor: Tensor) -> bool:
@@ -47,7 +48,26 @@ def check_memory(tensor: Tensor, what: str) -> None:
     if is_lazy(tensor):
         kind = "a zero tensor" if tensor._is_zerotensor() else "lazily negated or conjugated"
         raise TypeError(f"{what} is {kind}, so its memory does not hold its values; use tensor.clone()")
+    _check_storage(tensor, what)
+
+
+def check_readable(tensor: Tensor, what: str) -> None:
+    """Raises what check_memory() raises, for a tensor that only torch is to read or write, which may be lazy.
+
+    torch itself does not look at the length of a storage, and crashes. What is no strided tensor is left to it.
+    """
+    if tensor.layout != torch.strided or tensor.device.type == "meta" or tensor._is_zerotensor():
+        return
+    if type(tensor) not in PLAIN_TYPES and hasattr(tensor, "__tensor_flatten__"):  # its elements are in other tensors
+        return
+    _check_storage(tensor, what)
+
+
+def _check_storage(tensor: Tensor, what: str) -> None:
+    """Raises TypeError or ValueError unless all elements lie in the tensor's storage."""
     kind = "tensor" if type(tensor) in PLAIN_TYPES else type(tensor).__name__
+    if torch._is_functional_tensor(tensor) or kind == "FakeTensor":  # also one without elements
+        raise TypeError(f"{what} is a {kind}, which has no memory of its own; use a plain tensor")
     needed = _bytes_spanned(tensor)
     if not needed:
         return

@@ -10,8 +10,7 @@ from torch import Tensor
 
 from .backend import Update
 from .hyper import AdamHyper
-from .memory import addresses, count_writes
-from .sharding import PLAIN_TYPES
+from .memory import PLAIN_TYPES, addresses, count_writes
 from .table_backend import TableBackend, has_norm
 
 

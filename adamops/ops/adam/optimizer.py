@@ -30,7 +30,7 @@ from .batch import (
     check_nothing_lost,
     check_param,
     check_params_and_grads,
-    check_scales,
+    check_state,
     is_coded,
     is_dense,
     like_param,
@@ -264,6 +264,10 @@ class AdamOptimizer(Optimizer):
     def zero_grad(self, set_to_none: bool = True) -> None:
         """Sets the grads to None, or to zero, as torch.optim.Optimizer does."""
         self._clipped = None
+        if not set_to_none:
+            for i, group in enumerate(self.param_groups):
+                for _, name, _, grad in with_grads(group, f"param group {i}"):
+                    check_readable(grad, f"{name}: its grad")
         _unguarded(Optimizer.zero_grad)(self, set_to_none)
 
     @waits
@@ -322,6 +326,7 @@ class AdamOptimizer(Optimizer):
         norm = sharding.add_up_norms(norms, norm_type)
         scale = getattr(self, "grad_scale", None)
         if scale is not None:
+            scale = to_number(scale, "grad_scale")
             norm = norm / torch.as_tensor(scale, dtype=torch.float64, device=norm.device).reshape(()).abs()
         factor = self._grad_factor([grad for *_, grad in named])
         norm = norm * factor
@@ -672,7 +677,7 @@ class AdamOptimizer(Optimizer):
         held = [with_held_names(state, name) for name, state in zip(batch.names, batch.states, strict=True)]
         for name, param, state in zip(batch.names, batch.params, held, strict=True):
             check_nothing_lost(state, name)
-            check_scales(state, param, name)  # those of a state that is new may be added below, and no others
+            check_state(state, param, name)  # before torch reads what is there
         completed = [
             {**state} if "step" in state else {"step": backend.new_step_count(batch.hyper), **state} for state in held
         ]
@@ -742,6 +747,9 @@ class AdamOptimizer(Optimizer):
     def _fp32_param(self, param: Tensor, precision: Precision) -> Tensor:
         master, state = precision.master_of(param), self.state.get(param) or {}
         held = sharding.local(param).detach()
+        check_readable(held, "a param")
+        tensors = {key: sharding.local(state[key]) for key in (MASTER, REMAINDER) if key in state}
+        check_state(tensors, held, "a param", elsewhere=True)
         if master is Master.FP32 and MASTER in state:
             values = sharding.local(state[MASTER]).clone()
         elif master and REMAINDER in state:
@@ -873,11 +881,19 @@ def _value_for(param: Tensor, value: Tensor, name: str) -> Tensor:
         raise ValueError(f"{name} has shape {tuple(param.shape)}, and {tuple(value.shape)} was given")
     value = sharding.local_like(value, param, f"{name}: what was given")
     held = sharding.local(param)
+    check_readable(held, name)
+    check_readable(value, f"{name}: what was given")
     if not held.is_floating_point() or held.layout != torch.strided:
         if (value.dtype, value.layout) != (held.dtype, held.layout):
             raise TypeError(f"{name} is of {held.dtype} and {held.layout}, and {value.dtype}, {value.layout} was given")
     elif value.is_complex() or value.layout != torch.strided:
         raise TypeError(f"{name} is of {held.dtype}, and {value.dtype}, {value.layout} was given")
+    if value.is_quantized != held.is_quantized:
+        raise TypeError(f"{name} is of {held.dtype}, and a quantized tensor was given or is there")
+    if held._is_zerotensor():
+        raise ValueError(f"{name} is a zero tensor, and cannot be written; use tensor.clone()")
+    if held.is_inference() and not torch.is_inference_mode_enabled():
+        raise ValueError(f"{name} is a tensor of inference mode, and can be written there only")
     if value.device.type == "meta" and held.device.type != "meta":
         raise ValueError(f"{name}: what was given is on the device meta, and has no values")
     if held.layout == torch.strided and any(n > 1 and not s for n, s in zip(held.shape, held.stride(), strict=True)):
@@ -931,6 +947,8 @@ def _complete_scales(state: dict[str, Any], param: Tensor, amsgrad: bool) -> Non
 def _norm_of(backend: Backend, device: torch.device, grads: list[Tensor], norm_type: float) -> Tensor:
     """The norm of all elements of grads on the device, in float64 there."""
     grads = [grad for grad in grads if grad.numel()]
+    for grad in grads:
+        check_readable(grad, "a grad")
     if not grads:
         return torch.full((), sharding.norm_of_nothing(norm_type), dtype=torch.float64, device=device)
     if all(grad.layout == torch.strided for grad in grads):

@@ -9,11 +9,13 @@ from collections.abc import Mapping
 from typing import Any
 
 import torch
+from torch import Tensor
 from torch.optim import Optimizer
 
 from . import remainders, sharding
 from .batch import is_coded
 from .coded_states import float_states, with_held_names, with_saved_names
+from .memory import check_readable
 from .precision import AVERAGES, MASTER, REMAINDER, SCALES
 
 
@@ -39,6 +41,11 @@ def in_fp32(entry: Mapping[str, Any]) -> dict[str, Any]:
 def without_codes(entry: Mapping[str, Any]) -> dict[str, Any]:
     """The state of a param with float32 in the place of codes and scales, and all else as it is."""
     entry = with_held_names(entry, "a param")
+    for key, value in entry.items():
+        if isinstance(value, Tensor):
+            check_readable(sharding.local(value), f"the state {key!r} of a param")
+        elif key in AVERAGES:
+            raise TypeError(f"the state {key!r} of a param is a {type(value).__name__}; expected a tensor")
     if not is_coded(entry):
         return entry
     exp_avg = entry["exp_avg"]

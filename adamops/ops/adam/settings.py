@@ -11,6 +11,8 @@ from typing import Any
 
 from torch import Tensor
 
+from .memory import check_readable
+
 _RATES = {"lr": "learning rate", "eps": "epsilon value", "weight_decay": "weight_decay value"}
 FLAGS = ("bias_correction", "amsgrad", "maximize", "capturable")
 
@@ -93,6 +95,7 @@ def _check_number_in_tensor(value: Tensor, name: str, where: str) -> None:
         raise TypeError(f"Tensor {name} is {value.dtype}{where}; expected a real number")
     if value.device.type == "meta" or type(value).__name__ == "FakeTensor":
         raise ValueError(f"Tensor {name} has no value, as it is on the device meta or fake{where}; expected a number")
+    check_readable(value, f"Tensor {name}{where}")
 
 
 def check_betas(beta1: float, beta2: float, where: str) -> None:

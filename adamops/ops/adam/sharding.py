@@ -14,11 +14,9 @@ from typing import Any, TypeAlias
 
 import torch
 from torch import Tensor
-from torch.nn import Parameter
 
+from .memory import PLAIN_TYPES
 from .precision import SCALES, STATE_TENSORS
-
-PLAIN_TYPES = (Parameter, Tensor)  # subclasses may keep their data elsewhere
 
 # Over which dimensions of which mesh a param is cut; None if each process that has it has all of it.
 Spread: TypeAlias = "tuple[Any, tuple[int, ...]] | None"

@@ -20,9 +20,9 @@ from . import tensor_layout
 from .backend import Update
 from .batch import AdamBatch, check_params_and_grads, check_states
 from .hyper import AdamHyper
-from .memory import addresses
+from .memory import PLAIN_TYPES, addresses
 from .precision import DTYPES, SCALES, Master, averages_of
-from .sharding import PLAIN_TYPES, dtensor_class
+from .sharding import dtensor_class
 
 _CODE = {dtype: code for code, dtype in enumerate((*DTYPES, torch.int8))}  # enum Dtype in csrc/dtype.h; codes last
 _DLPACK_DEVICE_TYPE = {"cpu": 1, "cuda": 2}

@@ -1,0 +1,22 @@
+#!/usr/bin/env bash
+# Builds the CPU op with the address and undefined-behaviour sanitizers, in a folder of its own, and fuzzes it.
+# Arguments go to ci/fuzz.py (--minutes 5 unless given); PYTHON names an interpreter with torch, setuptools, pybind11 and
+# py-cpuinfo. SANITIZED_BUILD names the folder, build/sanitized unless set; an op that is there already is used.
+set -euo pipefail
+cd "$(dirname "$0")/.."
+python=${PYTHON:-python3}
+folder=${SANITIZED_BUILD:-$PWD/build/sanitized}
+# Without recovery, undefined behaviour ends the process, which is a finding.
+sanitizers="-fsanitize=address,undefined -fno-sanitize-recover=undefined"
+
+if ! compgen -G "$folder/lib/adamops/_native/cpu_adam*.so" >/dev/null; then
+    CXX=${CXX:-g++} CXXFLAGS="$sanitizers -fno-omit-frame-pointer -g1" LDFLAGS="$sanitizers" \
+        ADAMOPS_BUILD_CPU_ADAM=1 ADAMOPS_BUILD_FUSED_ADAM=0 ADAMOPS_CPU_TARGETS=${ADAMOPS_CPU_TARGETS:-all} \
+        "$python" setup.py -q build --build-base "$folder" --build-lib "$folder/lib"
+fi
+
+(($#)) || set -- --minutes 5
+# Python itself is not built with the sanitizers, so their runtimes have to be there first.
+preload="$("${CXX:-g++}" -print-file-name=libasan.so) $("${CXX:-g++}" -print-file-name=libubsan.so)"
+exec env LD_PRELOAD="$preload" ASAN_OPTIONS="detect_leaks=0:allocator_may_return_null=1" UBSAN_OPTIONS=print_stacktrace=1 \
+    PYTHONPATH="$folder/lib" "$python" ci/fuzz.py "$@"
