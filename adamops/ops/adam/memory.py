@@ -86,18 +86,6 @@ def _check_storage(tensor: Tensor, what: str) -> None:
         )
 
 
-def check_readable(tensor: Tensor, what: str) -> None:
-    """Raises ValueError if a plain tensor that is given to torch has lost its memory: torch's operations then crash.
-
-    They read lazy tensors, other layouts and subclasses by themselves.
-    """
-    if type(tensor) not in PLAIN_TYPES or tensor.layout != torch.strided or tensor._is_zerotensor():
-        return
-    raw = tensor.detach()
-    raw = raw.conj() if raw.is_conj() else raw
-    check_memory(torch._neg_view(raw) if raw.is_neg() else raw, what)
-
-
 def addresses(tensors: Sequence[Tensor | None], what: str = "a tensor") -> list[int]:
     """Where the tensors' elements begin; 0 for none. Raises what check_memory() raises."""
     for tensor in tensors:
