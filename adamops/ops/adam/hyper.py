@@ -45,7 +45,8 @@ class AdamHyper:
         A `lr` on a GPU stays there, as float() would wait for it. Raises TypeError or ValueError for what is no number,
         here and not in the middle of a step; `where` ends the message.
         """
-        beta1, beta2 = group["betas"] if type(group["betas"]) is tuple else unpacked_betas(group["betas"], where)
+        betas = group["betas"]
+        beta1, beta2 = betas if type(betas) is tuple and len(betas) == 2 else unpacked_betas(betas, where)
         return cls(
             lr=to_number(group["lr"], "lr", where),
             beta1=float(to_number(beta1, "betas[0]", where)),

@@ -116,7 +116,7 @@ class GroupStep:
     updates: list[tuple[Backend, Update]]
     new_states: list[tuple[Any, dict[str, Any]]] = dataclasses.field(default_factory=list)  # by their keys in `state`
     after: list[Callable[[], object]] = dataclasses.field(default_factory=list)  # what the ops leave to torch
-    sharded: list[Tensor] = dataclasses.field(default_factory=list)  # DTensors that the step writes
+    sharded: list[Tensor] = dataclasses.field(default_factory=list)  # DTensors that the step writes, params and grads
     has_new_params: bool = False  # for which it was never asked whether they share memory
 
 
@@ -432,9 +432,8 @@ class AdamOptimizer(Optimizer):
     def _finish(self, step: GroupStep) -> None:
         for call in step.after:
             call()
-        for (
-            param
-        ) in step.sharded:  # params and grads: autograd sees the DTensors, and what was written are their local tensors
+        # Of params and grads: autograd sees the DTensors, and what was written are their local tensors.
+        for param in step.sharded:
             state = self.state.get(param) or {}
             count_writes([param, *(value for value in state.values() if sharding.is_sharded(value))])
 
