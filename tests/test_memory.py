@@ -1,4 +1,4 @@
-"""Kinds A and B of what no call may do: touch memory that is not the tensor's, or read the raw memory of a lazy tensor."""
+"""No call touches memory that is not the tensor's, or takes the raw memory of a lazy tensor for its values."""
 
 import dataclasses
 

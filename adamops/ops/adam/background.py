@@ -24,6 +24,7 @@ class AsyncStep:
         self._kept: list[object] = []
         self._ended = threading.Event()  # not the thread's own end: an interrupted join() takes a thread for ended
         self._process = os.getpid()
+        self._is_inference = torch.is_inference_mode_enabled()
         self._error: BaseException | None = None
         self._was_told = False
 
@@ -84,7 +85,7 @@ class AsyncStep:
 
     def _run(self) -> None:
         try:
-            with torch.no_grad():  # each thread has a mode of its own
+            with torch.inference_mode(self._is_inference), torch.no_grad():  # each thread has modes of its own
                 run_updates(self._updates)
         except BaseException as error:
             self._error = error

@@ -116,7 +116,7 @@ class GroupStep:
     updates: list[tuple[Backend, Update]]
     new_states: list[tuple[Any, dict[str, Any]]] = dataclasses.field(default_factory=list)  # by their keys in `state`
     after: list[Callable[[], object]] = dataclasses.field(default_factory=list)  # what the ops leave to torch
-    sharded: list[Tensor] = dataclasses.field(default_factory=list)  # DTensors that the step writes
+    sharded: list[Tensor] = dataclasses.field(default_factory=list)  # DTensors that the step writes, params and grads
     has_new_params: bool = False  # for which it was never asked whether they share memory
 
 
@@ -170,6 +170,8 @@ class AdamOptimizer(Optimizer):
     def defaults(self) -> dict[str, Any]:
         """The settings that param groups have unless they have their own."""
         _neighbours.check_not_replaced(self, sys._getframe(1))
+        if "defaults" not in self.__dict__:
+            raise AttributeError("defaults")  # of a wrapper that is of this class, and looks in the optimizer then
         defaults: dict[str, Any] = self.__dict__["defaults"]
         return defaults
 
@@ -447,9 +449,8 @@ class AdamOptimizer(Optimizer):
     def _finish(self, step: GroupStep) -> None:
         for call in step.after:
             call()
-        for (
-            param
-        ) in step.sharded:  # params and grads: autograd sees the DTensors, and what was written are their local tensors
+        # Of params and grads: autograd sees the DTensors, and what was written are their local tensors.
+        for param in step.sharded:
             state = self.state.get(param) or {}
             count_writes([param, *(value for value in state.values() if sharding.is_sharded(value))])
 

@@ -44,7 +44,8 @@ def arguments(device: torch.device) -> dict[str, int] | None:
     layout = _layout()
     if layout is None:
         return None
-    plain = torch.empty(0, device=device)
+    with torch.inference_mode(False):  # tensors of inference mode are others, without a version counter
+        plain = torch.empty(0, device=device)
     if type(plain) is not Tensor:  # made under a mode that replaces tensors
         return None
     return {**dataclasses.asdict(layout), "plain_keys": _keys(plain)}
