@@ -6,6 +6,7 @@ import torch
 
 from adamops import DeepSpeedCPUAdam, FusedAdam
 from adamops.ops.adam.cuda_backend import CudaBackend
+from adamops.ops.adam.hyper import to_number
 from adamops.ops.adam.torch_adam import TorchBackend
 
 HOST = torch.device("cpu")
@@ -33,6 +34,12 @@ class EmulatedFusedAdam(FusedAdam):
     """FusedAdam that takes params in host memory for params on a GPU."""
 
     module = None  # to be set: the emulated op
+
+    @staticmethod
+    def _to_number(value, name, where=""):
+        """As a tensor on a GPU, one on the host stays a tensor: it is where the emulated op reads it."""
+        number = to_number(value, name, where)
+        return value if isinstance(value, torch.Tensor) else number
 
     def _backend_of(self, param, name):
         if not isinstance(self._backends.get(HOST), EmulatedBackend):

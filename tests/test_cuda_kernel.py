@@ -258,8 +258,8 @@ def test_errors_name_the_launch_the_tensor_and_the_device(cuda_op, monkeypatch):
     with pytest.raises(RuntimeError, match=r"Adam launch 1 of 1 \(2 tensors from tensor 0 on, device 1\): CUDA error"):
         cuda_step(cuda_op, t, False, scalars, device=1)
     with pytest.raises(ValueError, match="tensor 0: no kernel for these dtypes of param, grad, state and master"):
-        wrong = Tensors([10], (torch.float32,) * 3)
-        wrong.dtypes = (torch.float32, torch.bfloat16, torch.float32)
+        wrong = Tensors([10], (torch.bfloat16, torch.bfloat16, torch.float32))
+        wrong.dtypes = (torch.bfloat16, torch.float16, torch.float32)
         cuda_step(cuda_op, wrong, False, scalars)
     with pytest.raises(ValueError, match="scalars has 1 rows, expected 2, one for each of the table's steps"):
         cuda_step(cuda_op, t, False, scalars, steps=[1, 2])

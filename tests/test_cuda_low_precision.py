@@ -183,4 +183,5 @@ def test_clipping_waits_for_nothing_and_keeps_counts_on_the_device(norm_type):
             optimizer.step()
     assert_all_same(ours, theirs)
     assert isinstance(ours.state[params[0]]["step"], torch.Tensor)
+    ours.zero_grad()
     assert ours._grad_factor() == 1.0

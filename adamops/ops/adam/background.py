@@ -101,13 +101,15 @@ def are_one_call(updates: Sequence[tuple[Backend | None, Update]]) -> bool:
     return backend is not None and all(other is backend and update.call for other, update in updates)
 
 
-def run_updates(updates: Sequence[tuple[Backend | None, Update]]) -> None:
+def run_updates(updates: Sequence[tuple[Backend | None, Update]], done: list[Update] | None = None) -> None:
     """Runs updates, each with its backend: in one call of the op, if it is one op's that can do so."""
     if are_one_call(updates):
         run_in_one_call(updates)
         return
     for _, update in updates:
         update()
+        if done is not None:
+            done.append(update)
 
 
 def run_in_one_call(updates: Sequence[tuple[Backend | None, Update]]) -> None:

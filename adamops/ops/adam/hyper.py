@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import dataclasses
 import math
+from collections.abc import Callable
 from typing import Any, SupportsFloat
 
 from .precision import Precision
@@ -39,12 +40,15 @@ class AdamHyper:
     stream: int = 0  # where the random bits of the group's params begin
 
     @classmethod
-    def of_group(cls, group: dict[str, Any], where: str, **others: Any) -> AdamHyper:
+    def of_group(
+        cls, group: dict[str, Any], where: str, to_number: Callable[..., Any] | None = None, **others: Any
+    ) -> AdamHyper:
         """From a param group, whose numbers may be 0-dim tensors, and what it does not have.
 
         A `lr` on a GPU stays there, as float() would wait for it. Raises TypeError or ValueError for what is no number,
-        here and not in the middle of a step; `where` ends the message.
+        here and not in the middle of a step; `where` ends the message. `to_number` is the function below, or another.
         """
+        to_number = to_number or globals()["to_number"]
         betas = group["betas"]
         beta1, beta2 = betas if type(betas) is tuple and len(betas) == 2 else unpacked_betas(betas, where)
         lr, eps, weight_decay = group["lr"], group["eps"], group["weight_decay"]

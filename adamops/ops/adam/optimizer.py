@@ -130,6 +130,7 @@ class AdamOptimizer(Optimizer):
     _running = Shared[AsyncStep | None](None)  # the step in the background
     _preparing = Shared[AsyncStep | None](None)  # where step() is to leave its work instead of doing it
     _params_in_backward = Shared[int](0)  # how many are updated by adamops.step_in_backward()
+    _to_number = staticmethod(to_number)  # of hyper-parameters; on a GPU they stay there
     _step_supports_amp_scaling = UnscalesInStep()  # by the name that GradScaler asks for
 
     def __init__(
@@ -416,8 +417,7 @@ class AdamOptimizer(Optimizer):
     def _commit(self, steps: Sequence[GroupStep]) -> None:
         """Does what was prepared: all of it, or nothing if a signal's handler raises before it begins."""
         new_states = [entry for step in steps for entry in step.new_states]
-        if new_states:
-            self._insert(new_states)
+        former = self._insert(new_states) if new_states else {}
         if self._preparing is not None:
             self._leave_to_background(steps, self._preparing)
             return
@@ -427,24 +427,37 @@ class AdamOptimizer(Optimizer):
             run_in_one_call(updates)
             return
         with deferred_signals():
-            run_updates(updates)
+            done: list[Update] = []
+            try:
+                run_updates(updates, done)
+            except BaseException:
+                if not done:  # a device that refused the first launch
+                    self._put_back(former)
+                raise
             for step in others:
                 self._finish(step)
 
-    def _insert(self, new_states: list[tuple[Any, dict[str, Any]]]) -> None:
-        """Adds states of zeros in which no step is counted: they say no more than no state does. All, or none."""
+    def _insert(self, new_states: list[tuple[Any, dict[str, Any]]]) -> dict[Any, Any]:
+        """Adds states of zeros in which no step is counted: they say no more than no state does. All, or none.
+
+        Returns what was there before, or None, by key.
+        """
         states: Any = self.state
         former = {key: states.get(key) for key, _ in new_states}
         try:
             for key, state in new_states:
                 states[key] = state
         except BaseException:
-            for key, former_state in former.items():
-                if former_state is None:
-                    states.pop(key, None)
-                else:
-                    states[key] = former_state
+            self._put_back(former)
             raise
+        return former
+
+    def _put_back(self, former: dict[Any, Any]) -> None:
+        for key, state in former.items():
+            if state is None:
+                self.state.pop(key, None)
+            else:
+                self.state[key] = state
 
     def _finish(self, step: GroupStep) -> None:
         for call in step.after:
@@ -647,13 +660,14 @@ class AdamOptimizer(Optimizer):
         hyper = AdamHyper.of_group(
             group,
             in_group,
+            self._to_number,
             adamw_mode=self.adam_w_mode,
             precision=precision,
             grad_factor=self._grad_factor() if grad_factor is None else grad_factor,
             zero_grads=zero_grads,
             stream=_stream(group, where, stream_offset) if precision.stochastic_rounding else 0,
-            loss_scale=1.0 if loss_scale is None else to_number(loss_scale, "grad_scale"),
-            found_inf=None if found_inf is None else to_number(found_inf, "found_inf"),
+            loss_scale=1.0 if loss_scale is None else self._to_number(loss_scale, "grad_scale"),
+            found_inf=None if found_inf is None else self._to_number(found_inf, "found_inf"),
             threads=self._preparing.threads if self._preparing else None,
         )
         if not (0.0 <= hyper.beta1 < 1.0 and 0.0 <= hyper.beta2 < 1.0):
@@ -671,7 +685,7 @@ class AdamOptimizer(Optimizer):
             self._clipped.settle(grads)
             self._clipped = None
             return 1.0
-        return to_number(self._clipped.factor, "clip factor")
+        return self._to_number(self._clipped.factor, "clip factor")
 
     def _complete_states(self, backend: Backend, batch: AdamBatch) -> None:
         """Gives the batch's states what they lack: a step count of 0, and zeros; master weights begin as the params."""

@@ -44,8 +44,11 @@ def arguments(device: torch.device) -> dict[str, int] | None:
     layout = _layout()
     if layout is None:
         return None
-    with torch.inference_mode(False):  # tensors of inference mode are others, without a version counter
-        plain = torch.empty(0, device=device)
+    try:
+        with torch.inference_mode(False):  # tensors of inference mode are others, without a version counter
+            plain = torch.empty(0, device=device)
+    except (RuntimeError, AssertionError):  # torch's way to say that it cannot use the device
+        return None
     if type(plain) is not Tensor:  # made under a mode that replaces tensors
         return None
     return {**dataclasses.asdict(layout), "plain_keys": _keys(plain)}
