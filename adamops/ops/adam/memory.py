@@ -6,6 +6,7 @@ tensors in C++. Must not know of optimizers.
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import Iterable, Sequence
 
 import torch
@@ -97,7 +98,9 @@ def addresses(tensors: Sequence[Tensor | None], what: str = "a tensor") -> list[
 def count_writes(tensors: Iterable[Tensor]) -> None:
     """Tells autograd that the tensors have been written in place, as torch's own operations do."""
     for tensor in tensors:
-        if not tensor.is_inference():  # those have no version to count
+        if tensor.is_inference():  # those have no version to count
+            continue
+        with contextlib.suppress(RuntimeError):  # nor has a param whose data was made in inference mode
             graph.increment_version(tensor)
 
 

@@ -1,0 +1,87 @@
+"""The fuzzer finds injected faults; and what it found first. Long runs are for ci/fuzz.py and ci/sanitize.sh."""
+
+import importlib.util
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+from adamops import DeepSpeedCPUAdam, FusedAdam
+from adamops.ops.adam.optimizer import AdamOptimizer
+
+spec = importlib.util.spec_from_file_location("fuzz", Path(__file__).parent.parent / "ci" / "fuzz.py")
+fuzz = importlib.util.module_from_spec(spec)
+sys.modules["fuzz"] = fuzz
+spec.loader.exec_module(fuzz)
+
+CLASSES = pytest.mark.parametrize("cls", [DeepSpeedCPUAdam, FusedAdam])
+
+
+def stepped(cls, **settings):
+    param = torch.nn.Parameter(torch.ones(8))
+    param.grad = torch.ones(8)
+    optimizer = cls([param], lr=0.1, **settings)
+    optimizer.step()
+    return optimizer, param
+
+
+def freed(value):
+    value.untyped_storage().resize_(0)
+    return value
+
+
+def test_finds_a_half_step(seed, monkeypatch):
+    commit = AdamOptimizer._commit
+
+    def write_then_raise(self, steps):
+        commit(self, steps)
+        raise ValueError("injected after the step has been written")
+
+    monkeypatch.setattr(AdamOptimizer, "_commit", write_then_raise)
+    with pytest.raises(fuzz.Finding, match="seed"):
+        for i in range(20):
+            fuzz.run_session(seed + i)
+
+
+@CLASSES
+def test_refuses_numbers_whose_storage_was_freed(cls):
+    optimizer, param = stepped(cls)
+    before = param.detach().clone()
+    optimizer.state[param]["step"] = freed(torch.tensor(1.0))
+    with pytest.raises(ValueError, match="step count.*freed or shortened"):
+        optimizer.step()
+    optimizer.state[param]["step"] = 1
+    optimizer.param_groups[0]["lr"] = freed(torch.tensor(0.1))
+    with pytest.raises(ValueError, match="lr.*freed or shortened"):
+        optimizer.step()
+    assert torch.equal(param, before)
+
+
+@CLASSES
+def test_refuses_to_zero_grads_whose_storage_was_freed(cls):
+    optimizer, param = stepped(cls)
+    freed(param.grad)
+    with pytest.raises(ValueError, match="freed or shortened"):
+        optimizer.zero_grad(set_to_none=False)
+
+
+@CLASSES
+def test_refuses_all_values_if_one_cannot_be_copied(cls):
+    params = [torch.nn.Parameter(torch.ones(8)) for _ in range(2)]
+    optimizer = cls(params)
+    with pytest.raises(ValueError, match="freed or shortened"):
+        optimizer.load_fp32_params([torch.zeros(8), freed(torch.zeros(8))])
+    assert all(torch.equal(param, torch.ones(8)) for param in params)
+
+
+@CLASSES
+def test_steps_params_whose_data_was_made_in_inference_mode(cls):
+    with torch.inference_mode():
+        values = torch.ones(8)
+    param, plain = torch.nn.Parameter(torch.zeros(8)), torch.nn.Parameter(torch.ones(8))
+    param.data = values
+    param.grad, plain.grad = torch.ones(8), torch.ones(8)
+    cls([param]).step()
+    cls([plain]).step()
+    assert torch.equal(param, plain)
