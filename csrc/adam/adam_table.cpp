@@ -177,8 +177,8 @@ bool AdamTable::add(const TensorReader& reader, PyObject* param, py::object grad
   if (!reader.read(row.param.ptr(), p) || !read(row.grad, g)) return false;
   if (read_states(read)) {
     if (v.dtype != m.dtype || (amsgrad && max_v.dtype != m.dtype)) return false;
-    // Scales beside floats say that these have been made of 8-bit codes by someone who took them for numbers. Looked for
-    // where the state has more than the step needs only.
+    // Scales beside floats say that these have been made of 8-bit codes by someone who took them for numbers. Looked
+    // for where the state has more than the step needs only.
     const Py_ssize_t needed = 3 + (amsgrad ? 1 : 0) + (p.dtype != kFloat32 && master != kNoMaster ? 1 : 0);
     if (PyDict_Size(state) > needed && entry(state, names().scales)) return false;
   } else {
