@@ -29,7 +29,7 @@ if not (_checkout / "adamops" / "op_builder").is_dir() and (_checkout / "op_buil
 
 
 # Imported when they are asked for.
-_SUBMODULES = ("bench", "deepspeed", "in_backward", "op_builder", "ops", "plugin_process", "report")
+_SUBMODULES = ("bench", "data_parallel", "deepspeed", "in_backward", "op_builder", "ops", "plugin_process", "report")
 
 
 def __getattr__(name: str) -> Any:

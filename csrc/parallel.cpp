@@ -70,14 +70,32 @@ void run_in_team(void* argument) {
   run_parts(region, region.openmp.thread_num(), region.openmp.num_threads());
 }
 
-// More threads than anyone has a use for: the runtime ends the process where the system refuses it one.
+// As many as there are cores for this process: more only wait for each other, and the runtime ends the process where
+// the system refuses it one.
 unsigned most_threads() {
-  static const unsigned most = std::max(64u, 2 * std::thread::hardware_concurrency());
+  static const unsigned most = std::max(1u, std::thread::hardware_concurrency());
   return most;
+}
+
+// Whether the system grants so many threads at once.
+bool grants(unsigned count) {
+  std::vector<std::thread> threads;
+  bool granted = true;
+  try {
+    for (unsigned i = 0; i < count; ++i) threads.emplace_back([] {});
+  } catch (const std::system_error&) {
+    granted = false;
+  }
+  for (std::thread& thread : threads) thread.join();
+  return granted;
 }
 
 void run_region(Region& region) {
   const unsigned threads = std::min(static_cast<unsigned>(region.parts), most_threads());
+  // Where far more are wanted than there are cores, torch may have taken all that there are: torch.set_num_threads()
+  // starts some for pools of its own.
+  constexpr unsigned kAbsurd = 16;
+  if (static_cast<unsigned>(region.parts) > kAbsurd * threads && !grants(threads)) return run_parts(region, 0, 1);
   region.openmp.parallel(run_in_team, &region, threads, 0);
 }
 

@@ -109,7 +109,8 @@ class TensorReader {
       if (tensor.strides && tensor.shape[i] != 1 && tensor.strides[i] != view.numel) contiguous = false;
       view.numel *= tensor.shape[i];
     }
-    return (contiguous || view.numel == 0) &&
+    const bool aligned = reinterpret_cast<uintptr_t>(view.address()) % std::max(tensor.dtype_bits / 8, 1) == 0;
+    return (contiguous || view.numel == 0) && aligned &&
            layout_.proves(object, static_cast<const char*>(view.address()), view.numel * (tensor.dtype_bits / 8));
   }
 
