@@ -149,9 +149,7 @@ class Snapshot:
     def _now(self) -> tuple[Any, list[Any]]:
         objects: list[Any] = []
         tensors: list[Any] = list(self._params)
-        if (
-            self._optimizer._clipped is None
-        ):  # else a step may multiply grads by the clip factor first
+        if self._optimizer._clipped is None:  # else a step may multiply grads by the clip factor first
             tensors += [param.grad for param in self._params]
         for key, state in self._optimizer.state.items():
             entries = {name: id(v) if isinstance(v, Tensor) else repr(v) for name, v in state.items()}
@@ -191,6 +189,10 @@ class Reference:
         clipped = optimizer._clipped
         if clipped is not None and clipped.are([p.grad for p in session.params if p.grad is not None]):
             self.optimizer._clipped = ClippedGrads(clipped.factor, self.grads)
+        elif clipped is not None:  # some have been replaced since: the factor goes with those that are left
+            for param in session.params:
+                if param.grad is not None and clipped._has(param.grad):
+                    self.params[param].grad.mul_(clipped.factor)
         if session.random.random() < 0.8:
             self.optimizer._backends[HOST]._reader = None  # tensors are then checked and read from Python
 
@@ -358,7 +360,8 @@ STEP_COUNTS: list[Callable[[], Any]] = [
     lambda: 2.0, lambda: 2.5, lambda: math.nan, lambda: math.inf, lambda: True, lambda: None, lambda: "3", lambda: [3],
     lambda: torch.tensor(3.0), lambda: torch.tensor(3), lambda: torch.tensor([3.0]), lambda: torch.tensor([3.0, 4.0]),
     lambda: torch.tensor(math.nan), lambda: torch.tensor(3.0, dtype=torch.float64),
-    lambda: torch.tensor(3.0).to("meta"), lambda: torch.tensor(3.0).share_memory_(), lambda: torch.tensor(3, dtype=torch.int16).share_memory_(),
+    lambda: torch.tensor(3.0).to("meta"), lambda: torch.tensor(3.0).share_memory_(),
+    lambda: torch.tensor(3, dtype=torch.int16).share_memory_(),
     lambda: torch.tensor(3 + 1j), lambda: torch._efficientzerotensor((), dtype=torch.float32),
     lambda: torch._neg_view(torch.tensor(-3.0)), lambda: with_storage_of(torch.tensor(3.0), 0),
     lambda: torch.zeros(()).as_subclass(Subclass),
