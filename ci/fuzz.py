@@ -235,8 +235,9 @@ class Reference:
     def _names_of(self, param: Tensor, group: dict[str, Any]) -> set[str]:
         """The tensors in the state that a step may read; it leaves others alone, whatever they are."""
         precision = self.session.optimizer._precision_of(group, "")
-        masters = {"master_param", "param_remainder"} if precision.master_of(param) else set()
-        return {*precision.state_dtypes(param, bool(group["amsgrad"])), "block_scales", *masters}
+        names = {*precision.state_dtypes(param, bool(group["amsgrad"])), "block_scales"}
+        begins = "master_param" in names and "master_param" not in self.session.optimizer.state.get(param, {})
+        return names | {"param_remainder"} if begins else names  # of which a master begins
 
     def _is_needed(self, key: str, param: Tensor) -> bool:
         """Whether a step surely reads this: others may be left from other settings."""
