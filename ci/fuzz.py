@@ -189,6 +189,10 @@ class Reference:
         clipped = optimizer._clipped
         if clipped is not None and clipped.are([p.grad for p in session.params if p.grad is not None]):
             self.optimizer._clipped = ClippedGrads(clipped.factor, self.grads)
+        elif clipped is not None:  # some have been replaced since: the factor goes with those that are left
+            for param in session.params:
+                if param.grad is not None and clipped._has(param.grad):
+                    self.params[param].grad.mul_(clipped.factor)
         if session.random.random() < 0.8:
             self.optimizer._backends[HOST]._reader = None  # tensors are then checked and read from Python
 
@@ -231,8 +235,9 @@ class Reference:
     def _names_of(self, param: Tensor, group: dict[str, Any]) -> set[str]:
         """The tensors in the state that a step may read; it leaves others alone, whatever they are."""
         precision = self.session.optimizer._precision_of(group, "")
-        masters = {"master_param", "param_remainder"} if precision.master_of(param) else set()
-        return {*precision.state_dtypes(param, bool(group["amsgrad"])), "block_scales", *masters}
+        names = {*precision.state_dtypes(param, bool(group["amsgrad"])), "block_scales"}
+        begins = "master_param" in names and "master_param" not in self.session.optimizer.state.get(param, {})
+        return names | {"param_remainder"} if begins else names  # of which a master begins
 
     def _is_needed(self, key: str, param: Tensor) -> bool:
         """Whether a step surely reads this: others may be left from other settings."""
@@ -356,8 +361,7 @@ STEP_COUNTS: list[Callable[[], Any]] = [
     lambda: 2.0, lambda: 2.5, lambda: math.nan, lambda: math.inf, lambda: True, lambda: None, lambda: "3", lambda: [3],
     lambda: torch.tensor(3.0), lambda: torch.tensor(3), lambda: torch.tensor([3.0]), lambda: torch.tensor([3.0, 4.0]),
     lambda: torch.tensor(math.nan), lambda: torch.tensor(3.0, dtype=torch.float64),
-    lambda: torch.tensor(3.0).to("meta"),
-    lambda: torch.tensor(3.0).share_memory_(),
+    lambda: torch.tensor(3.0).to("meta"), lambda: torch.tensor(3.0).share_memory_(),
     lambda: torch.tensor(3, dtype=torch.int16).share_memory_(),
     lambda: torch.tensor(3 + 1j), lambda: torch._efficientzerotensor((), dtype=torch.float32),
     lambda: torch._neg_view(torch.tensor(-3.0)), lambda: with_storage_of(torch.tensor(3.0), 0),

@@ -1,7 +1,8 @@
 #!/usr/bin/env bash
 # Builds the CPU op with the address and undefined-behaviour sanitizers, in a folder of its own, and fuzzes it.
 # Arguments go to ci/fuzz.py (--minutes 5 unless given); PYTHON names an interpreter with torch, setuptools, pybind11 and
-# py-cpuinfo. SANITIZED_BUILD names the folder, build/sanitized unless set; an op that is there already is used.
+# py-cpuinfo. SANITIZED_BUILD names the folder, build/sanitized unless set; an op that is there already is used unless its
+# sources are newer.
 set -euo pipefail
 cd "$(dirname "$0")/.."
 python=${PYTHON:-python3}
@@ -9,7 +10,9 @@ folder=${SANITIZED_BUILD:-$PWD/build/sanitized}
 # Without recovery, undefined behaviour ends the process, which is a finding.
 sanitizers="-fsanitize=address,undefined -fno-sanitize-recover=undefined"
 
-if ! compgen -G "$folder/lib/adamops/_native/cpu_adam*.so" >/dev/null; then
+"$python" setup.py -q build_py --build-lib "$folder/lib"  # Python's part is copied each time
+op=$(compgen -G "$folder/lib/adamops/_native/cpu_adam*.so" || true)
+if [[ -z $op || -n $(find csrc op_builder -type f ! -name '*.pyc' -newer "$op" -print -quit) ]]; then
     CXX=${CXX:-g++} CXXFLAGS="$sanitizers -fno-omit-frame-pointer -g1" LDFLAGS="$sanitizers" \
         ADAMOPS_BUILD_CPU_ADAM=1 ADAMOPS_BUILD_FUSED_ADAM=0 ADAMOPS_CPU_TARGETS=${ADAMOPS_CPU_TARGETS:-all} \
         "$python" setup.py -q build --build-base "$folder" --build-lib "$folder/lib"

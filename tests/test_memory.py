@@ -316,3 +316,26 @@ def test_tensors_without_elements_need_no_memory():
     tensor = torch.zeros(0, 5)
     tensor.untyped_storage().resize_(0)
     memory.check_memory(tensor, "it")
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_a_misaligned_grad_is_copied_and_a_misaligned_param_refused(dtype):
+    size = dtype.itemsize
+
+    def misaligned():
+        return torch.frombuffer(bytearray(100 * size + 1), dtype=dtype, count=100, offset=1)
+
+    ours, theirs = (torch.nn.Parameter(torch.ones(100, dtype=dtype)) for _ in range(2))
+    ours.grad = misaligned()
+    assert ours.grad.data_ptr() % size
+    ours.grad.fill_(0.5)
+    theirs.grad = ours.grad.clone()
+    for param in (ours, theirs):
+        optimizer = DeepSpeedCPUAdam([param])
+        assert optimizer.clip_grad_norm_(1.0) == pytest.approx(5.0)
+        optimizer.step()
+    assert torch.equal(ours, theirs)
+    param = torch.nn.Parameter(misaligned())
+    param.grad = torch.ones(100, dtype=dtype)
+    with pytest.raises(ValueError, match=f"param 0 .* lies at an address that is no multiple of {size} bytes"):
+        DeepSpeedCPUAdam([param]).step()

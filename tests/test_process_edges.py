@@ -330,7 +330,8 @@ def test_a_huge_thread_count_of_torch_is_cut(tmp_path):
         optimizer.step()
         optimizer.clip_grad_norm_(1.0)
         optimizer.step()
-        print(len(os.listdir("/proc/self/task")) - of_torch < 200)
+        print(len(os.listdir("/proc/self/task")) - of_torch < 200, flush=True)
+        os._exit(0)  # torch itself may crash as it ends so many
     """
     assert run_python(code, tmp_path) == "True\n"
 

@@ -15,7 +15,7 @@ from torch import Tensor
 
 from .block_codes import CODES, blocks_of
 from .hyper import AdamHyper
-from .memory import check_memory, check_readable, resolved
+from .memory import aligned, check_memory, check_readable, resolved
 from .precision import AVERAGES, DTYPES, MASTER, REMAINDER, SCALES, STATE_TENSORS, Master, averages_of, scales_shape
 
 MOST_STEPS = 2**53  # kMostSteps in csrc/adam/adam_table.h
@@ -179,7 +179,7 @@ def _checked_grad(param: Tensor, grad: Tensor, name: str) -> Tensor:
     if grad.dtype not in (DTYPES if param.dtype == torch.float32 else (param.dtype, torch.float32)):
         raise TypeError(f"{described} has a grad of {grad.dtype}; use {_param_dtype_or_fp32(param)}")
     check_readable(grad, f"{described}: its grad")
-    grad = resolved(grad)
+    grad = aligned(resolved(grad))
     check_memory(grad, f"{described}: its grad")
     return like_param(grad, param)
 

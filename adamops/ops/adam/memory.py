@@ -31,6 +31,15 @@ def resolved(tensor: Tensor) -> Tensor:
     return tensor.resolve_conj().resolve_neg()
 
 
+def aligned(tensor: Tensor) -> Tensor:
+    """The tensor at an address that is a multiple of its elements' size: itself, or a copy."""
+    return tensor.clone() if _is_misaligned(tensor) else tensor
+
+
+def _is_misaligned(tensor: Tensor) -> bool:
+    return tensor.device.type == "cpu" and bool(tensor.data_ptr() % tensor.element_size())
+
+
 def check_memory(tensor: Tensor, what: str) -> None:
     """Raises unless all elements of a strided tensor lie in its storage. `what` begins the message.
 
@@ -50,6 +59,11 @@ def check_memory(tensor: Tensor, what: str) -> None:
         kind = "a zero tensor" if tensor._is_zerotensor() else "lazily negated or conjugated"
         raise TypeError(f"{what} is {kind}, so its memory does not hold its values; use tensor.clone()")
     _check_storage(tensor, what)
+    if _is_misaligned(tensor):
+        raise ValueError(
+            f"{what} lies at an address that is no multiple of {tensor.element_size()} bytes, its elements' size; "
+            "use tensor.clone()"
+        )
 
 
 def check_readable(tensor: Tensor, what: str) -> None:

@@ -41,7 +41,7 @@ from .float_environment import in_default_float_environment
 from .hyper import AdamHyper, to_number
 from .interrupts import deferred_signals
 from .loading import adopted_states, check_groups, keep_own_settings, shield_states
-from .memory import check_readable, count_writes, resolved
+from .memory import aligned, check_readable, count_writes, resolved
 from .native_backend import NativeBackend
 from .precision import (
     AVERAGES,
@@ -967,7 +967,7 @@ def _norm_of(backend: Backend, device: torch.device, grads: list[Tensor], norm_t
     if not grads:
         return torch.full((), sharding.norm_of_nothing(norm_type), dtype=torch.float64, device=device)
     if all(grad.layout == torch.strided for grad in grads):
-        dense = [grad if is_dense(grad) else grad.contiguous() for grad in map(resolved, grads)]
+        dense = [grad if is_dense(grad) else grad.contiguous() for grad in map(aligned, map(resolved, grads))]
         norm = backend.grad_norm(dense, norm_type)
         if norm is not None:
             return torch.as_tensor(norm, dtype=torch.float64, device=device)
