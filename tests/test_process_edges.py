@@ -324,8 +324,8 @@ def test_a_huge_thread_count_of_torch_is_cut(tmp_path):
         from adamops import DeepSpeedCPUAdam
         params = [torch.nn.Parameter(torch.zeros(30_000)) for _ in range(1000)]
         for p in params: p.grad = torch.ones(30_000)
-        torch.set_num_threads(100_000)
-        of_torch = len(os.listdir("/proc/self/task"))  # which starts as many as it can for pools of its own
+        torch.set_num_threads(5_000)
+        of_torch = len(os.listdir("/proc/self/task"))  # which starts as many for pools of its own
         optimizer = DeepSpeedCPUAdam(params, lr=0.5)
         optimizer.step()
         optimizer.clip_grad_norm_(1.0)
