@@ -6,6 +6,7 @@ at once, and a process that dies in the middle leaves nothing that another would
 
 from __future__ import annotations
 
+import errno
 import hashlib
 import importlib.machinery
 import importlib.util
@@ -69,7 +70,9 @@ def _build_unless_there(builder: OpBuilder, extension: Path) -> None:
         with filelock.FileLock(extension.parent / "lock"):
             if not _is_whole(extension):
                 _build(builder, extension)
-    except OSError as error:
+    except (OSError, BuildError) as error:
+        if isinstance(error, BuildError) and os.strerror(errno.ENOSPC) not in str(error):
+            raise
         raise BuildError(
             f"the build cannot be written to {extension.parent}: {error}; set ADAMOPS_CACHE_DIR (or TMPDIR, where "
             "compilers keep files of their own)"
