@@ -183,11 +183,9 @@ class AdamOptimizer(Optimizer):
     def not_in_deepspeeds_adam(self) -> list[str]:
         """In words: what would be lost if DeepSpeed's class took over with L2 and all else from these param groups."""
         groups = self.param_groups
-        own = {"state_dtype", "fp32_optimizer_states", "master_weight_bits", "master_weights", "stochastic_rounding"}
         found = {
             "decoupled weight decay": self.adam_w_mode and any(group["weight_decay"] for group in groups),
-            "precision of states and params": self._precision != Precision()
-            or any(own & group.keys() for group in groups),
+            "precision of states and params": self._precision != Precision() or any(map(own_settings, groups)),
             "amsgrad": any(group["amsgrad"] for group in groups),
             "maximize": any(group["maximize"] for group in groups),
         }
