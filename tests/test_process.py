@@ -40,11 +40,12 @@ def test_one_openmp_runtime_in_the_process(tmp_path, cpu_adam):
 
 
 def test_threads_are_those_of_torch(tmp_path):
-    """With four threads set in torch, a step runs on four threads, and starts none of its own."""
+    """With as many threads as cores set in torch, a step runs on those, and starts none of its own."""
     code = """
         import os, torch
         from adamops import DeepSpeedCPUAdam
-        torch.set_num_threads(4)
+        threads = len(os.sched_getaffinity(0))
+        torch.set_num_threads(threads)
         count = lambda: len(os.listdir("/proc/self/task"))
         (torch.randn(4_000_000) * 2).sum()
         after_torch = count()
@@ -53,9 +54,26 @@ def test_threads_are_those_of_torch(tmp_path):
         optimizer = DeepSpeedCPUAdam([param])
         for _ in range(5):
             optimizer.step()
-        print(after_torch == count(), after_torch >= 4)
+        print(after_torch == count(), after_torch >= threads)
     """
     assert run_python(code, tmp_path) == "True True\n"
+
+
+def test_no_more_threads_than_cores(tmp_path):
+    """With more threads set in torch than there are cores, a step runs on as many as there are cores."""
+    code = """
+        import os, torch
+        from adamops import DeepSpeedCPUAdam
+        torch.set_num_threads(1)
+        param = torch.nn.Parameter(torch.randn(1_000_000))
+        param.grad = torch.randn(1_000_000)
+        before = len(os.listdir("/proc/self/task"))
+        torch.set_num_threads(len(os.sched_getaffinity(0)) + 3)
+        optimizer = DeepSpeedCPUAdam([param])
+        optimizer.step()
+        print(len(os.listdir("/proc/self/task")) - before - len(os.sched_getaffinity(0)) + 1)
+    """
+    assert run_python(code, tmp_path) == "0\n"
 
 
 def test_one_thread_starts_none(tmp_path):
