@@ -106,7 +106,12 @@ def readable(tensor: Any) -> Tensor:
         return torch.zeros(plain.shape, dtype=plain.dtype)
     if plain.untyped_storage().nbytes() < spanned(plain):
         raise Unreadable
-    return plain.resolve_conj().resolve_neg()
+    plain = plain.resolve_conj().resolve_neg()
+    try:
+        plain.view_as(plain)
+    except RuntimeError:  # of inference mode: there are no views of it outside
+        plain = torch.empty_strided(plain.shape, plain.stride(), dtype=plain.dtype).copy_(plain)
+    return plain
 
 
 def in_memory_order(tensor: Tensor, like: Tensor) -> Tensor:
@@ -145,12 +150,11 @@ class Snapshot:
         self._objects, tensors = self._now()
         storages = {bytes_.data_ptr(): bytes_ for bytes_ in map(whole_storage, tensors) if bytes_ is not None}
         self._bytes = [(bytes_, bytes_.clone()) for bytes_ in storages.values()]
+        self._may_be_clipped = optimizer._clipped is not None  # then a step may multiply grads by the factor first
 
     def _now(self) -> tuple[Any, list[Any]]:
         objects: list[Any] = []
-        tensors: list[Any] = list(self._params)
-        if self._optimizer._clipped is None:  # else a step may multiply grads by the clip factor first
-            tensors += [param.grad for param in self._params]
+        tensors: list[Any] = [*self._params, *(param.grad for param in self._params)]
         for key, state in self._optimizer.state.items():
             entries = {name: id(v) if isinstance(v, Tensor) else repr(v) for name, v in state.items()}
             objects.append((id(key), entries))
@@ -163,8 +167,20 @@ class Snapshot:
         if objects != self._objects:
             raise Finding(f"{what} raised, but states, step counts or settings have changed")
         for bytes_, before in self._bytes:
+            if self._may_be_clipped:
+                for param in self._params:
+                    leave_out(param.grad, bytes_, before)
             if not torch.equal(bytes_, before):
                 raise Finding(f"{what} raised, but has written to a tensor")
+
+
+def leave_out(tensor: Any, bytes_: Tensor, before: Tensor) -> None:
+    """Makes `before` equal to `bytes_` where the tensor lies, if it lies there."""
+    storage = whole_storage(tensor)
+    if storage is not None and storage.data_ptr() == bytes_.data_ptr() and isinstance(tensor, Tensor):
+        begin = tensor.storage_offset() * tensor.element_size()
+        place = slice(begin, max(begin, spanned(tensor)))
+        before[place] = bytes_[place]
 
 
 class Reference:
@@ -191,7 +207,7 @@ class Reference:
             self.optimizer._clipped = ClippedGrads(clipped.factor, self.grads)
         elif clipped is not None:  # some have been replaced since: the factor goes with those that are left
             for param in session.params:
-                if param.grad is not None and clipped._has(param.grad):
+                if self.params[param].grad is not None and clipped._has(param.grad):
                     self.params[param].grad.mul_(clipped.factor)
         if session.random.random() < 0.8:
             self.optimizer._backends[HOST]._reader = None  # tensors are then checked and read from Python
@@ -294,6 +310,10 @@ def lazy_sums(tensor: Tensor) -> Tensor:
 def with_storage_of(tensor: Tensor, size: int) -> Tensor:
     tensor.untyped_storage().resize_(size)
     return tensor
+
+
+def free_its_grad(param: Tensor) -> None:
+    with_storage_of(param.grad, 0)  # type: ignore[arg-type]
 
 
 def freed_if_plain(value: Any, r: random.Random) -> Any:
@@ -412,6 +432,7 @@ class Session:
         self._class = self.random.choice([DeepSpeedCPUAdam, FusedAdam])
         self._large = self.random.random() < 0.25
         self._is_clean = True  # nothing was done that a step may refuse
+        self._has_failed_in_backward = False
         self._is_aliased = False  # tensors share memory that threads race for: no bits to expect
         self._arguments = self._drawn_arguments()
         self.params = [self._new_param() for _ in range(self.random.randint(1, 4))]
@@ -501,6 +522,8 @@ class Session:
     def _change_param(self) -> None:
         param = self.random.choice(self.params)
         name, change = self._kind()
+        if name.startswith("functional"):  # torch crashes when such a param is given other data again
+            return
         self.say(f"the data of param {self._index(param)} becomes: {name}")
         values = change(readable(param), self.random)
         self._is_clean = False
@@ -562,6 +585,8 @@ class Session:
         self.say(f"{what} of params {self._index(one)} and {self._index(other)} share memory")
         if what == "grads":
             one.grad = other.grad
+            fits = one.grad is None or (one.grad.shape == one.shape and one.grad.dtype in (one.dtype, torch.float32))
+            self._is_clean &= fits
             return
         self._is_clean, self._is_aliased = False, True
         if what == "grad and param":
@@ -864,7 +889,11 @@ class Session:
         name = self.random.choice([*HARMLESS, "freed", "longer", "dtype", "meta", "sparse", "inference", "conjugated"])
         change = kinds[name]
         hooked = self.random.choice(self.params) if self.random.random() < 0.5 else None
-        remove = hooked.register_hook(lambda g: change(g, self.random)).remove if hooked is not None else None
+        remove = None
+        if hooked is not None and name == "freed":  # torch itself would copy the grad that a hook returns
+            remove = hooked.register_post_accumulate_grad_hook(free_its_grad).remove
+        elif hooked is not None:
+            remove = hooked.register_hook(lambda g: change(g, self.random)).remove
 
         def backward() -> None:
             handle = step_in_backward(module, self.optimizer)
@@ -875,9 +904,14 @@ class Session:
                 if remove:
                     remove()
 
-        # A pass is not all or nothing: a param is updated before the grad of the next is known.
-        self.call(f"step_in_backward(), a grad is {name if remove else 'plain'}", backward, all_or_nothing=False,
-                  must=remove is None)  # fmt: skip
+        # A pass is not all or nothing: a param is updated before the grad of the next is known. One that has failed
+        # leaves nodes behind, with which autograd takes a param for what it was then.
+        must = remove is None and not self._has_failed_in_backward
+        if not self.call(f"step_in_backward(), a grad is {name if remove else 'plain'}", backward,
+                         all_or_nothing=False, must=must):  # fmt: skip
+            self._has_failed_in_backward = True
+        for param in self.params:
+            param.grad = None
         with contextlib.suppress(RuntimeError, TypeError):
             self._new_grads()
 
@@ -932,6 +966,7 @@ def run_many(seed: int, minutes: float, calls: int, report: Path | None = None) 
 
 
 def child(options: argparse.Namespace) -> int:
+    """Runs sessions in this process; 1 after a finding, 2 if the fuzzer itself has failed, with the seed."""
     faulthandler.enable()
     warnings.simplefilter("ignore")
     torch.set_num_threads(options.threads)

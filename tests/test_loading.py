@@ -607,3 +607,33 @@ def test_conversions_take_little_memory_besides_what_is_kept(memory_of_conversio
     """What is computed on the way needs some 45 MB in all, however many params there are."""
     most, kept = memory_of_conversions[name]
     assert most - kept < 5, f"{most:.1f} bytes a param at the peak, {kept:.1f} kept"
+
+
+@pytest.mark.parametrize("cls", CLASSES)
+@pytest.mark.parametrize("key", ["param_remainder", "step"])
+def test_what_torch_cannot_read_is_refused_when_loaded(cls, key):
+    param = torch.nn.Parameter(torch.randn(8).bfloat16())
+    optimizer = cls([param], master_weight_bits=24)
+    param.grad = torch.randn_like(param)
+    optimizer.step()
+    saved = optimizer.state_dict()
+    value = torch.zeros(8 if key == "param_remainder" else (), dtype=torch.int32)
+    value.untyped_storage().resize_(0)
+    saved["state"][0][key] = value
+    with pytest.raises(ValueError, match="param group 0.*freed or shortened"):
+        optimizer.load_state_dict(saved)
+
+
+@pytest.mark.parametrize("cls", CLASSES)
+@pytest.mark.parametrize("settings", [{}, {"master_weight_bits": 32}])
+def test_params_with_data_of_inference_mode_load_all_or_none(cls, settings):
+    params = [torch.nn.Parameter(torch.ones(8).bfloat16()) for _ in range(2)]
+    with torch.inference_mode():
+        params[1].data = torch.ones(8).bfloat16()
+    optimizer = cls(params, **settings)
+    with pytest.raises(ValueError, match="param 1 is a tensor of inference mode"):
+        optimizer.load_fp32_params([torch.zeros(8)] * 2)
+    assert torch.equal(params[0], torch.ones(8).bfloat16()) and not optimizer.state
+    with torch.inference_mode():
+        optimizer.load_fp32_params([torch.zeros(8)] * 2)
+    assert not params[0].any() and not params[1].any()

@@ -10,6 +10,7 @@ from torch.nn import Parameter
 
 from adamops import DeepSpeedCPUAdam
 from adamops.ops.adam import memory, tensor_layout
+from adamops.ops.adam.torch_adam import TorchBackend
 
 N = 4096  # the fewest elements that get 8-bit states
 
@@ -339,3 +340,67 @@ def test_a_misaligned_grad_is_copied_and_a_misaligned_param_refused(dtype):
     param.grad = torch.ones(100, dtype=dtype)
     with pytest.raises(ValueError, match=f"param 0 .* lies at an address that is no multiple of {size} bytes"):
         DeepSpeedCPUAdam([param]).step()
+
+
+@pytest.mark.parametrize("step", list(STEPS))
+def test_a_tensor_of_inference_mode_that_was_given_other_data_is_updated(PathAdam, step):
+    """It is like any other by its keys, but has no version counter."""
+    with torch.inference_mode():
+        param = torch.zeros(8)
+    param.data = torch.ones(8)
+    plain = Parameter(torch.ones(8))
+    for tensor in (param, plain):
+        tensor.grad = torch.arange(8.0)
+        optimizer = PathAdam([tensor], lr=0.1)
+        if tensor is param and isinstance(optimizer._backends[tensor.device], TorchBackend):
+            with pytest.raises(ValueError, match="of inference mode"):  # as torch.optim does
+                STEPS[step](optimizer)
+            return
+        for _ in range(2):
+            STEPS[step](optimizer)
+    assert torch.equal(param, plain)
+
+
+@pytest.mark.parametrize("step", list(STEPS))
+@pytest.mark.parametrize("spoil", [lambda t: 1.5, lambda t: None, lambda t: t.to("meta"), lambda t: t[0]])
+def test_scales_that_are_none_are_refused(PathAdam, step, spoil):
+    params, optimizer = trained(PathAdam, STATES["8bit"])
+    optimizer.state[params[1]]["block_scales"] = spoil(optimizer.state[params[1]]["block_scales"])
+    assert_refused(optimizer, params, step, "param group 1, param 0.*(block_scales|8-bit)")
+
+
+@pytest.mark.parametrize("step", list(STEPS))
+@pytest.mark.parametrize("value", [None, "word", torch.zeros(3), torch.zeros(N, dtype=torch.float16)])
+def test_what_a_step_does_not_need_of_a_state_is_left_alone(PathAdam, step, value):
+    """As with torch.optim; each path takes it."""
+    params, optimizer = trained(PathAdam, STATES["float32"])
+    for key in ("master_param", "param_remainder", "max_exp_avg_sq", "momentum"):
+        optimizer.state[params[1]][key] = value
+    STEPS[step](optimizer)
+    assert int(optimizer.state[params[1]]["step"]) == 2
+    assert all(optimizer.state[params[1]][key] is value for key in ("master_param", "param_remainder", "momentum"))
+
+
+def test_a_clipped_zero_tensor_stays_one_when_other_grads_are_replaced(PathAdam):
+    params, optimizer = trained(PathAdam, STATES["float32"])
+    params[0].grad = torch._efficientzerotensor((N,), dtype=torch.float32)
+    optimizer.clip_grad_norm_(0.1)
+    clipped = params[1].grad
+    params[0].grad = torch.ones(N)
+    before = clipped.norm()
+    optimizer.step()
+    torch.testing.assert_close(clipped.norm(), 0.1 / (before + 1e-6) * before)
+    params[0].grad = torch._efficientzerotensor((N,), dtype=torch.float32)
+    optimizer.clip_grad_norm_(0.1)
+    params[1].grad = torch.ones(N)
+    optimizer.step()
+    assert int(optimizer.state[params[0]]["step"]) == 3
+
+
+def test_clipped_grads_that_are_expanded_are_multiplied_once(PathAdam):
+    params, optimizer = trained(PathAdam, STATES["float32"])
+    params[0].grad = torch.ones(()).expand(N)
+    norm = optimizer.clip_grad_norm_(0.1)
+    params[1].grad = torch.ones(N)
+    optimizer.step()
+    torch.testing.assert_close(params[0].grad, torch.full((N,), float(0.1 / (norm + 1e-6))))

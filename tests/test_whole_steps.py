@@ -9,6 +9,7 @@ import threading
 import pytest
 import torch
 from optimizers import STATES, state_tensors
+from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.nn import Parameter
 
 from adamops.ops.adam import background, interrupts
@@ -276,3 +277,57 @@ def test_shared_grads_beside_a_zero_tensor_are_zeroed(PathAdam):
     params[2].grad = torch._efficientzerotensor(8)
     optimizer.step(zero_grads=True)
     assert torch.equal(params[0], params[1]) and (params[2] == 1).all() and not params[0].grad.any()
+
+
+@pytest.mark.parametrize("has_grad", [True, False])
+@pytest.mark.parametrize("spoil", ["master", "inference", "lazy"])
+def test_copies_that_torch_is_to_write_are_checked_before_the_step(PathAdam, has_grad, spoil):
+    """Those of params without a grad, and all where steps are done by torch calls, are written after the step."""
+    params = [torch.nn.Parameter(torch.randn(8).bfloat16()) for _ in range(2)]
+    optimizer = PathAdam(params, lr=0.1, master_weight_bits=24)
+    for param in params:
+        param.grad = torch.randn_like(param)
+    optimizer.step()
+    outs = [torch.zeros(8, dtype=torch.bfloat16) for _ in params]
+    if spoil == "master":
+        optimizer.state[params[1]]["param_remainder"] = torch.zeros(3, dtype=torch.int8)
+    elif spoil == "inference":
+        with torch.inference_mode():
+            outs[1] = torch.zeros(8, dtype=torch.bfloat16)
+    else:
+        outs[1] = torch._efficientzerotensor((8,), dtype=torch.bfloat16)
+    if not has_grad:
+        params[1].grad = None
+    before = [param.detach().clone() for param in params]
+    try:
+        optimizer.step(lowp_out=outs)
+    except (TypeError, ValueError) as error:
+        assert "param" in str(error)
+        assert all(torch.equal(*pair) for pair in zip(params, before, strict=True))
+        assert int(optimizer.state[params[0]]["step"]) == 1 and not outs[0].any()
+    else:
+        assert spoil == "inference" and torch.equal(outs[0], params[0])
+
+
+@pytest.mark.parametrize("change", ["slow path", "copy", "zeroed"])
+def test_a_step_that_torch_would_only_record_is_refused(PathAdam, change):
+    """Under FakeTensorMode torch's own operations write nothing: what needs one may not begin."""
+    params = [torch.nn.Parameter(torch.randn(8)) for _ in range(2)]
+    optimizer = PathAdam(params, lr=0.1)
+    for param in params:
+        param.grad = torch.randn_like(param)
+    optimizer.step()
+    arguments = {}
+    if change == "slow path":
+        params[1].grad = torch.randn(16)[::2]
+    elif change == "copy":
+        arguments["lowp_out"] = [None, torch.zeros(8, dtype=torch.bfloat16)]
+    else:
+        params[1].grad = torch.randn(16)[::2]
+        arguments["zero_grads"] = True
+    before = [param.detach().clone() for param in params]
+    with FakeTensorMode(allow_non_fake_inputs=True), pytest.raises(TypeError, match="FakeTensor"):
+        optimizer.step(**arguments)
+    assert all(torch.equal(*pair) for pair in zip(params, before, strict=True))
+    optimizer.step(**arguments)
+    assert int(optimizer.state[params[0]]["step"]) == 2

@@ -61,6 +61,13 @@ class AdamBatch:
         """The names of the tensors that the state of a param must have, with the dtypes of new ones."""
         return self.hyper.precision.state_dtypes(param, self.hyper.amsgrad)
 
+    def needed_of(self, state: Mapping[str, Any], param: Tensor) -> dict[str, Any]:
+        """What a step reads of a param's state; what else is there, as of former settings, it leaves alone."""
+        names = {"step", SCALES, *self.state_dtypes(param)}
+        if MASTER in names and MASTER not in state:
+            names.add(REMAINDER)  # of which the master begins
+        return {name: value for name, value in state.items() if name in names}
+
     @property
     def steps(self) -> list[int]:
         """The step counts, this step included."""
@@ -260,7 +267,7 @@ def check_states(batch: AdamBatch) -> None:
         As check_state().
     """
     for name, param, state in zip(batch.names, batch.params, batch.states, strict=True):
-        check_state(state, param, name)
+        check_state(batch.needed_of(state, param), param, name)
         check_step(state["step"], name)
         for key, dtype in batch.state_dtypes(param).items():
             if key != SCALES:

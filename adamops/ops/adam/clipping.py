@@ -8,7 +8,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from .memory import check_readable
+from .memory import check_writable, version_of
 
 
 class ClippedGrads:
@@ -24,7 +24,7 @@ class ClippedGrads:
 
     def __init__(self, factor: float | Tensor, grads: Sequence[Tensor]) -> None:
         self.factor = factor
-        self._entries = {id(grad): (weakref.ref(grad), _version(grad)) for grad in grads}
+        self._entries = {id(grad): (weakref.ref(grad), version_of(grad)) for grad in grads}
 
     def are(self, grads: Sequence[Tensor]) -> bool:
         """Whether all of these grads were clipped, and are as they were."""
@@ -32,20 +32,22 @@ class ClippedGrads:
 
     def settle(self, grads: Sequence[Tensor]) -> None:
         """Multiplies those of the grads that were clipped and are as they were by the factor; others are left alone."""
+        clipped = [grad for grad in grads if self._has(grad) and not grad._is_zerotensor()]
+        for grad in clipped:
+            check_writable(grad, "a grad that clip_grad_norm_() has clipped")
         with torch.no_grad():
-            for grad in grads:
-                if self._has(grad):
-                    check_readable(grad, "a grad that clip_grad_norm_() has clipped")
-                    grad.mul_(self.factor)
+            for grad in clipped:
+                _without_repetition(grad).mul_(self.factor)
 
     def _has(self, grad: Tensor) -> bool:
         reference, version = self._entries.get(id(grad), (None, None))
-        return reference is not None and reference() is grad and _version(grad) == version
+        return reference is not None and reference() is grad and version_of(grad) == version
 
 
-def _version(tensor: Tensor) -> int | None:
-    """How often the tensor has been written in place; None if torch does not count that."""
-    try:
-        return tensor._version
-    except RuntimeError:  # a tensor of inference mode
-        return None
+def _without_repetition(tensor: Tensor) -> Tensor:
+    """A view of each element in memory once, also of an expanded tensor."""
+    if tensor.layout == torch.strided:
+        for dim, stride in enumerate(tensor.stride()):
+            if stride == 0 and tensor.shape[dim] > 1:
+                tensor = tensor.narrow(dim, 0, 1)
+    return tensor

@@ -155,7 +155,7 @@ class DeepSpeedCPUAdam(AdamOptimizer):
             raise RuntimeError(f"Cannot roll back subgroup {sub_group_id}: all its steps have been undone")
         batch = self._subgroup_batch(sub_group_id)
         (param,), (grad,) = batch.params, batch.grads
-        check_state(state, param, batch.names[0])
+        check_state(batch.needed_of(state, param), param, batch.names[0])
         undo_step(param, grad, state, batch.hyper)
         state["step"] -= 1
         return loss

@@ -16,6 +16,7 @@ from torch.optim import Optimizer
 from . import remainders, sharding
 from .batch import check_state, check_step, is_coded, is_dense, is_shared_count, like_param, same_layout
 from .coded_states import SAVED_NAMES, coded_states, float_states, with_held_names
+from .memory import check_memory
 from .precision import AVERAGES, MASTER, REMAINDER, SCALES, SETTINGS, STATE_TENSORS, Master, Precision
 from .settings import check_betas, check_is_of_adam, check_numbers, other_optimizer
 
@@ -74,7 +75,7 @@ def adopted_states(
     adopted: defaultdict[Any, Any] = defaultdict(dict)
     places = {}
     for g, (group, precision) in enumerate(zip(groups, precisions, strict=True)):
-        group_step = _group_step(states, group)
+        group_step = _group_step(states, group, f"param group {g}")
         for i, param in enumerate(group["params"]):
             places[param] = f"param group {g}, param {i}", group_step, precision
     for key, entry in states.items():
@@ -107,7 +108,7 @@ def _adopted(
     if "step" in state:
         state["step"] = _adopted_step(state["step"], name)
     _check_is_of_adam(state, name)
-    held = _narrow_remainder(sharding.local_state(state, param, name))
+    held = _narrow_remainder(sharding.local_state(state, param, name), name)
     converted = _converted_tensors(held, sharding.local(param), name, precision)
     others = {key: value for key, value in state.items() if key not in STATE_TENSORS}
     return sharding.owned_state({**others, **converted}, param, state)
@@ -136,7 +137,7 @@ def _check_is_of_adam(state: Mapping[str, Any], name: str) -> None:
     )
 
 
-def _group_step(states: dict[Any, Any], group: dict[str, Any]) -> int | None:
+def _group_step(states: dict[Any, Any], group: dict[str, Any], where: str) -> int | None:
     """The step count of all params of a group, where FusedAdam of DeepSpeed or apex has counted; else None.
 
     apex counts in the group. DeepSpeed's (0.19.8) leaves 0 there, and counts in the state of the last param that has
@@ -146,13 +147,17 @@ def _group_step(states: dict[Any, Any], group: dict[str, Any]) -> int | None:
     if step is None:
         return None
     entries = [states[param] for param in group["params"] if param in states]
-    return max([int(step), *(int(entry["step"]) for entry in entries if "step" in entry)])
+    steps = [step, *(entry["step"] for entry in entries if "step" in entry)]
+    for count in steps:
+        check_step(count, where)
+    return max(map(int, steps))
 
 
-def _narrow_remainder(state: dict[str, Any]) -> dict[str, Any]:
+def _narrow_remainder(state: dict[str, Any], name: str) -> dict[str, Any]:
     """The state with a remainder as saving.portable() wrote it in the dtype that it has in an optimizer."""
     rest = state.get(REMAINDER)
     if isinstance(rest, Tensor) and rest.dtype == torch.int32:
+        check_memory(rest, f"{name}: its state {REMAINDER!r}")
         return {**state, REMAINDER: rest.to(torch.int16)}
     return state
 

@@ -78,6 +78,28 @@ def check_readable(tensor: Tensor, what: str) -> None:
     _check_storage(tensor, what)
 
 
+def check_writable(tensor: Tensor, what: str) -> None:
+    """Raises what check_readable() raises, and ValueError for a tensor that torch does not write in place."""
+    check_readable(tensor, what)
+    if tensor._is_zerotensor():
+        raise ValueError(f"{what} is a zero tensor, and cannot be written; use tensor.clone()")
+    if (tensor.is_inference() or version_of(tensor) is None) and not torch.is_inference_mode_enabled():
+        raise ValueError(f"{what} is a tensor of inference mode, and can be written there only; use tensor.clone()")
+
+
+def version_of(tensor: Tensor) -> int | None:
+    """How often the tensor has been written in place; None if torch does not count that."""
+    try:
+        return tensor._version
+    except RuntimeError:  # a tensor of inference mode, also one that was given other data since
+        return None
+
+
+def check_torch_computes() -> None:
+    """Raises TypeError where torch's operations only record what is done, as in a FakeTensorMode, and write nothing."""
+    check_readable(torch.empty(0, device="cpu"), "what torch makes here")
+
+
 def _check_storage(tensor: Tensor, what: str) -> None:
     """Raises TypeError or ValueError unless all elements lie in the tensor's storage."""
     kind = "tensor" if type(tensor) in PLAIN_TYPES else type(tensor).__name__

@@ -41,7 +41,7 @@ from .float_environment import in_default_float_environment
 from .hyper import AdamHyper, to_number
 from .interrupts import deferred_signals
 from .loading import adopted_states, check_groups, keep_own_settings, shield_states
-from .memory import aligned, check_readable, count_writes, resolved
+from .memory import aligned, check_readable, check_torch_computes, check_writable, count_writes, resolved
 from .native_backend import NativeBackend
 from .precision import (
     AVERAGES,
@@ -565,6 +565,7 @@ class AdamOptimizer(Optimizer):
             sharded += _sharded_grads(params) if sharded and hyper.zero_grads else []
             return GroupStep([(backend, update)], sharded=sharded)
 
+        check_torch_computes()
         batches = self._batches(group, where, hyper)
         left = {param: lowp_outs[param] for param in params if param in lowp_outs}
         step = GroupStep([])
@@ -577,8 +578,9 @@ class AdamOptimizer(Optimizer):
             read = {id(grad) for _, batch in batches for grad in batch.grads}
             step.after += [grad.zero_ for grad in _zeroable_grads(group, where) if id(grad) not in read]
             step.sharded += _sharded_grads(params)
-        for param in left:
-            check_readable(sharding.local(param), f"{where}: a param with a lowp_out")
+        for param, out in left.items():
+            self._checked_master(param, hyper.precision, f"{where}: a param with a lowp_out")
+            check_writable(out, f"{where}: a lowp_out")
         step.after += [functools.partial(self._write_copy, param, out, hyper.precision) for param, out in left.items()]
         return step
 
@@ -690,7 +692,7 @@ class AdamOptimizer(Optimizer):
         held = [with_held_names(state, name) for name, state in zip(batch.names, batch.states, strict=True)]
         for name, param, state in zip(batch.names, batch.params, held, strict=True):
             check_nothing_lost(state, name)
-            check_state(state, param, name)  # before torch reads what is there
+            check_state(batch.needed_of(state, param), param, name)  # before torch reads what is there
         completed = [
             {**state} if "step" in state else {"step": backend.new_step_count(batch.hyper), **state} for state in held
         ]
@@ -745,8 +747,8 @@ class AdamOptimizer(Optimizer):
         models, are copied as they are.
         """
         own = self._params_with_precision()
-        for i, (param, _) in enumerate(own):
-            check_readable(sharding.local(param), f"param {i}")
+        for i, (param, precision) in enumerate(own):
+            self._checked_master(param, precision, f"param {i}")
         return [self._fp32_param(param, precision) for param, precision in own]
 
     def _params_with_precision(self) -> list[tuple[Tensor, Precision]]:
@@ -757,16 +759,22 @@ class AdamOptimizer(Optimizer):
             for param in group["params"]
         ]
 
-    def _fp32_param(self, param: Tensor, precision: Precision) -> Tensor:
-        master, state = precision.master_of(param), self.state.get(param) or {}
+    def _checked_master(self, param: Tensor, precision: Precision, name: str) -> Tensor | None:
+        """What this process holds of a param's master, or of the rest of it; None if there is neither."""
         held = sharding.local(param).detach()
-        check_readable(held, "a param")
-        tensors = {key: sharding.local(state[key]) for key in (MASTER, REMAINDER) if key in state}
-        check_state(tensors, held, "a param", elsewhere=True)
-        if master is Master.FP32 and MASTER in state:
-            values = sharding.local(state[MASTER]).clone()
-        elif master and REMAINDER in state:
-            values = remainders.join(held, sharding.local(state[REMAINDER]))
+        check_readable(held, name)
+        state, kind = self.state.get(param) or {}, precision.master_of(param)
+        for key in (MASTER, REMAINDER) if kind is Master.FP32 else (REMAINDER,) if kind else ():
+            if key in state:
+                master = sharding.local(state[key])
+                check_state({key: master}, held, name, elsewhere=True)
+                return master
+        return None
+
+    def _fp32_param(self, param: Tensor, precision: Precision) -> Tensor:
+        master, held = self._checked_master(param, precision, "a param"), sharding.local(param).detach()
+        if master is not None:
+            values = master.clone() if master.dtype == torch.float32 else remainders.join(held, master)
         elif held.is_floating_point() and held.layout == torch.strided:
             values = held.to(torch.float32, copy=True)
         else:
@@ -894,7 +902,7 @@ def _value_for(param: Tensor, value: Tensor, name: str) -> Tensor:
         raise ValueError(f"{name} has shape {tuple(param.shape)}, and {tuple(value.shape)} was given")
     value = sharding.local_like(value, param, f"{name}: what was given")
     held = sharding.local(param)
-    check_readable(held, name)
+    check_writable(held, name)
     check_readable(value, f"{name}: what was given")
     if not held.is_floating_point() or held.layout != torch.strided:
         if (value.dtype, value.layout) != (held.dtype, held.layout):
@@ -903,10 +911,6 @@ def _value_for(param: Tensor, value: Tensor, name: str) -> Tensor:
         raise TypeError(f"{name} is of {held.dtype}, and {value.dtype}, {value.layout} was given")
     if value.is_quantized != held.is_quantized:
         raise TypeError(f"{name} is of {held.dtype}, and a quantized tensor was given or is there")
-    if held._is_zerotensor():
-        raise ValueError(f"{name} is a zero tensor, and cannot be written; use tensor.clone()")
-    if held.is_inference() and not torch.is_inference_mode_enabled():
-        raise ValueError(f"{name} is a tensor of inference mode, and can be written there only")
     if value.device.type == "meta" and held.device.type != "meta":
         raise ValueError(f"{name}: what was given is on the device meta, and has no values")
     if held.layout == torch.strided and any(n > 1 and not s for n, s in zip(held.shape, held.stride(), strict=True)):
@@ -943,7 +947,9 @@ def _is_complete(state: dict[str, Any], param: Tensor, batch: AdamBatch) -> bool
     if not state.keys() >= needed:
         return False
     scales = state.get(SCALES)
-    return not is_coded(state) or scales is None or scales.dim() != 2 or scales.shape[1] >= len(needed & {*AVERAGES})
+    if not is_coded(state) or not isinstance(scales, Tensor) or scales.dim() != 2:
+        return True
+    return scales.shape[1] >= len(needed & {*AVERAGES})
 
 
 def _complete_scales(state: dict[str, Any], param: Tensor, amsgrad: bool) -> None:
@@ -979,7 +985,7 @@ def _zeroable_grads(group: dict[str, Any], where: str) -> list[Tensor]:
     """The local grads of a group that have memory to set to zero."""
     grads = [grad for *_, grad in with_grads(group, where) if not grad._is_zerotensor()]
     for grad in grads:
-        check_readable(grad, f"{where}: a grad")
+        check_writable(grad, f"{where}: a grad")
     return grads
 
 

@@ -17,6 +17,7 @@ from .backend import Update
 from .batch import AdamBatch, check_params_and_grads, check_states, is_coded
 from .coded_states import float_states, store_codes
 from .hyper import AdamHyper
+from .memory import check_writable
 from .precision import Master, averages_of
 
 
@@ -43,6 +44,8 @@ class TorchBackend:
             )
         check_params_and_grads(batch)
         check_states(batch)
+        for tensor in batch.written():
+            check_writable(tensor, "what a step is to write")
         steps = batch.steps
         return Update(lambda: self._step(batch, steps), batch.borrowed)
 
