@@ -35,6 +35,8 @@ from adamops.ops.adam.batch import check_params_and_grads, check_states
 from adamops.ops.adam.clipping import ClippedGrads
 
 HOST = torch.device("cpu")
+CLASSES: list[Any] = [DeepSpeedCPUAdam, FusedAdam]
+EMULATED: list[Any] = []  # those of CLASSES on the CUDA op
 FLOATS = (torch.float32, torch.bfloat16, torch.float16)
 DTYPES = (*FLOATS, torch.float64, torch.int8, torch.uint8, torch.int16, torch.int32, torch.bool, torch.complex64)
 STATE_KEYS = ("exp_avg", "exp_avg_sq", "max_exp_avg_sq", "block_scales", "master_param", "param_remainder")
@@ -418,6 +420,30 @@ def surroundings(kind: str) -> contextlib.AbstractContextManager[Any]:
     return contextlib.nullcontext()
 
 
+def check_what_cpp_takes(optimizer: Any) -> int:
+    """What the op's own reader takes, the checks in Python have to take too; how many params it takes."""
+    taken = 0
+    for i, group in enumerate(optimizer.param_groups):
+        if not group["params"]:
+            continue
+        where = f"param group {i}"
+        try:
+            hyper = optimizer._hyper(group, where)
+            table = optimizer._backends[HOST]._table_of_params(hyper, group["params"], optimizer.state)
+        except IN_WORDS:
+            continue
+        if table is None:
+            continue
+        for _, batch in optimizer._batches(group, where, hyper):
+            taken += len(batch.params)
+            try:
+                check_params_and_grads(batch)
+                check_states(batch)
+            except (*IN_WORDS, KeyError) as error:
+                raise Finding(f"C++ takes what Python refuses: {error!r}") from error
+    return taken
+
+
 class Session:
     """One optimizer and the calls made to it, all drawn from the seed."""
 
@@ -429,7 +455,7 @@ class Session:
         self.calls = 0
         self._trace = trace
         self.arena = Arena(1 << 17)
-        self._class = self.random.choice([DeepSpeedCPUAdam, FusedAdam])
+        self._class = self.random.choice(CLASSES)
         self._large = self.random.random() < 0.25
         self._is_clean = True  # nothing was done that a step may refuse
         self._has_failed_in_backward = False
@@ -457,7 +483,11 @@ class Session:
             arguments["state_dtype"] = r.choice(["8bit", torch.bfloat16, torch.float32])
         if r.random() < 0.4:
             arguments["master_weight_bits"] = r.choice([24, 32])
-        elif self._class is FusedAdam and r.random() < 0.3 and arguments.get("state_dtype") in (None, torch.float32):
+        elif (
+            issubclass(self._class, FusedAdam)
+            and r.random() < 0.3
+            and arguments.get("state_dtype") in (None, torch.float32)
+        ):
             arguments["master_weights"] = True
         if r.random() < 0.3 and arguments.get("master_weight_bits") != 32 and "master_weights" not in arguments:
             arguments["stochastic_rounding"] = True
@@ -545,7 +575,8 @@ class Session:
         param = self.random.choice(self.params)
         state = self.optimizer.state.get(param)
         if state:
-            count = self.random.choice(STEP_COUNTS)()
+            # Nobody looks at counts on a device, so there the steps on two paths may differ.
+            count = self.random.choice(STEP_COUNTS[:3] if self._class in EMULATED else STEP_COUNTS)()
             self.say(f"step of param {self._index(param)} becomes {describe(count)}")
             self._is_clean = False
             state["step"] = count
@@ -690,7 +721,7 @@ class Session:
         with contextlib.suppress(Unreadable, RuntimeError):
             outs = self._lowp_out()
         kind = self.random.choice(["plain"] * 30 + ["fake", "inference", "meta"])
-        self._check_what_cpp_takes()
+        check_what_cpp_takes(self.optimizer)
         reference = self._reference()
         keywords = {**arguments, **({"lowp_out": outs} if outs is not None else {})}
 
@@ -728,33 +759,6 @@ class Session:
             self.call(f"step_async(), {waiter}()", step, all_or_nothing=False)
             with contextlib.suppress(*IN_WORDS):
                 self.optimizer._settle()
-
-    def _check_what_cpp_takes(self) -> None:
-        """What the op's own reader takes, the checks in Python have to take too."""
-        optimizer = self.optimizer
-        for i, group in enumerate(optimizer.param_groups):
-            if not group["params"] or self.random.random() < 0.5:
-                continue
-            where = f"param group {i}"
-            try:
-                hyper = optimizer._hyper(group, where)
-                table = optimizer._backends[HOST]._table_of_params(hyper, group["params"], optimizer.state)
-            except IN_WORDS:
-                continue
-            if table is None:
-                continue
-            for _, batch in optimizer._batches(group, where, hyper):
-                # Only what the step needs: C++ looks at nothing else.
-                needed = [{"step", *batch.state_dtypes(param)} | {"block_scales"} for param in batch.params]
-                batch.states = [
-                    {key: state[key] for key in keys if key in state}
-                    for keys, state in zip(needed, batch.states, strict=True)
-                ]
-                try:
-                    check_params_and_grads(batch)
-                    check_states(batch)
-                except (*IN_WORDS, KeyError) as error:
-                    raise Finding(f"C++ takes what Python refuses: {error!r}") from error
 
     def _clip(self) -> None:
         norm_type = self.random.choice([2.0, 1.0, math.inf, 3.0])
@@ -806,12 +810,13 @@ class Session:
             self.say(f"saved {key} is dropped")
             state.pop(key, None)
         elif key == "step":
-            state[key] = self.random.choice(STEP_COUNTS)()
+            state[key] = self.random.choice(STEP_COUNTS[:3] if self._class in EMULATED else STEP_COUNTS)()
             self.say(f"saved step becomes {describe(state[key])}")
         else:
             name, change = self._kind()
             self.say(f"saved {key} becomes: {name}")
-            state[key] = change(state[key] if key in state else self.params[0].detach(), self.random)
+            value = state[key] if key in state else self.params[0].detach()
+            state[key] = change(readable(value), self.random)
 
     def _load_other(self) -> None:
         """The state of an optimizer of other precision."""
@@ -965,11 +970,29 @@ def run_many(seed: int, minutes: float, calls: int, report: Path | None = None) 
     return done
 
 
+def add_emulated_cuda(op: Path) -> None:
+    """Has sessions take FusedAdam on the CUDA op that runs on the host too; built first if it is not there."""
+    sys.path.insert(0, str(Path(__file__).resolve().parent.parent / "tests"))
+    import cuda_emulation
+    from optimizers import EmulatedFusedAdam
+
+    EmulatedFusedAdam.module = cuda_emulation.load(op if op.exists() else cuda_emulation.build_op(op))
+
+    class CapturableFusedAdam(EmulatedFusedAdam):  # type: ignore[misc]
+        def __init__(self, *args: Any, **kwargs: Any) -> None:
+            super().__init__(*args, capturable=True, **kwargs)
+
+    EMULATED.extend([EmulatedFusedAdam, CapturableFusedAdam])
+    CLASSES.extend(EMULATED)
+
+
 def child(options: argparse.Namespace) -> int:
-    """Runs sessions in this process; 1 after a finding, 2 if the fuzzer itself has failed, with the seed."""
+    """Runs sessions in this process; 1 after a finding."""
     faulthandler.enable()
     warnings.simplefilter("ignore")
     torch.set_num_threads(options.threads)
+    if options.emulated_cuda:
+        add_emulated_cuda(options.emulated_cuda)
     try:
         if options.replay:
             run_session(options.seed, trace=lambda line: print(f"  {line}", flush=True))
@@ -989,6 +1012,7 @@ def main(argv: list[str] | None = None, command: tuple[str, ...] = (sys.executab
     parser.add_argument("--seed", type=int, help="replays the one session of this seed, and prints its calls")
     parser.add_argument("--first-seed", type=int, help="the seed of the first session; by default a fresh one")
     parser.add_argument("--threads", type=int, default=2, help="torch threads")
+    parser.add_argument("--emulated-cuda", type=Path, metavar="FILE", help="fuzz the CUDA op too, on the host, as FILE")
     parser.add_argument("--findings", type=int, default=1, help="after how many findings to stop")
     for hidden in ("--child", "--replay"):
         parser.add_argument(hidden, action="store_true", help=argparse.SUPPRESS)
@@ -996,6 +1020,8 @@ def main(argv: list[str] | None = None, command: tuple[str, ...] = (sys.executab
     options = parser.parse_args(argv)
     if options.child:
         return child(options)
+    if options.emulated_cuda:
+        command = (*command, "--emulated-cuda", str(options.emulated_cuda))
     if options.seed is not None:
         return _run_child(command, "--replay", "--seed", str(options.seed)).returncode
     if options.minutes == options.calls == math.inf:

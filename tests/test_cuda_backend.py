@@ -319,3 +319,15 @@ def test_params_on_a_cuda_device_get_the_op_or_torch_calls_with_one_warning(cuda
     monkeypatch.setattr(torch.version, "hip", "6.4")
     with pytest.warns(RuntimeWarning, match="No op is compiled for params on AMD GPUs"):
         assert fused_adam._load_backend(device).name == "torch_adam"
+
+
+@pytest.mark.parametrize("count", [float("nan"), float("inf"), -float("inf"), -3.0, 2.0**63])
+def test_a_count_on_the_device_that_is_none_does_not_hang_the_device(count):
+    """Nobody looks at it, as that would wait for the device; the kernel that computes the scalars has to end."""
+    param = torch.nn.Parameter(torch.ones(8))
+    optimizer = EmulatedFusedAdam([param], capturable=True)
+    param.grad = torch.ones(8)
+    optimizer.step()
+    optimizer.state[param]["step"].fill_(count)
+    optimizer.step()
+    assert not optimizer.state[param]["step"].equal(torch.tensor(1.0))

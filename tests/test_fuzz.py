@@ -1,11 +1,16 @@
 """The fuzzer finds injected faults; and what it found first. Long runs are for ci/fuzz.py and ci/sanitize.sh."""
 
+import contextlib
 import importlib.util
+import random
 import sys
 from pathlib import Path
 
 import pytest
 import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from optimizers import STATES
 
 from adamops import DeepSpeedCPUAdam, FusedAdam
 from adamops.ops.adam.optimizer import AdamOptimizer
@@ -85,3 +90,40 @@ def test_steps_params_whose_data_was_made_in_inference_mode(cls):
     cls([param]).step()
     cls([plain]).step()
     assert torch.equal(param, plain)
+
+
+def test_a_short_run_finds_nothing(seed):
+    """In processes of its own, as a crash is a finding."""
+    assert fuzz.main(["--first-seed", str(seed), "--calls", "300", "--threads", "1"]) == 0
+
+
+@pytest.mark.filterwarnings("ignore")  # of torch, of its own kinds of tensors
+@settings(max_examples=300, deadline=None)
+@given(data=st.data())
+def test_what_the_ops_reader_takes_the_checks_in_python_take(data):
+    """On tensors of all kinds, for params, grads, states, scales, remainders and masters."""
+    name = data.draw(st.sampled_from(list(STATES)), "states")
+    arguments, dtype = STATES[name]
+    numel = data.draw(st.sampled_from([0, 1, 5, 4096, 4353]), "numel")
+    r = random.Random(data.draw(st.integers(0, 2**32), "seed"))
+    params = [torch.nn.Parameter(torch.randn(numel).to(dtype)) for _ in range(2)]
+    optimizer = DeepSpeedCPUAdam(params, **arguments)
+    for param in params:
+        param.grad = torch.randn_like(param)
+    optimizer.step()
+    assert fuzz.check_what_cpp_takes(optimizer) == (2 if optimizer._backends[fuzz.HOST]._reader else 0)
+    keys = [key for key in optimizer.state[params[0]] if key != "step"]
+    for _ in range(data.draw(st.integers(1, 2), "how many change")):
+        key = data.draw(st.sampled_from(["param", "grad", *keys]), "what changes")
+        kinds = {**fuzz.HARMLESS, **fuzz.HARMFUL}
+        kind = data.draw(st.sampled_from([k for k in kinds if k != "functional"]), "what becomes of it")
+        param = params[data.draw(st.integers(0, 1), "of which param")]
+        state = optimizer.state[param]
+        with contextlib.suppress(*fuzz.IN_WORDS, NotImplementedError, IndexError):  # torch cannot do it
+            if key == "param":
+                param.data = kinds[kind](fuzz.readable(param), r)
+            elif key == "grad":
+                param.grad = kinds[kind](fuzz.readable(param.grad), r)
+            else:
+                state[key] = kinds[kind](fuzz.readable(state[key]), r)
+    fuzz.check_what_cpp_takes(optimizer)

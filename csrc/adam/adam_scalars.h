@@ -14,12 +14,12 @@ struct AdamHyper {
   bool bias_correction, adamw_mode, maximize;
 };
 
-// base ** exponent by squaring.
+// base ** exponent by squaring. Without a sign, as a count in a tensor on a device may be anything: this has to end.
 template <class Ops>
 ADAMOPS_HOST_DEVICE inline double integer_power(double base, int64_t exponent) {
   double result = 1.0;
-  for (; exponent; exponent >>= 1) {
-    if (exponent & 1) result = Ops::mul(result, base);
+  for (auto rest = static_cast<uint64_t>(exponent); rest; rest >>= 1) {
+    if (rest & 1) result = Ops::mul(result, base);
     base = Ops::mul(base, base);
   }
   return result;

@@ -35,7 +35,8 @@ class CudaBackend(TableBackend):
         columns = self._columns(grads)
         chunks = sum(-(-grad.numel() // self.module.NORM_CHUNK) for grad in grads)
         partial = torch.empty(chunks + 1, dtype=torch.float64, device=self.device)
-        place = {"partial": partial.data_ptr(), "total": partial.data_ptr() + 8 * chunks, **self._place()}
+        (begin,) = addresses([partial], "what the norm needs on the device")
+        place = {"partial": begin, "total": begin + 8 * chunks, **self._place()}
         with self._as_current_device():
             self.module.grad_norm(*columns, norm_type, **place)
         return partial[chunks]
@@ -53,22 +54,35 @@ class CudaBackend(TableBackend):
         counts = [self._device_count(state["step"]) for state in batch.states]
         spare = set_spare_scales_aside(batch)
         table = self._table_of_addresses(batch, addresses(counts), counts_on_device=True)
+        launch = self._runner(table, batch.hyper, None)
 
         def run() -> None:
             for state, count in zip(batch.counted_states, counts, strict=True):
                 state["step"] = count
-            self._step(table, batch.hyper)
+            launch()
             put_back_spare_scales(spare)
 
         return Update(run, batch.borrowed, batch.written(), table, on_host=False)
 
     def _runner(self, table: Any, hyper: AdamHyper, call: tuple[Any, ...] | None) -> Callable[[], None]:
-        return lambda: self._step(table, hyper)
+        """What enqueues a step; all that torch has to make for it is made now, as that can fail."""
+        if not len(table):
+            return lambda: None
+        with self._as_current_device():
+            launch = self._by_device_counts(table, hyper) if table.counts_on_device else self._by_host_counts(hyper)
+
+        def run() -> None:
+            with self._as_current_device():
+                launch(table)
+
+        return run
 
     def _update_of_params(self, table: Any, hyper: AdamHyper) -> Update:
+        launch = self._runner(table, hyper, None)
+
         def run() -> None:
             table.count_writes(self._reader, hyper.zero_grads)
-            self._step(table, hyper)
+            launch()
 
         return Update(run, lambda: table.borrowed, (), table, on_host=False)
 
@@ -90,18 +104,9 @@ class CudaBackend(TableBackend):
         self._refuse_while_capturing("it would set the step count anew at each replay; do one step before")
         return torch.full((), float(step), dtype=torch.float32, device=self.device)
 
-    def _step(self, table: Any, hyper: AdamHyper) -> None:
-        if not len(table):
-            return
-        with self._as_current_device():
-            if table.counts_on_device:
-                self._step_by_device_counts(table, hyper)
-            else:
-                self._step_by_host_counts(table, hyper)
-
-    def _step_by_host_counts(self, table: Any, hyper: AdamHyper) -> None:
+    def _by_host_counts(self, hyper: AdamHyper) -> Callable[[Any], None]:
         self._refuse_while_capturing("its step counts are on the host; construct FusedAdam with capturable=True")
-        self._enqueue(table, hyper.numbers(), hyper, device_scalars=0, found_inf=0)
+        return lambda table: self._enqueue(table, hyper.numbers(), hyper, device_scalars=0, found_inf=0)
 
     def _enqueue(self, table: Any, scalars: Sequence[Any], hyper: AdamHyper, **on_device: int) -> None:
         self.module.adam_step(
@@ -118,33 +123,38 @@ class CudaBackend(TableBackend):
         """Where the op is to run: the device, and torch's current stream on it."""
         return {"device": self.device.index or 0, "stream": self._stream()}
 
-    def _step_by_device_counts(self, table: Any, hyper: AdamHyper) -> None:
+    def _by_device_counts(self, table: Any, hyper: AdamHyper) -> Callable[[Any], None]:
         # Tensors made here may go out of scope before the kernels run: torch reuses memory in the order of the stream.
         scalars = torch.empty(len(table) * self.module.SCALARS_SIZE, dtype=torch.uint8, device=self.device)
         lr = self._on_device(hyper.lr, _lr_dtype(hyper.lr)) if self._is_on_device(hyper.lr) else None
         loss_scale = self._on_device(hyper.loss_scale, torch.float32) if _is_not_1(hyper.loss_scale) else None
         grad_factor = self._on_device(hyper.grad_factor, torch.float64) if _is_not_1(hyper.grad_factor) else None
         found_inf = None if hyper.found_inf is None else self._on_device(hyper.found_inf, torch.float32)
-        loss_scale_there, grad_factor_there, found_inf_there = addresses([loss_scale, grad_factor, found_inf])
-        self.module.count_steps(
-            table,
-            scalars=scalars.data_ptr(),
-            lr=float(hyper.lr) if lr is None else 0.0,
-            lr32=0 if lr is None or lr.dtype != torch.float32 else lr.data_ptr(),
-            lr64=0 if lr is None or lr.dtype != torch.float64 else lr.data_ptr(),
-            beta1=hyper.beta1,
-            beta2=hyper.beta2,
-            eps=hyper.eps,
-            weight_decay=hyper.weight_decay,
-            bias_correction=hyper.bias_correction,
-            adamw_mode=hyper.adamw_mode,
-            maximize=hyper.maximize,
-            loss_scale=loss_scale_there,
-            found_inf=found_inf_there,
-            grad_factor=grad_factor_there,
-            **self._place(),
-        )
-        self._enqueue(table, [], hyper, device_scalars=scalars.data_ptr(), found_inf=found_inf_there)
+        there = addresses([scalars, lr, loss_scale, grad_factor, found_inf], "what a step needs on the device")
+        scalars_there, lr_there, loss_scale_there, grad_factor_there, found_inf_there = there
+
+        def launch(table: Any, _kept: object = (scalars, lr, loss_scale, grad_factor, found_inf)) -> None:
+            self.module.count_steps(
+                table,
+                scalars=scalars_there,
+                lr=float(hyper.lr) if lr is None else 0.0,
+                lr32=lr_there if lr is not None and lr.dtype == torch.float32 else 0,
+                lr64=lr_there if lr is not None and lr.dtype == torch.float64 else 0,
+                beta1=hyper.beta1,
+                beta2=hyper.beta2,
+                eps=hyper.eps,
+                weight_decay=hyper.weight_decay,
+                bias_correction=hyper.bias_correction,
+                adamw_mode=hyper.adamw_mode,
+                maximize=hyper.maximize,
+                loss_scale=loss_scale_there,
+                found_inf=found_inf_there,
+                grad_factor=grad_factor_there,
+                **self._place(),
+            )
+            self._enqueue(table, [], hyper, device_scalars=scalars_there, found_inf=found_inf_there)
+
+        return launch
 
     def _on_device(self, value: Any, dtype: torch.dtype) -> Tensor:
         """A number or a 0-dim tensor as a tensor that kernels on this device can read."""
