@@ -13,6 +13,7 @@ import argparse
 import contextlib
 import copy
 import faulthandler
+import functools
 import math
 import os
 import random
@@ -95,8 +96,14 @@ def spanned(tensor: Tensor) -> int:
     return (tensor.storage_offset() + last + 1) * tensor.element_size()
 
 
+def held(tensor: Any) -> Any:
+    """What this process holds of a DTensor; anything else as it is."""
+    return getattr(tensor, "_local_tensor", tensor)
+
+
 def readable(tensor: Any) -> Tensor:
     """A plain tensor of the same numbers and strides. Raises Unreadable if there are none in memory."""
+    tensor = held(tensor)
     if not isinstance(tensor, Tensor) or tensor.layout != torch.strided or tensor.device.type != "cpu":
         raise Unreadable
     if type(tensor) not in (Tensor, nn.Parameter, Subclass) or torch._is_functional_tensor(tensor):
@@ -136,7 +143,7 @@ def same_bits(a: Tensor, b: Tensor) -> bool:
 def whole_storage(tensor: Any) -> Tensor | None:
     """All bytes of a tensor's storage, whatever became of the tensor; None where there are none."""
     try:
-        storage = tensor.untyped_storage()
+        storage = held(tensor).untyped_storage()
         if storage.device.type != "cpu" or not storage.nbytes() or not storage.data_ptr():
             return None
         return torch.empty(0, dtype=torch.uint8, device=HOST).set_(storage)
@@ -178,6 +185,7 @@ class Snapshot:
 
 def leave_out(tensor: Any, bytes_: Tensor, before: Tensor) -> None:
     """Makes `before` equal to `bytes_` where the tensor lies, if it lies there."""
+    tensor = held(tensor)
     storage = whole_storage(tensor)
     if storage is not None and storage.data_ptr() == bytes_.data_ptr() and isinstance(tensor, Tensor):
         begin = tensor.storage_offset() * tensor.element_size()
@@ -205,11 +213,11 @@ class Reference:
             if optimizer.state.get(param) and param.grad is not None and not self.unreadable:
                 self.optimizer.state[self.params[param]] = self._state_of(param)
         clipped = optimizer._clipped
-        if clipped is not None and clipped.are([p.grad for p in session.params if p.grad is not None]):
+        if clipped is not None and clipped.are([held(p.grad) for p in session.params if p.grad is not None]):
             self.optimizer._clipped = ClippedGrads(clipped.factor, self.grads)
         elif clipped is not None:  # some have been replaced since: the factor goes with those that are left
             for param in session.params:
-                if self.params[param].grad is not None and clipped._has(param.grad):
+                if self.params[param].grad is not None and clipped._has(held(param.grad)):
                     self.params[param].grad.mul_(clipped.factor)
         if session.random.random() < 0.8:
             self.optimizer._backends[HOST]._reader = None  # tensors are then checked and read from Python
@@ -245,7 +253,7 @@ class Reference:
                     state[key] = readable(value).clone()
                     continue
                 values = readable(value)
-                state[key] = values.clone() if key == "block_scales" else in_memory_order(values, param.detach())
+                state[key] = values.clone() if key == "block_scales" else in_memory_order(values, held(param).detach())
             except (Unreadable, RuntimeError):
                 self.unreadable = self.unreadable or self._is_needed(key, param)
         return state
@@ -299,7 +307,7 @@ class Reference:
 
     def _compare(self, what: str, ours: Any, expected: Any, like: Tensor | None) -> None:
         values = readable(ours)
-        values = values if like is None else in_memory_order(values, like.detach())
+        values = values if like is None else in_memory_order(values, held(like).detach())
         if not same_bits(values, expected):
             raise Finding(f"{what} differs from a step on clean copies: {ours} and {expected}")
 
@@ -420,6 +428,13 @@ def surroundings(kind: str) -> contextlib.AbstractContextManager[Any]:
     return contextlib.nullcontext()
 
 
+@functools.cache
+def mesh_of_one() -> Any:
+    """A mesh of this process alone."""
+    torch.distributed.init_process_group("gloo", store=torch.distributed.HashStore(), rank=0, world_size=1)
+    return torch.distributed.init_device_mesh("cpu", (1,))
+
+
 def check_what_cpp_takes(optimizer: Any) -> int:
     """What the op's own reader takes, the checks in Python have to take too; how many params it takes."""
     taken = 0
@@ -434,7 +449,11 @@ def check_what_cpp_takes(optimizer: Any) -> int:
             continue
         if table is None:
             continue
-        for _, batch in optimizer._batches(group, where, hyper):
+        try:
+            batches = optimizer._batches(group, where, hyper)
+        except IN_WORDS as error:
+            raise Finding(f"C++ takes what Python refuses: {error!r}") from error
+        for _, batch in batches:
             taken += len(batch.params)
             try:
                 check_params_and_grads(batch)
@@ -457,6 +476,7 @@ class Session:
         self.arena = Arena(1 << 17)
         self._class = self.random.choice(CLASSES)
         self._large = self.random.random() < 0.25
+        self._mesh = mesh_of_one() if self.random.random() < 0.15 else None
         self._is_clean = True  # nothing was done that a step may refuse
         self._has_failed_in_backward = False
         self._is_aliased = False  # tensors share memory that threads race for: no bits to expect
@@ -465,7 +485,10 @@ class Session:
         cut = self.random.randint(0, len(self.params) - 1)
         groups = [{"params": params, **self._own_settings()} for params in (self.params[:cut], self.params[cut:])]
         self.optimizer = self.made(groups)
-        self.say(f"{self._class.__name__}({self._arguments}) on {[(p.dtype, tuple(p.shape)) for p in self.params]}")
+        over = " over a mesh" if self._mesh is not None else ""
+        self.say(
+            f"{self._class.__name__}({self._arguments}){over} on {[(p.dtype, tuple(p.shape)) for p in self.params]}"
+        )
         self._new_grads()
 
     def say(self, line: str) -> None:
@@ -508,7 +531,16 @@ class Session:
         values = torch.randn(shape).to(r.choice(FLOATS))
         if len(shape) > 1 and r.random() < 0.3:
             values = values.mT.contiguous().mT
-        return nn.Parameter(self.arena.place(values) if r.random() < 0.7 else values)
+        return nn.Parameter(self._placed(self.arena.place(values) if r.random() < 0.7 else values))
+
+    def _placed(self, values: Any) -> Any:
+        """The tensor, or in a session over a mesh a DTensor that holds all of it."""
+        if self._mesh is None or not isinstance(values, Tensor):
+            return values
+        from torch.distributed.tensor import DTensor, Replicate, Shard
+
+        placement = Shard(0) if values.dim() else Replicate()
+        return DTensor.from_local(values, self._mesh, [placement], run_check=False)
 
     def _new_grads(self) -> None:
         for param in self.params:
@@ -516,7 +548,7 @@ class Session:
             if param.grad is not None and self.random.random() < 0.5:
                 continue
             grad = torch.randn(param.shape).to(self.random.choice([param.dtype, torch.float32]))
-            param.grad = self.arena.place(grad) if self.random.random() < 0.3 else grad
+            param.grad = self._placed(self.arena.place(grad) if self.random.random() < 0.3 else grad)
 
     # What is done to tensors, states and settings -----------------------------------------------------------------
 
@@ -541,9 +573,9 @@ class Session:
         name, change = self._kind()
         self.say(f"the grad of param {self._index(param)} becomes: {name}")
         if param.grad is None:
-            param.grad = torch.randn(param.shape).to(param.dtype)
-        grad = change(readable(param.grad), self.random)
-        self._is_clean &= name in HARMLESS
+            param.grad = self._placed(torch.randn(param.shape).to(param.dtype))
+        grad = self._placed(change(readable(param.grad), self.random))
+        self._is_clean &= name in HARMLESS and self._mesh is None
         try:
             param.grad = grad
         except (RuntimeError, TypeError):
@@ -552,7 +584,9 @@ class Session:
     def _change_param(self) -> None:
         param = self.random.choice(self.params)
         name, change = self._kind()
-        if name.startswith("functional"):  # torch crashes when such a param is given other data again
+        if self._mesh is not None or name.startswith(
+            "functional"
+        ):  # torch crashes when such a param is given other data again
             return
         self.say(f"the data of param {self._index(param)} becomes: {name}")
         values = change(readable(param), self.random)
@@ -569,7 +603,7 @@ class Session:
             self.say(f"{key} of param {self._index(param)} becomes: {name}")
             value = change(readable(value), self.random)
             self._is_clean = False
-            state[key] = value
+            state[key] = self._placed(value) if key != "block_scales" else value
 
     def _change_step(self) -> None:
         param = self.random.choice(self.params)
@@ -612,7 +646,8 @@ class Session:
     def _alias(self) -> None:
         """Lets tensors of two params, or of one, share memory."""
         one, other = self.random.choice(self.params), self.random.choice(self.params)
-        what = self.random.choice(["grads", "grad and param", "params", "states"])
+        kinds = ["grads", "grad and param", "params", "states"]
+        what = self.random.choice(kinds if self._mesh is None else kinds[:1])
         self.say(f"{what} of params {self._index(one)} and {self._index(other)} share memory")
         if what == "grads":
             one.grad = other.grad
@@ -668,7 +703,8 @@ class Session:
         self.say("all is put right")
         for param in self.params:
             param.grad = None
-            param.data = self._new_param().data
+            if self._mesh is None:
+                param.data = self._new_param().data
         self.optimizer.state.clear()
         for name in ("grad_scale", "found_inf"):
             setattr(self.optimizer, name, None)
@@ -712,7 +748,7 @@ class Session:
         outs: list[Tensor | None] = []
         for param in self.params:
             out = torch.empty_like(readable(param), dtype=self.random.choice(FLOATS[1:]))
-            outs.append(self.random.choice([None, self.arena.place(out), out]))
+            outs.append(self._placed(self.random.choice([None, self.arena.place(out), out])))
         return outs
 
     def _step(self) -> None:
@@ -836,25 +872,25 @@ class Session:
         saved = source.state_dict()
         was_clean = self._is_clean
         self.call(f"load_state_dict() of {other.__name__}({arguments})",
-                  lambda: self.optimizer.load_state_dict(saved), must=was_clean)  # fmt: skip
+                  lambda: self.optimizer.load_state_dict(saved), must=was_clean and self._mesh is None)  # fmt: skip
 
     def _fp32_params(self) -> None:
         self.call("fp32_params()", self.optimizer.fp32_params)
 
     def _load_fp32_params(self) -> None:
         try:
-            values: list[Any] = [torch.randn(param.shape) for param in self.params]
+            values: list[Any] = [self._placed(torch.randn(param.shape)) for param in self.params]
             if self.random.random() < 0.5:
                 i = self.random.randrange(len(values))
                 name, change = self._kind()
                 self.say(f"value {i} to be loaded becomes: {name}")
-                values[i] = change(values[i], self.random)
+                values[i] = self._placed(change(readable(values[i]), self.random))
         except (RuntimeError, TypeError, ValueError, NotImplementedError, IndexError):
             return
         self.call("load_fp32_params()", lambda: self.optimizer.load_fp32_params(values))
 
     def _add_group(self) -> None:
-        if len(self.params) > 6:
+        if len(self.params) > 6 or self._mesh is not None:
             return
         param = self._new_param()
         if self.random.random() < 0.5:
@@ -869,7 +905,7 @@ class Session:
             self.params.append(param)
 
     def _subgroup(self) -> None:
-        if self._class is not DeepSpeedCPUAdam:
+        if self._class is not DeepSpeedCPUAdam or self._mesh is not None:
             return
         keep = self.random.choice(self.params)
         for param in self.params:

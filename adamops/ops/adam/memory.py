@@ -87,6 +87,13 @@ def check_writable(tensor: Tensor, what: str) -> None:
         raise ValueError(f"{what} is a tensor of inference mode, and can be written there only; use tensor.clone()")
 
 
+def check_viewable(tensor: Tensor, what: str) -> None:
+    """Raises what check_readable() raises, and ValueError for a tensor that torch makes no views of."""
+    check_readable(tensor, what)
+    if version_of(tensor) is None and not tensor.is_inference() and not torch.is_inference_mode_enabled():
+        raise ValueError(f"{what} was made in inference mode, and given other data since; use tensor.clone()")
+
+
 def version_of(tensor: Tensor) -> int | None:
     """How often the tensor has been written in place; None if torch does not count that."""
     try:

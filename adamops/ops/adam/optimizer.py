@@ -41,7 +41,15 @@ from .float_environment import in_default_float_environment
 from .hyper import AdamHyper, to_number
 from .interrupts import deferred_signals
 from .loading import adopted_states, check_groups, keep_own_settings, shield_states
-from .memory import aligned, check_readable, check_torch_computes, check_writable, count_writes, resolved
+from .memory import (
+    aligned,
+    check_readable,
+    check_torch_computes,
+    check_viewable,
+    check_writable,
+    count_writes,
+    resolved,
+)
 from .native_backend import NativeBackend
 from .precision import (
     AVERAGES,
@@ -267,8 +275,10 @@ class AdamOptimizer(Optimizer):
         self._clipped = None
         if not set_to_none:
             for i, group in enumerate(self.param_groups):
-                for _, name, _, grad in with_grads(group, f"param group {i}"):
-                    check_readable(grad, f"{name}: its grad")
+                for index, name, _, grad in with_grads(group, f"param group {i}"):
+                    # torch says itself that it does not write zero tensors, but not of those in DTensors.
+                    is_sharded = sharding.is_sharded(group["params"][index])
+                    (check_writable if is_sharded else check_readable)(grad, f"{name}: its grad")
         _unguarded(Optimizer.zero_grad)(self, set_to_none)
 
     @waits
@@ -621,8 +631,11 @@ class AdamOptimizer(Optimizer):
             if param.device not in batches:
                 batches[param.device] = self._backend_of(param, name), AdamBatch([], hyper, [], [], [])
             owner = group["params"][index]
-            state = sharding.local_state(self.state.get(owner) or {}, owner, name)
-            batches[param.device][1].append(index, name, param, grad, state, owner)
+            batch = batches[param.device][1]
+            state = self.state.get(owner) or {}
+            if sharding.is_sharded(owner):
+                state = sharding.local_state(state, owner, name, batch.needed_of(state, param))
+            batch.append(index, name, param, grad, state, owner)
         return [(backend, batch) for backend, batch in batches.values() if not backend.skips(hyper)]
 
     def _prepare_batch(self, step: GroupStep, backend: Backend, batch: AdamBatch) -> None:
@@ -762,7 +775,7 @@ class AdamOptimizer(Optimizer):
     def _checked_master(self, param: Tensor, precision: Precision, name: str) -> Tensor | None:
         """What this process holds of a param's master, or of the rest of it; None if there is neither."""
         held = sharding.local(param).detach()
-        check_readable(held, name)
+        check_viewable(held, name)
         state, kind = self.state.get(param) or {}, precision.master_of(param)
         for key in (MASTER, REMAINDER) if kind is Master.FP32 else (REMAINDER,) if kind else ():
             if key in state:

@@ -9,7 +9,7 @@ from __future__ import annotations
 import dataclasses
 import math
 import sys
-from collections.abc import Iterable, Mapping
+from collections.abc import Container, Iterable, Mapping
 from typing import Any, TypeAlias
 
 import torch
@@ -83,14 +83,16 @@ def grad_like(param: Tensor, grad: Tensor, name: str) -> Tensor:
     return param.grad
 
 
-def local_state(state: Mapping[str, Any], param: Tensor, name: str) -> Any:
+def local_state(state: Mapping[str, Any], param: Tensor, name: str, needed: Container[str] = STATE_TENSORS) -> Any:
     """The state of a param with local tensors: the very same of a plain param, a new one of a DTensor.
 
-    Raises TypeError or ValueError if a tensor in it is not placed as the param is.
+    Raises TypeError or ValueError if a tensor in it that is `needed` is not placed as the param is; others stay as
+    they are.
     """
     if not is_sharded(param):
         return state
-    for key in STATE_TENSORS:
+    names = [key for key in STATE_TENSORS if key in needed]
+    for key in names:
         value = state.get(key)
         if key == SCALES or value is None:
             continue
@@ -106,7 +108,7 @@ def local_state(state: Mapping[str, Any], param: Tensor, name: str) -> Any:
                 f"one of shape {tuple(value.shape)} placed as {_placements(value)}; "
                 "torch.distributed.checkpoint loads what was cut otherwise"
             )
-    return {key: local(value) if key in STATE_TENSORS else value for key, value in state.items()}
+    return {key: local(value) if key in names else value for key, value in state.items()}
 
 
 def local_like(tensor: Tensor, param: Tensor, what: str) -> Tensor:
@@ -129,10 +131,14 @@ def owned_state(state: Mapping[str, Any], param: Tensor, held: Mapping[str, Any]
     if not is_sharded(param):
         return state
     held = held or {}
+
+    def is_same(owned: Any, value: Any) -> bool:
+        return owned is value or local(owned) is value
+
     return {
         key: value
         if key not in STATE_TENSORS or key == SCALES
-        else (held[key] if key in held and local(held[key]) is value else like_param_placed(value, param))
+        else (held[key] if key in held and is_same(held[key], value) else like_param_placed(value, param))
         for key, value in state.items()
     }
 
