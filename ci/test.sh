@@ -33,4 +33,4 @@ git ls-files 'csrc/*.cpp' 'csrc/*.h' 'csrc/*.cu' 'csrc/*.cuh' 'tests/*.h' 'tests
 
 (cd / && "$python" -m adamops.report)
 # What takes long under frameworks, and frameworks that are not torch's, are for ci/frameworks.sh.
-exec "$bin/pytest" -m "not (frameworks and slow)" "$@"
+exec "$bin/pytest" -n auto --dist worksteal -m "not (frameworks and slow)" "$@"
