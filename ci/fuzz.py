@@ -598,6 +598,8 @@ class Session:
         state = self.optimizer.state.get(param)
         if state:
             key = self.random.choice([*state, *STATE_KEYS])
+            if key == "step" and self._class in EMULATED:
+                return
             value = state.get(key, param.detach())
             name, change = self._kind()
             self.say(f"{key} of param {self._index(param)} becomes: {name}")

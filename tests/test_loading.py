@@ -637,3 +637,18 @@ def test_params_with_data_of_inference_mode_load_all_or_none(cls, settings):
     with torch.inference_mode():
         optimizer.load_fp32_params([torch.zeros(8)] * 2)
     assert not params[0].any() and not params[1].any()
+
+
+@pytest.mark.parametrize("cls", CLASSES)
+@pytest.mark.parametrize("scales", [None, 1.5, torch.zeros(3, 2, dtype=torch.bfloat16), torch.zeros(17, 2)])
+def test_states_whose_scales_are_lost_are_not_dequantized(cls, scales):
+    param = torch.nn.Parameter(torch.randn(4353))
+    optimizer = cls([param], state_dtype="8bit")
+    param.grad = torch.randn_like(param)
+    optimizer.step()
+    if scales is None:
+        del optimizer.state[param][SCALES]
+    else:
+        optimizer.state[param][SCALES] = scales
+    with pytest.raises((TypeError, ValueError), match=SCALES):
+        optimizer.state_dict(dequantize=True)

@@ -13,7 +13,7 @@ from torch import Tensor
 from torch.optim import Optimizer
 
 from . import remainders, sharding
-from .batch import is_coded
+from .batch import check_state, is_coded
 from .coded_states import float_states, with_held_names, with_saved_names
 from .memory import check_readable
 from .precision import AVERAGES, MASTER, REMAINDER, SCALES
@@ -49,7 +49,9 @@ def without_codes(entry: Mapping[str, Any]) -> dict[str, Any]:
     if not is_coded(entry):
         return entry
     exp_avg = entry["exp_avg"]
-    floats = float_states({key: sharding.local(value) for key, value in entry.items()})
+    held = {key: sharding.local(value) for key, value in entry.items() if key in (SCALES, *AVERAGES)}
+    check_state(held, held["exp_avg"], "the state of a param", elsewhere=True)
+    floats = float_states(held)
     decoded = {key: sharding.like_param_placed(value, exp_avg) for key, value in floats.items()}
     kept = {key: value for key, value in entry.items() if key not in (SCALES, *AVERAGES)}
     return {**kept, **decoded}
@@ -64,7 +66,7 @@ def portable(entry: Mapping[str, Any]) -> dict[str, Any]:
     saved, step, rest = without_codes(entry), entry.get("step"), entry.get(REMAINDER)
     if isinstance(step, int):
         saved["step"] = torch.tensor(float(step), dtype=torch.float32, device="cpu")
-    if rest is not None and rest.dtype != torch.int32:
+    if isinstance(rest, Tensor) and rest.dtype != torch.int32:
         wide = remainders.converted(sharding.local(rest), torch.int16).to(torch.int32)
         saved[REMAINDER] = sharding.like_param_placed(wide, rest)
     return saved
