@@ -30,7 +30,7 @@ struct TensorLayout {
     const char* const storage_impl = at<const char*>(tensor_impl, storage);
     if (!storage_impl || at<uint64_t>(storage_impl, 0) != storage_type) return false;
     const char* const counter = at<const char*>(tensor_impl, version_counter);
-    if (!counter) return false;  // made in inference mode, and given other data since
+    if (!counter) return false;      // made in inference mode, and given other data since
     __builtin_prefetch(counter, 1);  // for count_write()
     const char* const begin = at<const char*>(storage_impl, data);
     const int64_t length = at<int64_t>(storage_impl, nbytes);
