@@ -59,7 +59,8 @@ class InBackward:
         self._pass = self._nested = -1  # the graph tasks last seen
         self._updated: set[int] = set()  # ids of the params updated in this pass
         self._hooks: dict[Tensor, Any] = {}
-        self._counted = self._total = 0  # of the model's and of all params in the optimizer
+        self._counted = 0  # params of the model in the optimizer
+        self._seen: list[int] = []  # ids of all params in the optimizer
         try:
             self._hook_params()
         except BaseException:
@@ -131,7 +132,7 @@ class InBackward:
             ):  # some wrappers do not register the module, and so were not seen when they were made
                 _refuse_wrapper_of(self._modules, self._hooks)
                 self._has_begun = True
-            if self._total != _number_of_params(self._optimizer):
+            if self._seen != _ids_of_params(self._optimizer):
                 self._hook_params()
             torch.autograd.Variable._execution_engine.queue_callback(self._close)
             self._pass, self._updated = task, set()
@@ -188,7 +189,7 @@ class InBackward:
                 setattr(param, _ANCHOR, _Anchor(self))
         self._places = _places_of(self._names, self._optimizer)
         self._optimizer._params_in_backward += len(self._places) - self._counted
-        self._counted, self._total = len(self._places), _number_of_params(self._optimizer)
+        self._counted, self._seen = len(self._places), _ids_of_params(self._optimizer)
 
 
 _handles: weakref.WeakSet[InBackward] = weakref.WeakSet()
@@ -268,8 +269,8 @@ def _places_of(names: dict[Tensor, str], optimizer: AdamOptimizer) -> dict[Tenso
     }
 
 
-def _number_of_params(optimizer: AdamOptimizer) -> int:
-    return sum(len(group["params"]) for group in optimizer.param_groups)
+def _ids_of_params(optimizer: AdamOptimizer) -> list[int]:
+    return [id(param) for group in optimizer.param_groups for param in group["params"]]
 
 
 def _register_hook(param: Tensor, hook: Any) -> Any:

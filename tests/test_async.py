@@ -2,6 +2,8 @@
 
 import copy
 import os
+import subprocess
+import sys
 import threading
 
 import pytest
@@ -274,3 +276,68 @@ def test_any_order_of_calls_is_that_of_calls_in_front(calls):
             else:
                 getattr(optimizer, name)()
     assert_same(ours, theirs)
+
+
+INTERRUPTED = """
+import faulthandler, signal, sys, torch
+from adamops import DeepSpeedCPUAdam
+
+faulthandler.dump_traceback_later(240, exit=True)
+
+class Interrupt(BaseException):
+    pass
+
+def handler(*_):
+    raise Interrupt
+
+def interrupted_at(event, call):
+    '''Whether the call was interrupted, as a signal arrived at that event of the interpreter.'''
+    count = 0
+    def profile(frame, kind, argument):
+        nonlocal count
+        count += 1
+        if count == event:
+            sys.setprofile(None)
+            signal.raise_signal(signal.SIGUSR1)
+    sys.setprofile(profile)
+    try:
+        try:
+            call()
+        finally:
+            sys.setprofile(None)
+    except Interrupt:
+        return True
+    return False
+
+signal.signal(signal.SIGUSR1, handler)
+param = torch.nn.Parameter(torch.ones(5000))
+optimizer = DeepSpeedCPUAdam([param], lr=0.1, state_dtype="8bit")
+param.grad = torch.ones_like(param)
+optimizer.step()
+for name, call in {
+    "step_async": lambda: optimizer.step_async(threads=1),
+    "wait": lambda: handle.wait(),
+    "state_dict": lambda: optimizer.state_dict(dequantize=True),
+    "step": lambda: optimizer.step(),
+    "clip_grad_norm_": lambda: optimizer.clip_grad_norm_(1e9),
+}.items():
+    event, goes_on = 0, True
+    while goes_on:
+        event += 1 + event // 50
+        handle = optimizer.step_async(threads=1) if name == "wait" else None
+        goes_on = interrupted_at(event, call)
+        optimizer._settle()
+        before, count = param.detach().clone(), optimizer.state[param]["step"]
+        optimizer.step()
+        assert optimizer.state[param]["step"] == count + 1 and not torch.equal(param, before), (name, event)
+        assert "quantized_exp_avg" in optimizer.state_dict()["state"][0], (name, event)
+    assert event > 3, name
+print("done")
+"""
+
+
+def test_an_interrupt_at_any_event_of_the_interpreter_loses_no_step(tmp_path):
+    """Also one that arrives in the Python of the standard library, with a lock in its hands."""
+    command = [sys.executable, "-W", "ignore", "-c", INTERRUPTED]
+    done = subprocess.run(command, capture_output=True, text=True, cwd=tmp_path, timeout=300)
+    assert done.stdout == "done\n", done.stderr

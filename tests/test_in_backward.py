@@ -561,3 +561,16 @@ def test_wrong_copies_are_refused_before_anything_is_written(seed):
     with pytest.raises(ValueError, match="share memory"):
         DeepSpeedCPUAdam([half]).step(lowp_out=[half.detach()])
     assert torch.equal(param, before) and not optimizer.state
+
+
+def test_layers_exchanged_for_as_many_others_are_updated():
+    model = nn.Sequential(nn.Linear(3, 3), nn.Linear(3, 2))
+    optimizer = DeepSpeedCPUAdam(model.parameters(), lr=0.1)
+    adamops.step_in_backward(model, optimizer)
+    model(torch.ones(1, 3)).sum().backward()
+    model[1] = nn.Linear(3, 2)
+    optimizer.param_groups[0]["params"][2:] = list(model[1].parameters())
+    before = model[1].weight.detach().clone()
+    model(torch.ones(1, 3)).sum().backward()
+    assert not torch.equal(model[1].weight, before)
+    assert all(param.grad is None for param in model.parameters())

@@ -8,10 +8,11 @@ import threading
 
 import pytest
 import torch
-from optimizers import STATES, state_tensors
+from optimizers import PATHS, STATES, state_tensors
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.nn import Parameter
 
+from adamops import DeepSpeedCPUAdam
 from adamops.ops.adam import background, interrupts
 
 N = 4096  # the fewest elements that get 8-bit states
@@ -331,3 +332,65 @@ def test_a_step_that_torch_would_only_record_is_refused(PathAdam, change):
     assert all(torch.equal(*pair) for pair in zip(params, before, strict=True))
     optimizer.step(**arguments)
     assert int(optimizer.state[params[0]]["step"]) == 2
+
+
+def inference_count():
+    with torch.inference_mode():
+        return torch.tensor(1.0).share_memory_()
+
+
+@pytest.mark.parametrize(
+    ("make_count", "error", "words"),
+    [
+        (inference_count, ValueError, "of inference mode"),
+        (lambda: torch.tensor(127, dtype=torch.int8).share_memory_(), ValueError, "cannot be 128"),
+        (lambda: torch.tensor(2.0**24).share_memory_(), ValueError, "cannot be 16777217"),
+        (lambda: torch.tensor(True).share_memory_(), TypeError, "torch.bool"),
+    ],
+)
+@pytest.mark.parametrize("in_background", [False, True])
+def test_shared_step_counts_that_cannot_count_on_are_refused_before_the_step(make_count, error, words, in_background):
+    for make in (DeepSpeedCPUAdam, PATHS["DeepSpeedCPUAdam, slow path"], PATHS["FusedAdam, torch calls"]):
+        params, optimizer = groups_of(make, STATES["float32"])
+        optimizer.state[params[0]]["step"] = make_count()
+        before = [param.detach().clone() for param in params]
+        with pytest.raises(error, match=f"param group 0, param 0.*{words}"):
+            optimizer.step_async().wait() if in_background else optimizer.step()
+        assert all(map(torch.equal, params, before))
+
+
+class Meddler(torch.Tensor):
+    """A subclass whose Python does something while a step looks at it."""
+
+    meddle = None
+
+    @classmethod
+    def __torch_function__(cls, function, types, args=(), kwargs=None):
+        if cls.meddle:
+            cls.meddle()
+        return super().__torch_function__(function, types, args, kwargs or {})
+
+
+@pytest.mark.parametrize("in_background", [False, True])
+@pytest.mark.parametrize("what", ["data", "storage", "grad", "state"])
+def test_a_tensors_own_python_cannot_free_what_another_group_is_to_update(in_background, what):
+    param = torch.nn.Parameter(torch.zeros(1_000_000))
+    other = torch.ones(4).as_subclass(Meddler).requires_grad_()
+    optimizer = DeepSpeedCPUAdam([{"params": [param]}, {"params": [other]}])
+    param.grad, other.grad = torch.ones_like(param), torch.ones(4)
+    optimizer.step()
+
+    def meddle():
+        if what == "data":
+            param.data = torch.empty(0)
+        else:
+            tensor = {"storage": param, "grad": param.grad, "state": optimizer.state[param]["exp_avg"]}[what]
+            tensor.untyped_storage().resize_(0)
+
+    Meddler.meddle = meddle
+    try:
+        with pytest.raises(ValueError, match="param group 0, param 0"):
+            optimizer.step_async().wait() if in_background else optimizer.step()
+    finally:
+        Meddler.meddle = None
+    assert int(optimizer.state[param]["step"]) == 1 and optimizer.state[other]["step"] == 1

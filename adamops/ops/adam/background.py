@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import _thread
 import os
 import threading
 from collections.abc import Sequence
@@ -9,6 +10,32 @@ from collections.abc import Sequence
 import torch
 
 from .backend import Backend, Update
+
+
+class _Flag:
+    """What threading.Event is for, of operations in C only: in Event's Python a signal's handler may raise while it
+    holds the lock, and all who wait, and who is to set it, would then do so for ever.
+    """
+
+    _LONGEST = 0.2  # seconds until one who waits looks again, as another may have been interrupted with the lock
+
+    def __init__(self) -> None:
+        self._is_set = False
+        self._lock = _thread.allocate_lock()
+        self._lock.acquire()
+
+    def is_set(self) -> bool:
+        return self._is_set
+
+    def set(self) -> None:
+        """To be called once."""
+        self._is_set = True
+        self._lock.release()
+
+    def wait(self) -> None:
+        while not self._is_set:
+            if self._lock.acquire(timeout=self._LONGEST):
+                self._lock.release()
 
 
 class AsyncStep:
@@ -22,7 +49,7 @@ class AsyncStep:
         self.threads = min(threads, 2**31 - 1)  # a C int; the op takes no more threads than make sense
         self._updates: list[tuple[Backend | None, Update]] = []
         self._kept: list[object] = []
-        self._ended = threading.Event()  # not the thread's own end: an interrupted join() takes a thread for ended
+        self._ended = _Flag()  # not the thread's own end: an interrupted join() takes a thread for ended
         self._process = os.getpid()
         self._is_inference = torch.is_inference_mode_enabled()
         self._error: BaseException | None = None

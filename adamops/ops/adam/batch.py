@@ -15,7 +15,7 @@ from torch import Tensor
 
 from .block_codes import CODES, blocks_of
 from .hyper import AdamHyper
-from .memory import aligned, check_memory, check_readable, resolved
+from .memory import aligned, check_memory, check_readable, check_writable, resolved
 from .precision import AVERAGES, DTYPES, MASTER, REMAINDER, SCALES, STATE_TENSORS, Master, averages_of, scales_shape
 
 MOST_STEPS = 2**53  # kMostSteps in csrc/adam/adam_table.h
@@ -269,6 +269,8 @@ def check_states(batch: AdamBatch) -> None:
     for name, param, state in zip(batch.names, batch.params, batch.states, strict=True):
         check_state(batch.needed_of(state, param), param, name)
         check_step(state["step"], name)
+        if isinstance(state["step"], Tensor) and is_shared_count(state["step"]):
+            _check_counts_on(state["step"], name)
         for key, dtype in batch.state_dtypes(param).items():
             if key != SCALES:
                 _check_state_for_kernel(state[key], key, dtype, param, name)
@@ -325,6 +327,20 @@ def check_step(step: Any, name: str) -> None:
         raise ValueError(f"{name} has the step count {step}, which is no whole number ({error})") from error
     if not 0 <= count < MOST_STEPS:
         raise ValueError(f"{name} has the step count {count}; expected 0 or more, and less than {MOST_STEPS}")
+
+
+def _check_counts_on(step: Tensor, name: str) -> None:
+    """Raises for a step count that cannot be written, or that does not hold the next number."""
+    check_writable(step, f"{name}: its step count in shared memory")
+    count = int(step) + 1
+    if step.dtype == torch.bool:
+        raise TypeError(f"{name} has a step count of {step.dtype}; expected one of numbers")
+    try:
+        fits = int(torch.full((), count, dtype=step.dtype, device="cpu")) == count
+    except RuntimeError:  # torch says that it overflows
+        fits = False
+    if not fits:
+        raise ValueError(f"{name} has a step count of {step.dtype} in shared memory, which cannot be {count}")
 
 
 def check_state(state: Mapping[str, Any], param: Tensor, name: str, elsewhere: bool = False) -> None:

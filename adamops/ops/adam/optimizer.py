@@ -42,6 +42,7 @@ from .hyper import AdamHyper, to_number
 from .interrupts import deferred_signals
 from .loading import adopted_states, check_groups, keep_own_settings, shield_states
 from .memory import (
+    PLAIN_TYPES,
     aligned,
     check_readable,
     check_torch_computes,
@@ -125,6 +126,7 @@ class GroupStep:
     new_states: list[tuple[Any, dict[str, Any]]] = dataclasses.field(default_factory=list)  # by their keys in `state`
     after: list[Callable[[], object]] = dataclasses.field(default_factory=list)  # what the ops leave to torch
     sharded: list[Tensor] = dataclasses.field(default_factory=list)  # DTensors that the step writes, params and grads
+    ran_python: bool = False  # of the tensors' own, when they were looked at
     has_new_params: bool = False  # for which it was never asked whether they share memory
 
 
@@ -395,6 +397,11 @@ class AdamOptimizer(Optimizer):
         ]
         outs = self._checked_lowp_outs(lowp_out)
         steps = [self._prepare(group, where, hyper, outs) for where, group, hyper in groups]
+        if any(step.ran_python for step in steps):  # of tensor subclasses, which may have changed what was read before
+            steps = [
+                step if step.ran_python else self._prepare(group, where, hyper, outs)
+                for step, (where, group, hyper) in zip(steps, groups, strict=True)
+            ]
         if zero_grads and self._grads_overlap(steps):
             steps = [
                 self._prepare(group, where, dataclasses.replace(hyper, zero_grads=False), outs)
@@ -519,8 +526,9 @@ class AdamOptimizer(Optimizer):
                 "step_async() ends before the step does, so hooks after the step cannot be called; use step()"
             )
         self._settle()
-        running = self._preparing = AsyncStep(threads or torch.get_num_threads())
+        running, shared = AsyncStep(threads or torch.get_num_threads()), self._shared
         try:
+            self._preparing = running
             self.step(zero_grads=zero_grads, lowp_out=lowp_out)  # by its name, as schedulers and hooks watch it
         except Exception as error:
             running.fail(error)
@@ -529,7 +537,9 @@ class AdamOptimizer(Optimizer):
                 self._running = running
                 running.start()
         finally:
-            self._preparing = None
+            # Not by the attribute: in the Python of its setter a signal's handler may raise before it is set, and the
+            # next step would be left to a background that does nothing.
+            shared["_preparing"] = None
         self._running = running
         return running
 
@@ -651,6 +661,7 @@ class AdamOptimizer(Optimizer):
             ]
             step.new_states += zip(batch.owners, batch.owned_states, strict=True)
         step.has_new_params |= not complete
+        step.ran_python |= any(type(tensor) not in PLAIN_TYPES for tensor in (*batch.params, *batch.grads))
         step.updates.append((backend, backend.prepare(batch)))
         step.sharded += [owner for owner in batch.owners if sharding.is_sharded(owner)]
 
@@ -736,7 +747,11 @@ class AdamOptimizer(Optimizer):
         anew, float32 in the place of codes; see portable_state_dicts().
         """
 
+        is_called_for = True
+
         def convert(_: Optimizer, state_dict: dict[str, Any]) -> dict[str, Any]:
+            if not is_called_for:
+                return state_dict
             state = {key: saved_state(entry, dequantize) for key, entry in state_dict["state"].items()}
             groups = [
                 {key: value for key, value in group.items() if key not in SETTINGS}
@@ -744,11 +759,14 @@ class AdamOptimizer(Optimizer):
             ]
             return {**state_dict, "state": state, "param_groups": groups}
 
-        handle = self.register_state_dict_post_hook(convert, prepend=True)  # hooks of others see what is saved
+        handle = None
         try:
+            handle = self.register_state_dict_post_hook(convert, prepend=True)  # hooks of others see what is saved
             return super().state_dict()
         finally:
-            handle.remove()
+            is_called_for = False  # a signal's handler may raise before or in remove(), and leave the hook
+            if handle is not None:
+                handle.remove()
 
     @waits
     @in_default_float_environment
