@@ -354,7 +354,7 @@ HARMLESS: dict[str, Callable[[Tensor, random.Random], Any]] = {
     "subclass": lambda t, r: t.clone().as_subclass(Subclass),
     "shared": lambda t, r: t.clone().share_memory_(),
     "misaligned": lambda t, r: misaligned(t),
-    "float32": lambda t, r: t.float(),
+    "float32": lambda t, r: t.float().clone(),
     "special": lambda t, r: torch.full_like(t, r.choice([math.inf, -math.inf, math.nan, 1e-40, 65504.0, -0.0])),
 }
 HARMFUL: dict[str, Callable[[Tensor, random.Random], Any]] = {
