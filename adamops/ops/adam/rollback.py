@@ -21,6 +21,7 @@ from torch import Tensor
 
 from .float_environment import in_default_float_environment
 from .hyper import AdamHyper
+from .memory import check_writable
 from .pieces import each_piece
 
 
@@ -28,7 +29,8 @@ from .pieces import each_piece
 def undo_step(param: Tensor, grad: Tensor, state: dict[str, Any], hyper: AdamHyper) -> None:
     """Restores param, exp_avg and exp_avg_sq in place; the caller decrements the step count.
 
-    Raises RuntimeError, before anything is written, if the step left too little behind to be undone.
+    Raises RuntimeError, before anything is written, if the step left too little behind to be undone, and ValueError
+    if a tensor cannot be written.
     """
     if hyper.precision.stochastic_rounding or hyper.precision.master or state["exp_avg"].dtype == torch.int8:
         raise RuntimeError("Cannot roll back a step with 8-bit states, master weights or stochastic rounding")
@@ -43,6 +45,8 @@ def undo_step(param: Tensor, grad: Tensor, state: dict[str, Any], hyper: AdamHyp
     if k["decay"] == 0.0:
         raise RuntimeError("Cannot roll back a step with lr * weight_decay = 1: nothing is left of the former param")
     keys = ["exp_avg", "exp_avg_sq", *(["max_exp_avg_sq"] if hyper.amsgrad else [])]
+    for tensor in (param, *(state[key] for key in keys)):
+        check_writable(tensor, "what a roll-back is to write")
     for piece in each_piece(param, grad, *(state[key] for key in keys)):  # all are dense and laid out alike
         _undo_piece(*piece, k=k, first=first)
 
