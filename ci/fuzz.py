@@ -607,12 +607,15 @@ class Session:
             self._is_clean = False
             state[key] = self._placed(value) if key != "block_scales" else value
 
+    def _step_count(self) -> Any:
+        """Nobody looks at counts on a device, so there the steps on two paths may differ: only plain ones."""
+        return self.random.choice(STEP_COUNTS[:3] if self._class in EMULATED else STEP_COUNTS)()
+
     def _change_step(self) -> None:
         param = self.random.choice(self.params)
         state = self.optimizer.state.get(param)
         if state:
-            # Nobody looks at counts on a device, so there the steps on two paths may differ.
-            count = self.random.choice(STEP_COUNTS[:3] if self._class in EMULATED else STEP_COUNTS)()
+            count = self._step_count()
             self.say(f"step of param {self._index(param)} becomes {describe(count)}")
             self._is_clean = False
             state["step"] = count
@@ -848,7 +851,7 @@ class Session:
             self.say(f"saved {key} is dropped")
             state.pop(key, None)
         elif key == "step":
-            state[key] = self.random.choice(STEP_COUNTS[:3] if self._class in EMULATED else STEP_COUNTS)()
+            state[key] = self._step_count()
             self.say(f"saved step becomes {describe(state[key])}")
         else:
             name, change = self._kind()

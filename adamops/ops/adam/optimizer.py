@@ -397,7 +397,8 @@ class AdamOptimizer(Optimizer):
         ]
         outs = self._checked_lowp_outs(lowp_out)
         steps = [self._prepare(group, where, hyper, outs) for where, group, hyper in groups]
-        if any(step.ran_python for step in steps):  # of tensor subclasses, which may have changed what was read before
+        # Python of tensor subclasses may have changed what was read of other groups.
+        if len(steps) > 1 and any(step.ran_python for step in steps):
             steps = [
                 step if step.ran_python else self._prepare(group, where, hyper, outs)
                 for step, (where, group, hyper) in zip(steps, groups, strict=True)
