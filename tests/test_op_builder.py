@@ -170,11 +170,16 @@ BUILD = """
 """
 
 
+def environment_of_build(cache, **variables):
+    """With one SIMD target, as each takes a while to compile."""
+    return {**os.environ, "ADAMOPS_CPU_TARGETS": "baseline", "ADAMOPS_CACHE_DIR": str(cache), **variables}
+
+
 def start(cache, code=BUILD, **variables):
     return subprocess.Popen(
         [sys.executable, "-c", textwrap.dedent(code)],
         cwd=cache.parent,
-        env={**os.environ, "ADAMOPS_CACHE_DIR": str(cache), **variables},
+        env=environment_of_build(cache, **variables),
         stdout=subprocess.PIPE,
         stderr=subprocess.PIPE,
         text=True,
@@ -191,11 +196,11 @@ def outcome(process):
 @pytest.mark.slow
 def test_builds_once_and_then_loads_from_the_cache(tmp_path, cpu_adam):
     cache = tmp_path / "cache"
-    out, err = outcome(start(cache))
+    out, err = outcome(start(cache, ADAMOPS_CPU_TARGETS="native"))
     assert out == f"{cpu_adam.supported_targets()[0]}\n"
     assert "adamops: building cpu_adam for this machine, once ... done in" in err
     assert len(list(cache.glob("*/*.so"))) == 1
-    assert outcome(start(cache)) == (out, "")
+    assert outcome(start(cache, ADAMOPS_CPU_TARGETS="native")) == (out, "")
     _, err = outcome(start(cache, CXXFLAGS="-DSOMETHING_ELSE"))  # other flags, another build
     assert "building" in err
     assert len(list(cache.glob("*/*.so"))) == 2
@@ -255,7 +260,7 @@ def in_namespace(script, *arguments):
 
 def run_in_namespace(script, cache, code=BUILD):
     command = in_namespace(script, cache, sys.executable, textwrap.dedent(code))
-    environment = {**os.environ, "ADAMOPS_CACHE_DIR": str(cache)}
+    environment = environment_of_build(cache)
     return subprocess.run(command, cwd=cache.parent, env=environment, capture_output=True, text=True, timeout=300)
 
 
@@ -290,7 +295,7 @@ def test_a_full_disk_leaves_nothing_broken(tmp_path):
 
 
 @pytest.mark.slow
-def test_a_read_only_cache_serves_what_it_has(tmp_path, cpu_adam):
+def test_a_read_only_cache_serves_what_it_has(tmp_path):
     cache = tmp_path / "cache"
     cache.mkdir(mode=0o700)
     read_only = 'mount --bind "$1" "$1"; mount -o remount,bind,ro "$1"; "$2" -c "$3"'
@@ -300,7 +305,7 @@ def test_a_read_only_cache_serves_what_it_has(tmp_path, cpu_adam):
     assert "Read-only file system" in done.stdout and "set ADAMOPS_CACHE_DIR" in done.stdout
     outcome(start(cache))
     done = run_in_namespace(read_only, cache)
-    assert (done.stdout, done.stderr) == (f"{cpu_adam.supported_targets()[0]}\n", "")
+    assert (done.stdout, done.stderr) == ("baseline\n", "")
 
 
 @pytest.mark.slow
