@@ -5,9 +5,9 @@ Imports neither torch nor adamops, so that setup.py can use it before anything i
 
 from __future__ import annotations
 
-import dataclasses
 import functools
 import importlib.metadata
+from typing import NamedTuple
 
 from .builder import Compatibility, OpBuilder, OpUnavailableError
 from .compile import BuildError, CompileUnit
@@ -37,8 +37,7 @@ ENTRY_POINT_GROUP = "adamops.op_builders"
 _CONTRACT = ("NAME", "compatibility", "is_prebuilt", "load")
 
 
-@dataclasses.dataclass(frozen=True)
-class RegisteredOp:
+class RegisteredOp(NamedTuple):
     """An op by name, with its builder or what is wrong with it.
 
     `origin` is "built-in", or the distribution that offers it.

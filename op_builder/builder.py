@@ -5,7 +5,6 @@ Must not know any particular op, nor how compilers are run (compile.py) or build
 
 from __future__ import annotations
 
-import dataclasses
 import importlib
 import importlib.util
 import os
@@ -14,7 +13,7 @@ import weakref
 from collections.abc import Sequence
 from pathlib import Path
 from types import ModuleType
-from typing import Any
+from typing import Any, NamedTuple
 
 from .compile import BuildError, CompileUnit, extension_suffix, pybind11_headers, read_record
 
@@ -26,8 +25,7 @@ class OpUnavailableError(RuntimeError):
     """An op can be loaded in no way; the message lists each attempt, why it failed, and what to do."""
 
 
-@dataclasses.dataclass(frozen=True)
-class Compatibility:
+class Compatibility(NamedTuple):
     """Whether an op can be built on this machine, and the reason in words either way."""
 
     ok: bool

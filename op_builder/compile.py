@@ -6,22 +6,19 @@ Must not know any particular op.
 
 from __future__ import annotations
 
-import dataclasses
 import functools
 import importlib.machinery
 import importlib.util
 import json
 import os
 import platform
-import shlex
 import shutil
 import subprocess
-import sysconfig
 import tempfile
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 from . import environment
 
@@ -36,8 +33,7 @@ class BuildError(RuntimeError):
     """An op could not be compiled; the message holds the compiler's output."""
 
 
-@dataclasses.dataclass(frozen=True)
-class CompileUnit:
+class CompileUnit(NamedTuple):
     """One run of the compiler: a source, which the builder locates, and the flags of its own that it needs.
 
     `label` keeps apart the objects of a source that is compiled more than once (say, once per SIMD target). `command`
@@ -102,7 +98,7 @@ class Compiler:
     def _ask(self, question: str) -> str:
         result = subprocess.run([*self.command, question], capture_output=True, text=True, check=False)
         if result.returncode or not result.stdout.strip():
-            raise BuildError(f"{shlex.join(self.command)} {question} failed: {result.stderr.strip()}")
+            raise BuildError(f"{environment.quoted(self.command)} {question} failed: {result.stderr.strip()}")
         return result.stdout
 
     def accepts(self, flags: Sequence[str]) -> bool:
@@ -114,7 +110,7 @@ class Compiler:
         command = [*self.command, *arguments]
         result = subprocess.run(command, capture_output=True, text=True, errors="replace", check=False)
         if result.returncode:
-            raise BuildError(f"{shlex.join(command)}\nfailed:\n{result.stderr or result.stdout}")
+            raise BuildError(f"{environment.quoted(command)}\nfailed:\n{result.stderr or result.stdout}")
 
 
 @functools.cache
@@ -124,6 +120,8 @@ def _compiles(command: tuple[str, ...]) -> bool:
 
 def python_headers() -> Path:
     """The folder of Python.h."""
+    import sysconfig  # takes a millisecond, and most processes compile nothing
+
     return Path(sysconfig.get_paths()["include"])
 
 

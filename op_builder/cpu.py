@@ -5,17 +5,15 @@ Runs at build time. At run time the extension itself asks CPUID, which takes no 
 
 from __future__ import annotations
 
-import dataclasses
 import functools
-from typing import Any
+from typing import Any, NamedTuple
 
 from . import environment
 from .builder import Compatibility, OpBuilder
 from .compile import Compiler, CompileUnit, cannot_compile_extensions
 
 
-@dataclasses.dataclass(frozen=True)
-class SimdTarget:
+class SimdTarget(NamedTuple):
     """One way to compile the kernels.
 
     `machine` is the architecture (None: any other), `flags` are the compiler's, `cpu_flags` are py-cpuinfo's names of
@@ -59,8 +57,7 @@ def native_cpu_flags() -> frozenset[str]:
     return frozenset(cpuinfo.get_cpu_info().get("flags", ()))
 
 
-@dataclasses.dataclass(frozen=True)
-class TargetChoice:
+class TargetChoice(NamedTuple):
     """Which targets were asked for, which will be built (best first), and which not, with the reason."""
 
     requested: str

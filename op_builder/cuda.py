@@ -5,17 +5,15 @@ Must not know any particular op. At run time the extension itself asks the CUDA 
 
 from __future__ import annotations
 
-import dataclasses
 import functools
 import os
 import platform
 import re
 import shutil
 import subprocess
-import sysconfig
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 from . import environment
 from .builder import Compatibility, OpBuilder, OpUnavailableError
@@ -25,8 +23,7 @@ from .compile import BuildError, Compiler, CompileUnit, cannot_compile_extension
 WHEEL_ARCHITECTURES = ("75", "80", "86", "89", "90", "100", "120")
 
 
-@dataclasses.dataclass(frozen=True)
-class Nvcc:
+class Nvcc(NamedTuple):
     """A CUDA compiler that has been asked about itself."""
 
     path: str
@@ -37,6 +34,8 @@ class Nvcc:
     @classmethod
     def find(cls) -> Nvcc | None:
         """The first that runs, of those in $CUDA_HOME, on PATH and in NVIDIA's wheels; None if there is none."""
+        import sysconfig  # takes a millisecond, and most processes compile nothing
+
         home = os.environ.get("CUDA_HOME", "").strip()
         wheels = Path(sysconfig.get_paths()["purelib"]) / "nvidia"
         candidates = (
@@ -89,8 +88,7 @@ def _output(*command: str) -> str:
     return done.stdout + done.stderr
 
 
-@dataclasses.dataclass(frozen=True)
-class ArchitectureChoice:
+class ArchitectureChoice(NamedTuple):
     """Which architectures were asked for and by whom, which will be built, and which not, with the reason.
 
     `enabled` holds "90" for machine code, and "90+PTX" for that and PTX too.
@@ -112,7 +110,7 @@ class ArchitectureChoice:
         if any(name != number for name, number in renamed.items()):
             renamed[min(renamed, key=lambda name: int(renamed[name]))] += "+PTX"
         enabled = tuple(renamed.get(name, name) for name in self.enabled)
-        return dataclasses.replace(self, enabled=enabled, from_one_ptx=True)
+        return self._replace(enabled=enabled, from_one_ptx=True)
 
     def nvcc_flags(self) -> list[str]:
         """The flags that make nvcc compile for them."""

@@ -7,8 +7,7 @@ from __future__ import annotations
 
 import os
 import re
-import shlex
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 
 
@@ -100,11 +99,20 @@ def simd(valid: Sequence[str]) -> str | None:
 
 def words(name: str) -> list[str]:
     """The words of CXX, CXXFLAGS or LDFLAGS, split as a shell does; none if it is unset."""
+    import shlex  # which most processes do not need
+
     value = os.environ.get(name, "")
     try:
         return shlex.split(value)
     except ValueError as error:
         raise ValueError(f"{name}={value!r} is not valid: {error}; quote it as for a shell") from error
+
+
+def quoted(command: Iterable[str]) -> str:
+    """The opposite of words(): a command as one could type it."""
+    import shlex
+
+    return shlex.join(command)
 
 
 def max_jobs() -> int:

@@ -5,7 +5,7 @@ The definition, with its reasons, is csrc/adam/block_codes.h; the same bits come
 
 from __future__ import annotations
 
-import dataclasses
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -17,8 +17,7 @@ _MAGNITUDE = 0x7FFFFFFF
 _LEAST_SCALE, _MOST_SCALE = (127 - 90) << 7, 0x7F7F
 
 
-@dataclasses.dataclass(frozen=True)
-class Code:
+class Code(NamedTuple):
     """What the codes of a state mean: its SignedCode or UnsignedCode in csrc/adam/block_codes.h."""
 
     dtype: torch.dtype

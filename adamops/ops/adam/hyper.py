@@ -14,7 +14,7 @@ from .precision import Precision
 from .settings import check_number, unpacked_betas
 
 
-@dataclasses.dataclass(slots=True)  # made at each step: freezing it takes a microsecond
+@dataclasses.dataclass(slots=True, eq=False, repr=False)  # made at each step: freezing it takes a microsecond
 class AdamHyper:
     """The hyper-parameters of one param group, and what a step needs to know besides.
 
