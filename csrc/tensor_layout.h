@@ -12,6 +12,16 @@
 
 namespace adamops {
 
+using VersionCounter = std::atomic<uint32_t>;
+
+// Bumps the version of a tensor, as each operation of torch that writes in place does, so that autograd notices that a
+// value it has saved is gone.
+inline void count_write(VersionCounter& counter) {
+  // Not fetch_add(), which would wait for each counter to come from memory before it asks for the next. Where two
+  // threads write a tensor at once, one of their counts may be lost; the other says enough.
+  counter.store(counter.load(std::memory_order_relaxed) + 1, std::memory_order_relaxed);
+}
+
 struct TensorLayout {
   // Offsets in bytes.
   int64_t impl;                               // in the Python object: the pointer to torch's TensorImpl
@@ -22,30 +32,23 @@ struct TensorLayout {
   // conjugated, nor a zero tensor, nor one that a mode or transform of torch has wrapped.
   uint64_t tensor_type, storage_type, plain_keys;
 
-  // Whether this object, of a type whose instances are torch tensors, has the `size` bytes at `address` in its storage.
-  bool proves(const PyObject* tensor, const char* address, int64_t size) const {
+  // The version counter of this object, of a type whose instances are torch tensors, if it has the `size` bytes at
+  // `address` in its storage; else null. It is there for as long as the object's tensor, or one that shares its memory.
+  VersionCounter* proven(const PyObject* tensor, const char* address, int64_t size) const {
     const char* const tensor_impl = at<const char*>(tensor, impl);
     if (!tensor_impl || at<uint64_t>(tensor_impl, 0) != tensor_type || at<uint64_t>(tensor_impl, key_set) != plain_keys)
-      return false;
+      return nullptr;
     const char* const storage_impl = at<const char*>(tensor_impl, storage);
-    if (!storage_impl || at<uint64_t>(storage_impl, 0) != storage_type) return false;
-    const char* const counter = at<const char*>(tensor_impl, version_counter);
-    if (!counter) return false;      // made in inference mode, and given other data since
+    if (!storage_impl || at<uint64_t>(storage_impl, 0) != storage_type) return nullptr;
+    char* const counter = at<char*>(tensor_impl, version_counter);
+    if (!counter) return nullptr;    // made in inference mode, and given other data since
     __builtin_prefetch(counter, 1);  // for count_write()
+    auto* const found = reinterpret_cast<VersionCounter*>(counter + version);
     const char* const begin = at<const char*>(storage_impl, data);
     const int64_t length = at<int64_t>(storage_impl, nbytes);
-    if (size == 0) return true;
-    return begin && length >= size && address >= begin && address - begin <= length - size;
-  }
-
-  // Bumps the version of a tensor that proves() took, as each operation of torch that writes in place does, so that
-  // autograd notices that a value it has saved is gone.
-  void count_write(const PyObject* tensor) const {
-    char* const counter = at<char*>(at<const char*>(tensor, impl), version_counter);
-    auto* const count = reinterpret_cast<std::atomic<uint32_t>*>(counter + version);
-    // Not fetch_add(), which would wait for each counter to come from memory before it asks for the next. Where two
-    // threads write a tensor at once, one of their counts may be lost; the other says enough.
-    count->store(count->load(std::memory_order_relaxed) + 1, std::memory_order_relaxed);
+    if (size == 0) return found;
+    const bool fits = begin && length >= size && address >= begin && address - begin <= length - size;
+    return fits ? found : nullptr;
   }
 
  private:

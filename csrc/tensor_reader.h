@@ -32,6 +32,7 @@ class TensorReader {
     DlTensor tensor;
     Dtype dtype;
     int64_t numel;
+    VersionCounter* version;
 
     void* address() const { return static_cast<char*>(tensor.data) + tensor.byte_offset; }
     bool same_shape(const View& other) const {
@@ -85,8 +86,6 @@ class TensorReader {
     return true;
   }
 
-  const TensorLayout& layout() const { return layout_; }
-
   // Reads a plain tensor of integers, signed or not, of so many bits.
   bool read_integers(PyObject* object, bool is_signed, int bits, View& view) const {
     return read_any(object, view) && view.tensor.dtype_code == (is_signed ? kDlInt : kDlUInt) &&
@@ -110,8 +109,10 @@ class TensorReader {
       view.numel *= tensor.shape[i];
     }
     const bool aligned = reinterpret_cast<uintptr_t>(view.address()) % std::max(tensor.dtype_bits / 8, 1) == 0;
-    return (contiguous || view.numel == 0) && aligned &&
-           layout_.proves(object, static_cast<const char*>(view.address()), view.numel * (tensor.dtype_bits / 8));
+    if ((!contiguous && view.numel != 0) || !aligned) return false;
+    view.version =
+        layout_.proven(object, static_cast<const char*>(view.address()), view.numel * (tensor.dtype_bits / 8));
+    return view.version;
   }
 
   static pybind11::object attribute(PyObject* object, PyObject* name) {

@@ -47,11 +47,11 @@ class Gate:
     def __getattr__(self, name):
         return getattr(self._module, name)
 
-    def adam_steps(self, reader, calls):
+    def adam_steps(self, calls):
         self.entered.set()
         self.calls += [(threading.current_thread(), threads, torch.is_grad_enabled()) for *_, threads in calls]
         assert self._open.wait(SECONDS)
-        self._module.adam_steps(reader, calls)
+        self._module.adam_steps(calls)
 
     def open(self):
         self._open.set()

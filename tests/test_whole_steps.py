@@ -14,6 +14,7 @@ from torch.nn import Parameter
 
 from adamops import DeepSpeedCPUAdam
 from adamops.ops.adam import background, interrupts
+from adamops.ops.adam.torch_adam import TorchBackend
 
 N = 4096  # the fewest elements that get 8-bit states
 
@@ -394,3 +395,43 @@ def test_a_tensors_own_python_cannot_free_what_another_group_is_to_update(in_bac
     finally:
         Meddler.meddle = None
     assert int(optimizer.state[param]["step"]) == 1 and optimizer.state[other]["step"] == 1
+
+
+@pytest.mark.parametrize("without_op", [False, True])
+@pytest.mark.parametrize("in_background", [False, True])
+@pytest.mark.parametrize("groups", [1, 2])
+def test_a_tensors_own_python_cannot_free_memory_at_any_moment_of_a_step(groups, in_background, without_op):
+    """At each call of a function on one of two params of a subclass, the other loses its memory."""
+    outcomes = []
+    for moment in range(1000):
+        first, second = (torch.ones(300_000).as_subclass(Meddler).requires_grad_() for _ in range(2))
+        optimizer = DeepSpeedCPUAdam([first, second] if groups == 1 else [{"params": [first]}, {"params": [second]}])
+        if without_op:
+            optimizer._backends = {torch.device("cpu"): TorchBackend()}
+        for param in (first, second):
+            param.grad = torch.ones(300_000)
+        optimizer.step()
+        calls = 0
+
+        def meddle(first=first, moment=moment):
+            nonlocal calls
+            calls += 1
+            if calls == moment:
+                Meddler.meddle = None
+                first.untyped_storage().resize_(0)
+                Meddler.meddle = meddle
+
+        Meddler.meddle = meddle
+        try:
+            optimizer.step_async().wait() if in_background else optimizer.step()
+        except (RuntimeError, ValueError) as error:
+            outcomes.append(str(error))
+        else:
+            outcomes.append("done")
+        finally:
+            Meddler.meddle = None
+        if calls < moment:
+            break
+    assert len(outcomes) > 10 and any("was freed" in outcome for outcome in outcomes)
+    if not without_op:
+        assert any("while the step was prepared" in outcome for outcome in outcomes)

@@ -2,6 +2,7 @@
 #include "adam_table.h"
 
 #include <algorithm>
+#include <initializer_list>
 #include <string>
 
 #include "../column.h"
@@ -96,6 +97,8 @@ void AdamTable::reserve(size_t count) {
   dtypes.reserve(count);
   step_rows.reserve(count);
   objects_.reserve(count);
+  written_.reserve(3 * count);
+  grads_.reserve(count);
 }
 
 void AdamTable::add_step(int64_t step) {
@@ -117,12 +120,36 @@ void AdamTable::count_steps() const {
   }
 }
 
-void AdamTable::count_writes(const TensorLayout& layout, bool zero_grads) const {
-  for (const Objects& row : objects_) {
-    for (const py::object* tensor : {&row.param, &row.exp_avg, &row.exp_avg_sq, &row.max_exp_avg_sq, &row.scales,
-                                     &row.master, zero_grads ? &row.grad : nullptr})
-      if (tensor && *tensor) layout.count_write(tensor->ptr());
+void AdamTable::count_writes(bool zero_grads) const {
+  for (VersionCounter* const counter : written_) count_write(*counter);
+  if (zero_grads)
+    for (VersionCounter* const counter : grads_) count_write(*counter);
+}
+
+std::vector<std::pair<uintptr_t, int64_t>> AdamTable::spans() const {
+  const auto size_of = [](Dtype dtype) { return int64_t{dtype == kFloat32 ? 4 : dtype == kBlockCodes ? 1 : 2}; };
+  std::vector<std::pair<uintptr_t, int64_t>> spans;
+  for (size_t i = 0; i < tensors.size(); ++i) {
+    const AdamTensor& tensor = tensors[i];
+    const AdamDtypes& own = dtypes[i];
+    const int64_t scale_columns = own.state != kBlockCodes ? 0 : amsgrad ? 3 : 2;
+    const int64_t master_size = own.master == kNoMaster      ? 0
+                                : own.master == kMasterFp32  ? 4
+                                : own.master == kRemainder16 ? 2
+                                                             : 1;
+    for (const auto& [address, size] : std::initializer_list<std::pair<const void*, int64_t>>{
+             {tensor.param, tensor.numel * size_of(own.param)},
+             {tensor.grad, tensor.numel * size_of(own.grad)},
+             {tensor.exp_avg, tensor.numel * size_of(own.state)},
+             {tensor.exp_avg_sq, tensor.numel * size_of(own.state)},
+             {tensor.max_exp_avg_sq, amsgrad ? tensor.numel * size_of(own.state) : 0},
+             {tensor.master, tensor.numel * master_size},
+             {tensor.scales, blocks_of(tensor.numel) * scale_columns * 2},
+             {tensor.lowp_out, tensor.lowp_out ? tensor.numel * 2 : 0}})
+      if (size) spans.emplace_back(reinterpret_cast<uintptr_t>(address), size);
   }
+  for (const float* const count : device_steps) spans.emplace_back(reinterpret_cast<uintptr_t>(count), sizeof *count);
+  return spans;
 }
 
 py::list AdamTable::borrowed() const {
@@ -131,6 +158,8 @@ py::list AdamTable::borrowed() const {
     for (const py::object* tensor :
          {&row.param, &row.grad, &row.exp_avg, &row.exp_avg_sq, &row.max_exp_avg_sq, &row.scales, &row.master})
       if (*tensor) tensors.append(*tensor);
+  if (counts_on_device())
+    for (const Objects& row : objects_) tensors.append(row.step);
   return tensors;
 }
 
@@ -209,7 +238,11 @@ bool AdamTable::add(const TensorReader& reader, PyObject* param, py::object grad
                      stream});
   dtypes.push_back(own_dtypes);
   objects_.push_back(std::move(row));
-  made_by_reader_ = true;
+  written_.insert(written_.end(), {p.version, m.version, v.version});
+  if (amsgrad) written_.push_back(max_v.version);
+  if (m.dtype == kBlockCodes) written_.push_back(scales.version);
+  if (own_master != kNoMaster) written_.push_back(master_view.version);
+  grads_.push_back(g.version);
   this->sharded |= sharded;
   return true;
 }
@@ -341,13 +374,10 @@ void bind_adam_table(py::module_& module) {
       .def_readonly("steps", &AdamTable::steps, "The distinct step counts, this step included.")
       .def_property_readonly("counts_on_device", &AdamTable::counts_on_device, "Whether step counts are in tensors.")
       .def_property_readonly("borrowed", &AdamTable::borrowed, "The tensors that the table was made from.")
+      .def_property_readonly("spans", &AdamTable::spans, "Of each tensor the address, and how many bytes are used.")
       .def_readonly("sharded", &AdamTable::sharded, "Whether there are DTensors among the params.")
-      .def(
-          "count_writes",
-          [](const AdamTable& table, const TensorReader& reader, bool zero_grads) {
-            table.count_writes(reader.layout(), zero_grads);
-          },
-          py::arg("reader"), py::arg("zero_grads"), "Bumps the versions of what a step writes.");
+      .def("count_writes", &AdamTable::count_writes, py::arg("zero_grads"),
+           "Bumps the versions of what a step writes.");
   module.def("grads_overlap", &grads_overlap, py::arg("tables"), "Whether grads share memory with one another.");
   module.def("columns_of", &columns_of, py::arg("reader"), py::arg("tensors"),
              "Addresses, sizes and dtype codes of tensors, or None if one of them is not plain.");

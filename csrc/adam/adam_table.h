@@ -9,6 +9,7 @@
 #include <cstdint>
 #include <memory>
 #include <unordered_map>
+#include <utility>
 #include <vector>
 
 #include "../tensor_reader.h"
@@ -47,13 +48,13 @@ class AdamTable {
   void count_steps() const;
 
   // Has autograd know what the step writes, of a table made from params: for `zero_grads` the grads too.
-  void count_writes(const TensorLayout& layout, bool zero_grads) const;
+  void count_writes(bool zero_grads) const;
 
   // All tensors that the table borrows memory of; of DTensors the local ones.
   pybind11::list borrowed() const;
 
-  // Whether this was made from params, and not from addresses.
-  bool made_by_reader() const { return made_by_reader_; }
+  // Where each tensor of each column begins, and how many bytes of it a step reads or writes.
+  std::vector<std::pair<uintptr_t, int64_t>> spans() const;
 
   // Remembers the dict that a tensor's step count is to be written to, of a table made from addresses.
   void add_state(pybind11::object state);
@@ -63,7 +64,11 @@ class AdamTable {
   bool add(const TensorReader& reader, PyObject* param, pybind11::object grad, PyObject* state, uint32_t stream);
 
   // Releases the references to the tensors.
-  void release() { objects_.clear(); }
+  void release() {
+    written_.clear();
+    grads_.clear();
+    objects_.clear();
+  }
 
   bool sharded = false;  // whether there are DTensors among the params
 
@@ -76,7 +81,7 @@ class AdamTable {
     pybind11::object param, grad, state, step, exp_avg, exp_avg_sq, max_exp_avg_sq, scales, master;
   };
   std::vector<Objects> objects_;
-  bool made_by_reader_ = false;
+  std::vector<VersionCounter*> written_, grads_;       // of a table made from params; the objects keep them
   std::unordered_map<int64_t, uint32_t> row_of_step_;  // where `steps` has each
 };
 

@@ -70,9 +70,8 @@ class PreparedStep {
     scalars_ = scalars_of(host_scalars, table.steps);
   }
 
-  // `layout` is that of the reader that made the table; null if it was made of addresses.
-  void run(const TensorLayout* layout) {
-    if (layout) table_.count_writes(*layout, mode_.zero_grads);
+  void run() {
+    table_.count_writes(mode_.zero_grads);
     table_.count_steps();  // before the update, as the states are still in the caches
     for_each_piece(sizes_, threads_, [&](size_t i, int64_t begin, int64_t end) {
       ranges_[i](table_.tensors[i], {table_.dtypes[i], mode_, scalars_[table_.step_rows[i]], prefetch_bytes_}, begin,
@@ -92,22 +91,19 @@ class PreparedStep {
 
 void adam_step(AdamTable& table, const HostScalars& host_scalars, bool l2, int threads, bool zero_grads,
                bool stochastic_rounding) {
-  PreparedStep(table, host_scalars, {l2, table.amsgrad, zero_grads, stochastic_rounding}, threads).run(nullptr);
+  PreparedStep(table, host_scalars, {l2, table.amsgrad, zero_grads, stochastic_rounding}, threads).run();
 }
 
 // The arguments of adam_step(), with l2, zero_grads and stochastic_rounding before threads.
 using StepArguments = std::tuple<AdamTable*, HyperNumbers, bool, bool, bool, int>;
 
 // No Python code runs between the steps, so that a signal's handler cannot leave some undone.
-void adam_steps(const TensorReader* reader, const std::vector<StepArguments>& calls) {
+void adam_steps(const std::vector<StepArguments>& calls) {
   std::vector<PreparedStep> steps;
   steps.reserve(calls.size());
   for (const auto& [table, numbers, l2, zero_grads, stochastic_rounding, threads] : calls)
     steps.emplace_back(*table, numbers, AdamMode{l2, table->amsgrad, zero_grads, stochastic_rounding}, threads);
-  for (size_t i = 0; i < steps.size(); ++i) {
-    const bool is_read = std::get<0>(calls[i])->made_by_reader();
-    steps[i].run(reader && is_read ? &reader->layout() : nullptr);
-  }
+  for (PreparedStep& step : steps) step.run();
 }
 
 double grad_norm(const py::list& addresses, const py::list& numels, const py::list& dtypes, Norm norm, int threads) {
@@ -188,9 +184,9 @@ PYBIND11_MODULE(cpu_adam, module) {
              "One step for the table's tensors, with the scalars of AdamHyper.numbers(), or with a row of scalars for "
              "each of the table's steps. Counts it in the states that the table was made from, and releases the "
              "references to the tensors.");
-  module.def("adam_steps", &adam_steps, py::arg("reader"), py::arg("calls"),
+  module.def("adam_steps", &adam_steps, py::arg("calls"),
              "Steps of (table, AdamHyper.numbers(), l2, zero_grads, stochastic_rounding, threads) each, one after "
-             "another. `reader` is that of the tables, and has autograd know what was written; or None.");
+             "another. Of tables of a reader autograd is told what was written.");
   module.def(
       "grad_norm",
       [](const py::list& addresses, const py::list& numels, const py::list& dtypes, double norm_type, int threads) {

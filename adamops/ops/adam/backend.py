@@ -14,7 +14,7 @@ from .hyper import AdamHyper
 from .memory import count_writes
 
 
-@dataclasses.dataclass(slots=True)
+@dataclasses.dataclass(slots=True, eq=False, repr=False)
 class Update:
     """What a backend has prepared: whatever can fail has been done, and nothing has been written yet.
 

@@ -10,6 +10,7 @@ from collections.abc import Sequence
 import torch
 
 from .backend import Backend, Update
+from .memory import PLAIN_TYPES
 
 
 class _Flag:
@@ -91,10 +92,13 @@ class AsyncStep:
     def add(self, backend: Backend | None, update: Update) -> None:
         """Leaves an update to be done in the background, and keeps the memory that it works on.
 
-        The tensors alone would not keep it: `param.data = ...` gives a tensor other memory.
+        The tensors alone would not keep it: `param.data = ...` gives a tensor other memory, and
+        torch.utils.swap_tensors() another version counter.
         """
         self._updates.append((backend, update))
-        self._kept += [tensor.untyped_storage() for tensor in update.borrowed()]
+        tensors = update.borrowed()
+        self._kept += [tensor.untyped_storage() for tensor in tensors]
+        self._kept += [tensor.detach() for tensor in tensors if type(tensor) in PLAIN_TYPES]
 
     def fail(self, error: BaseException) -> None:
         """Ends the step before it has begun."""
@@ -112,7 +116,12 @@ class AsyncStep:
 
     def _run(self) -> None:
         try:
-            with torch.inference_mode(self._is_inference), torch.no_grad():  # each thread has modes of its own
+            # Each thread has modes of its own. Tensors' own Python might free what was proved to be there.
+            with (
+                torch.inference_mode(self._is_inference),
+                torch.no_grad(),
+                torch._C.DisableTorchFunctionSubclass(),
+            ):
                 run_updates(self._updates)
         except BaseException as error:
             self._error = error

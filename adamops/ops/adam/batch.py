@@ -21,7 +21,7 @@ from .precision import AVERAGES, DTYPES, MASTER, REMAINDER, SCALES, STATE_TENSOR
 MOST_STEPS = 2**53  # kMostSteps in csrc/adam/adam_table.h
 
 
-@dataclasses.dataclass
+@dataclasses.dataclass(eq=False, repr=False)
 class AdamBatch:
     """Params with what belongs to each; every tensor of a row has the param's shape and lies in memory like it.
 
@@ -54,8 +54,15 @@ class AdamBatch:
 
     @property
     def has_all_defaults(self) -> bool:
-        """Whether the params alone say all: they are the first of their group, whole, and are written nowhere else."""
-        return self.lowp_outs is None and not self.has_shards and self.indices == list(range(len(self.indices)))
+        """Whether the params and states alone say all: they are the first of their group, whole, and are written, and
+        their steps are counted, nowhere else.
+        """
+        return (
+            self.lowp_outs is None
+            and not self.has_shards
+            and self.indices == list(range(len(self.indices)))
+            and all(owned is state for owned, state in zip(self.counted_states, self.states, strict=True))
+        )
 
     def state_dtypes(self, param: Tensor) -> dict[str, torch.dtype]:
         """The names of the tensors that the state of a param must have, with the dtypes of new ones."""

@@ -62,7 +62,7 @@ class CudaBackend(TableBackend):
             launch()
             put_back_spare_scales(spare)
 
-        return Update(run, batch.borrowed, batch.written(), table, on_host=False)
+        return Update(run, lambda: [*batch.borrowed(), *counts], batch.written(), table, on_host=False)
 
     def _runner(self, table: Any, hyper: AdamHyper, call: tuple[Any, ...] | None) -> Callable[[], None]:
         """What enqueues a step; all that torch has to make for it is made now, as that can fail."""
@@ -81,7 +81,7 @@ class CudaBackend(TableBackend):
         launch = self._runner(table, hyper, None)
 
         def run() -> None:
-            table.count_writes(self._reader, hyper.zero_grads)
+            table.count_writes(hyper.zero_grads)
             launch()
 
         return Update(run, lambda: table.borrowed, (), table, on_host=False)

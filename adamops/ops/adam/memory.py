@@ -138,6 +138,25 @@ def addresses(tensors: Sequence[Tensor | None], what: str = "a tensor") -> list[
     return [0 if tensor is None else tensor.data_ptr() for tensor in tensors]
 
 
+def check_still_there(tensors: Iterable[Tensor], spans: Iterable[tuple[int, int]] | None) -> None:
+    """Raises RuntimeError unless each span, an address with a number of bytes, is what one of the tensors begins with.
+
+    Without spans they are those of the tensors' elements, of tensors without gaps.
+
+    For when Python of the tensors' own, which may have freed what was proved before, runs no more: in a
+    torch._C.DisableTorchFunctionSubclass().
+    """
+    there: dict[int, int] = {}
+    own = []
+    for tensor in tensors:
+        # By the class, not by the object, whose own methods may be in Python.
+        address, storage = Tensor.data_ptr(tensor), Tensor.untyped_storage(tensor)
+        there[address] = max(there.get(address, 0), storage.data_ptr() + storage.nbytes() - address)
+        own.append((address, Tensor.numel(tensor) * Tensor.element_size(tensor)))
+    if any(size and there.get(address, 0) < size for address, size in (own if spans is None else spans)):
+        raise RuntimeError("The memory of a param, grad or state was freed or replaced while the step was prepared")
+
+
 def count_writes(tensors: Iterable[Tensor]) -> None:
     """Tells autograd that the tensors have been written in place, as torch's own operations do."""
     for tensor in tensors:

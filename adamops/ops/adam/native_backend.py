@@ -73,7 +73,7 @@ class NativeBackend(TableBackend):
         return lambda: self._run([call])
 
     def _run(self, calls: list[Any]) -> None:
-        self.module.adam_steps(self._reader, calls)
+        self.module.adam_steps(calls)
 
     def grad_norm(self, grads: Sequence[Tensor], norm_type: float) -> float | None:
         if not has_norm(grads, norm_type):

@@ -45,6 +45,7 @@ from .memory import (
     PLAIN_TYPES,
     aligned,
     check_readable,
+    check_still_there,
     check_torch_computes,
     check_viewable,
     check_writable,
@@ -118,7 +119,7 @@ def waits(method: _Method) -> _Method:
     return cast(_Method, waiting)
 
 
-@dataclasses.dataclass(slots=True)
+@dataclasses.dataclass(slots=True, eq=False, repr=False)
 class GroupStep:
     """One step of a param group, or of a part of it, prepared: nothing of it has been written yet."""
 
@@ -432,6 +433,15 @@ class AdamOptimizer(Optimizer):
 
     def _commit(self, steps: Sequence[GroupStep]) -> None:
         """Does what was prepared: all of it, or nothing if a signal's handler raises before it begins."""
+        if not any(step.ran_python for step in steps):
+            self._commit_proved(steps)
+            return
+        with torch._C.DisableTorchFunctionSubclass():  # from here on no Python of the tensors' own runs
+            for update in [update for step in steps for _, update in step.updates]:
+                check_still_there(update.borrowed(), update.table.spans if update.table is not None else None)
+            self._commit_proved(steps)
+
+    def _commit_proved(self, steps: Sequence[GroupStep]) -> None:
         new_states = [entry for step in steps for entry in step.new_states]
         former = self._insert(new_states) if new_states else {}
         if self._preparing is not None:
@@ -662,8 +672,9 @@ class AdamOptimizer(Optimizer):
             ]
             step.new_states += zip(batch.owners, batch.owned_states, strict=True)
         step.has_new_params |= not complete
-        step.ran_python |= any(type(tensor) not in PLAIN_TYPES for tensor in (*batch.params, *batch.grads))
-        step.updates.append((backend, backend.prepare(batch)))
+        update = backend.prepare(batch)
+        step.ran_python |= any(type(tensor) not in PLAIN_TYPES for tensor in update.borrowed())
+        step.updates.append((backend, update))
         step.sharded += [owner for owner in batch.owners if sharding.is_sharded(owner)]
 
     def _backend_of(self, param: Tensor, name: str) -> Backend:

@@ -69,9 +69,7 @@ class TableBackend:
         if batch.has_shards and self._reader is not None:
             self._reader.sharded_type = dtensor_class()  # from now on prepare_group() takes them
         states = dict(zip(batch.params, batch.states, strict=True))
-        # Its counts would go to the local states of DTensors, which are copies.
-        all_default = batch.has_all_defaults and batch.owned_states is None
-        table = self._table_of_params(batch.hyper, batch.params, states) if all_default else None
+        table = self._table_of_params(batch.hyper, batch.params, states) if batch.has_all_defaults else None
         if table is not None:
             return self._update_of_params(table, batch.hyper)
         check_params_and_grads(batch)

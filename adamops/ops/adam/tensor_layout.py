@@ -8,7 +8,6 @@ Python API. Must not know of optimizers.
 from __future__ import annotations
 
 import ctypes
-import dataclasses
 from collections.abc import Iterable, Sequence
 
 import torch
@@ -17,22 +16,8 @@ from torch import Tensor
 _WORD = 8
 _TENSOR_WORDS = 22  # a TensorImpl has 26 in torch 2.4 to 2.13, and torch asserts its size
 _STORAGE_WORDS = 8  # a StorageImpl has more
+_DTYPES = (torch.float32, torch.bfloat16, torch.complex64, torch.int8)
 _COUNTER_WORDS = 3  # a table of functions, a reference count, and the version in half a word
-
-
-@dataclasses.dataclass(frozen=True)
-class Layout:
-    """Offsets in bytes, and what stands there in a plain tensor: the fields of TensorLayout but for `plain_keys`."""
-
-    impl: int
-    key_set: int
-    storage: int
-    version_counter: int
-    data: int
-    nbytes: int
-    version: int
-    tensor_type: int
-    storage_type: int
 
 
 class _UnclearError(Exception):
@@ -51,13 +36,14 @@ def arguments(device: torch.device) -> dict[str, int] | None:
         return None
     if type(plain) is not Tensor:  # made under a mode that replaces tensors
         return None
-    return {**dataclasses.asdict(layout), "plain_keys": _keys(plain)}
+    return {**layout, "plain_keys": _keys(plain)}
 
 
-_found: Layout | None = None
+_found: dict[str, int] | None = None
 
 
-def _layout() -> Layout | None:
+def _layout() -> dict[str, int] | None:
+    """The arguments but for `plain_keys`: offsets in bytes, and what stands there in a plain tensor."""
     global _found
     if _found is None:
         try:
@@ -67,7 +53,7 @@ def _layout() -> Layout | None:
     return _found
 
 
-def _find() -> Layout:
+def _find() -> dict[str, int]:
     samples = _samples()
     if any(type(tensor) not in (Tensor, torch.nn.Parameter) for tensor in samples):
         raise _UnclearError
@@ -80,50 +66,43 @@ def _find() -> Layout:
     version_counter = _version_counter()
     counters = [_words(words[version_counter], _COUNTER_WORDS) for words in tensor_words]
     versions = [tensor._version for tensor in samples]
-    return Layout(
-        impl=_WORD * _place(objects, impls),
-        key_set=_WORD * _place(tensor_words, list(map(_keys, samples))),
-        storage=_WORD * _place(tensor_words, storage_impls),
-        version_counter=_WORD * version_counter,
-        data=_WORD * _place(storage_words, [storage.data_ptr() for storage in storages]),
-        nbytes=_WORD * _place(storage_words, [storage.nbytes() for storage in storages]),
-        version=_WORD * _place([[word & 0xFFFFFFFF for word in words] for words in counters], versions),
-        tensor_type=_same([words[0] for words in tensor_words]),
-        storage_type=_same([words[0] for words in storage_words]),
-    )
+    return {
+        "impl": _WORD * _place(objects, impls),
+        "key_set": _WORD * _place(tensor_words, list(map(_keys, samples))),
+        "storage": _WORD * _place(tensor_words, storage_impls),
+        "version_counter": _WORD * version_counter,
+        "data": _WORD * _place(storage_words, [storage.data_ptr() for storage in storages]),
+        "nbytes": _WORD * _place(storage_words, [storage.nbytes() for storage in storages]),
+        "version": _WORD * _place([[word & 0xFFFFFFFF for word in words] for words in counters], versions),
+        "tensor_type": _same([words[0] for words in tensor_words]),
+        "storage_type": _same([words[0] for words in storage_words]),
+    }
 
 
 def _samples() -> list[Tensor]:
     """Tensors that differ in all that is looked for."""
     with torch.inference_mode(False), torch.no_grad():
-        dtypes = (torch.float32, torch.bfloat16, torch.int8, torch.float16, torch.complex64, torch.float64)
-        made = [
-            torch.zeros(1009 + 37 * i, dtype=dtypes[i % len(dtypes)], device="cpu", requires_grad=False)
-            for i in range(12)
-        ]
-        made.append(torch.frombuffer(bytearray(3000), dtype=torch.float32))  # its memory is another object's
-        made += [made[0][3:], made[4].conj(), torch._neg_view(made[0]), torch.nn.Parameter(made[0][:77].clone())]
-        for times, tensor in enumerate(made[:12]):
+        made = [torch.zeros(1009 + 37 * i, device="cpu", dtype=dtype) for i, dtype in enumerate(_DTYPES)]
+        for times, tensor in enumerate(made):
             for _ in range(times):
                 tensor.zero_()
+        made.append(torch.frombuffer(bytearray(3000), dtype=torch.float32))  # its memory is another object's
+        made += [made[2].conj(), torch._neg_view(made[0]), torch.nn.Parameter(torch.zeros(77, device="cpu"))]
     return made
 
 
 def _version_counter() -> int:
     """The word of a TensorImpl that points to the version counter: detach() shares it, and .data has another."""
     with torch.inference_mode(False), torch.no_grad():
-        pairs = []
-        for size in (5, 11):
-            tensor = torch.zeros(size, device="cpu")
-            pairs.append((tensor, tensor.detach(), tensor.data))
-    same = [_words(tensor._cdata, _TENSOR_WORDS) for tensor, _, _ in pairs]
-    shared = [_words(detached._cdata, _TENSOR_WORDS) for _, detached, _ in pairs]
-    other = [_words(data._cdata, _TENSOR_WORDS) for _, _, data in pairs]
+        # Of five dimensions, as those that a tensor lacks are left as they were in memory, which may be anything.
+        made = [torch.zeros((size, 1, 1, 1, 1), device="cpu") for size in (5, 11, 7, 13)]
+        alike = [(tensor, tensor.detach(), tensor.data) for tensor in made]
+    words = [[_words(tensor._cdata, _TENSOR_WORDS) for tensor in tensors] for tensors in alike]
     return _only(
         i
         for i in range(_TENSOR_WORDS)
-        if all(a[i] == b[i] and a[i] and c[i] and a[i] != c[i] for a, b, c in zip(same, shared, other, strict=True))
-        and same[0][i] != same[1][i]
+        if all(a[i] and a[i] == b[i] and c[i] and c[i] != a[i] for a, b, c in words)
+        and len({a[i] for a, _, _ in words}) == len(words)
     )
 
 
@@ -140,8 +119,10 @@ def _place(objects: Sequence[Sequence[int]], expected: Sequence[int]) -> int:
     """The only index at which all objects have what is expected of them."""
     if len(set(expected)) < 2:
         raise _UnclearError
-    shortest = min(map(len, objects))
-    return _only(i for i in range(shortest) if all(o[i] == e for o, e in zip(objects, expected, strict=True)))
+    places = set(range(min(map(len, objects))))
+    for words, value in zip(objects, expected, strict=True):
+        places = {i for i in places if words[i] == value}
+    return _only(places)
 
 
 def _only(found: Iterable[int]) -> int:
