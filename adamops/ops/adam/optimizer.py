@@ -433,6 +433,8 @@ class AdamOptimizer(Optimizer):
 
     def _commit(self, steps: Sequence[GroupStep]) -> None:
         """Does what was prepared: all of it, or nothing if a signal's handler raises before it begins."""
+        if any(step.after for step in steps):
+            check_torch_computes()
         if not any(step.ran_python for step in steps):
             self._commit_proved(steps)
             return
