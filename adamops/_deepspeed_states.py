@@ -16,12 +16,12 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .ops.adam.batch import is_coded
-from .ops.adam.block_codes import BLOCK
-from .ops.adam.coded_states import coded_states, float_states
+from .ops.adam.batch import is_quantized
 from .ops.adam.optimizer import AdamOptimizer
 from .ops.adam.precision import AVERAGES, SCALES
-from .ops.adam.saving import without_codes
+from .ops.adam.quantization import BLOCK
+from .ops.adam.quantized_states import dequantized_states, quantized_states
+from .ops.adam.saving import without_quantized
 
 _ELASTIC = (
     'with "elastic_checkpoint" DeepSpeed cuts states by name and would lose the scales of 8-bit states. Leave it out: '
@@ -37,7 +37,7 @@ def read_piece(state: dict[str, Any], key: str, start: int, numel: int) -> Tenso
     """Elements of a quantized average of a flat param, as new float32 numbers."""
     if numel == 0:
         return torch.zeros(0, device=state[key].device)
-    return float_states(_blocks(state, start, numel))[key].narrow(0, start % BLOCK, numel)
+    return dequantized_states(_blocks(state, start, numel))[key].narrow(0, start % BLOCK, numel)
 
 
 def write_piece(state: dict[str, Any], key: str, start: int, values: Tensor) -> None:
@@ -46,9 +46,9 @@ def write_piece(state: dict[str, Any], key: str, start: int, values: Tensor) -> 
     if values.numel() == 0:
         return
     blocks = _blocks(state, start, values.numel())
-    floats = float_states(blocks)
+    floats = dequantized_states(blocks)
     floats[key].narrow(0, start % BLOCK, values.numel()).copy_(values)
-    for name, tensor in coded_states(floats).items():
+    for name, tensor in quantized_states(floats).items():
         held = blocks[name]
         (held[:, : tensor.shape[1]] if name == SCALES else held).copy_(tensor)
 
@@ -61,7 +61,7 @@ def _blocks(state: dict[str, Any], start: int, numel: int) -> dict[str, Tensor]:
 
 
 def _is_quantized(state: Any, key: str | None) -> bool:
-    return key in AVERAGES and isinstance(state, dict) and is_coded(state)
+    return key in AVERAGES and isinstance(state, dict) and is_quantized(state)
 
 
 # DeepSpeed's helpers -----------------------------------------------------------------------------------------------
@@ -245,7 +245,7 @@ def _wrap_loading() -> None:
 def _adopt_states(optimizer: AdamOptimizer) -> None:
     """Brings states that were put there from outside into the form that the optimizer's own load_state_dict() gives."""
     for state in optimizer.state.values():
-        if not is_coded(state):
+        if not is_quantized(state):
             state.pop(SCALES, None)  # of the states that are no longer there
     optimizer.load_state_dict(optimizer.state_dict())
 
@@ -255,7 +255,7 @@ def _refuse_elastic_checkpoints() -> None:
 
     def check(original: Callable[..., Any]) -> Callable[..., Any]:
         def checked(self: Any, *arguments: Any, **named: Any) -> Any:
-            if any(is_coded(state) for state in self.optimizer.state.values() if isinstance(state, dict)):
+            if any(is_quantized(state) for state in self.optimizer.state.values() if isinstance(state, dict)):
                 raise NotImplementedError(_ELASTIC)
             return original(self, *arguments, **named)
 
@@ -273,7 +273,7 @@ def dequantized(loaded: Any) -> Any:
     for name in ("base_optimizer_state", "optimizer_state_dict"):  # of ZeRO-1 and 2; of ZeRO-3
         base = optimizer.get(name)
         if isinstance(base, dict) and isinstance(base.get("state"), dict):
-            base["state"] = {key: without_codes(entry) for key, entry in base["state"].items()}
+            base["state"] = {key: without_quantized(entry) for key, entry in base["state"].items()}
     return loaded
 
 

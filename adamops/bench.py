@@ -1,9 +1,10 @@
-"""Times the optimizers, in turns, against their peers and against merely moving the bytes: `python -m adamops.bench`.
+"""Times the optimizers against their peers and against merely moving the bytes: `python -m adamops.bench`.
 
-All contestants work on the same memory, as it can matter by a tenth where large tensors happen to lie. And ratios are
-taken within a round, as the memory of a shared machine may be twice as fast in one second as in the next.
+All implementations work on the same memory, as it can matter by a tenth where large tensors happen to lie. And ratios
+are taken within a round, as the memory of a shared machine may be twice as fast in one second as in the next.
 
-Must not know how any of them works: it calls what users call. Only the touch loop and the SIMD target are the op's own.
+Must not know how any of them works: it calls what users call. Only the bandwidth probe and the SIMD target are the
+op's own.
 """
 
 from __future__ import annotations
@@ -38,19 +39,19 @@ from .ops.adam import DeepSpeedCPUAdam
 from .ops.adam.batch import DTYPES
 from .report import cpu_name
 
-OURS, TOUCH = "adamops", "touch"
+OURS, PROBE = "adamops", "bandwidth probe"
 PREFETCH_BYTES = (0, 256, 512, 1024, 2048, 4096)
 HYPER: dict[str, Any] = {"lr": 1e-3, "betas": (0.9, 0.999), "eps": 1e-8, "weight_decay": 0.01}
 
 # Rounds that are not counted: the first makes the states, the second finds them in memory.
 WARMUP_ROUNDS = 2
 
-# Elements of the work that comes before each turn and is not counted; see _as_after_a_backward_pass().
+# Elements of the work that comes before each call and is not counted; see _as_after_a_backward_pass().
 WARM_ELEMENTS = 2_000_000
 
 
 class Unavailable(Exception):
-    """A contestant cannot take part; the message says why."""
+    """An implementation cannot take part; the message says why."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -74,20 +75,20 @@ class Work:
 
 @dataclasses.dataclass
 class Result:
-    """The times of a case in milliseconds, by contestant, in the order of their turns.
+    """The times of a case in milliseconds, by implementation, in the order of their calls.
 
-    `ours` is the contestant that the others are compared with; `skipped` maps names to reasons; `touch` has the times
-    of all prefetch distances, of which `times` has the best.
+    `ours` is the implementation that the others are compared with; `skipped` maps names to reasons; `probe` has the
+    times of all prefetch distances, of which `times` has the best.
     """
 
     title: str
     times: dict[str, list[float]]
     ours: str = OURS
     skipped: dict[str, str] = dataclasses.field(default_factory=dict)
-    touch: dict[int, list[float]] = dataclasses.field(default_factory=dict)
+    probe: dict[int, list[float]] = dataclasses.field(default_factory=dict)
 
     def median(self, name: str) -> float:
-        """The contestant's median time in milliseconds."""
+        """The implementation's median time in milliseconds."""
         return statistics.median(self.times[name])
 
     def speed(self, other: str) -> float:
@@ -97,7 +98,7 @@ class Result:
 
     def as_json(self) -> dict[str, Any]:
         """All that was measured, and what follows from it."""
-        contestants = {
+        implementations = {
             name: {
                 "median_ms": self.median(name),
                 "min_ms": min(times),
@@ -109,9 +110,9 @@ class Result:
         return {
             "title": self.title,
             "ours": self.ours,
-            "contestants": contestants,
+            "implementations": implementations,
             "skipped": self.skipped,
-            "touch_times_ms_by_prefetch_bytes": self.touch,
+            "probe_times_ms_by_prefetch_bytes": self.probe,
         }
 
 
@@ -178,7 +179,7 @@ OPTIMIZERS: dict[str, Callable[[list[Parameter], torch.dtype], Optimizer]] = {
 
 
 def eight_bit_optimizer(params: list[Parameter], _: torch.dtype) -> Optimizer:
-    """Ours with states in codes."""
+    """Ours with quantized states."""
     return DeepSpeedCPUAdam(params, **HYPER, state_dtype="8bit")
 
 
@@ -201,7 +202,7 @@ EIGHT_BIT_OPTIMIZERS: dict[str, Callable[[list[Parameter], torch.dtype], Optimiz
 }
 
 
-def entrants(options: Options) -> list[str]:
+def chosen_implementations(options: Options) -> list[str]:
     """The names of the optimizers that take part."""
     return list(OPTIMIZERS) if options.peers else [OURS]
 
@@ -212,7 +213,7 @@ def last_line(error: Exception) -> str:
     return f"{type(error).__name__}: {lines[-1]}" if lines else type(error).__name__
 
 
-class TouchLoop:
+class BandwidthProbe:
     """Moves the bytes that an optimizer's step would, and computes and changes nothing."""
 
     def __init__(self, optimizer: Optimizer) -> None:
@@ -236,25 +237,25 @@ class TouchLoop:
         )
 
     def __call__(self, prefetch_bytes: int) -> None:
-        """Moves all bytes once, asking for them so far ahead; 0 for not at all."""
-        self.module.touch(self.table, prefetch_bytes, torch.get_num_threads())
+        """Moves all bytes once, with this prefetch distance; 0 for none."""
+        self.module.bandwidth_probe(self.table, prefetch_bytes, torch.get_num_threads())
 
 
 # Timing ------------------------------------------------------------------------------------------------------------
 
 
-def time_in_turns(turns: Mapping[str, Callable[[], object]], rounds: int) -> dict[str, list[float]]:
-    """Milliseconds of each call, over so many rounds in which each takes a turn, each round in another order.
+def time_in_rounds(calls: Mapping[str, Callable[[], object]], rounds: int) -> dict[str, list[float]]:
+    """Milliseconds of each call, over so many rounds in which each is called, each round in another order.
 
     The order is random, and the same for every run: nobody profits from what its predecessor leaves in the caches.
     """
     order = random.Random(0)
-    times: dict[str, list[float]] = {name: [] for name in turns}
+    times: dict[str, list[float]] = {name: [] for name in calls}
     for i in range(-WARMUP_ROUNDS, rounds):
-        for name in order.sample(list(turns), len(turns)):
+        for name in order.sample(list(calls), len(calls)):
             _as_after_a_backward_pass()
             start = time.perf_counter()
-            turns[name]()
+            calls[name]()
             took = time.perf_counter() - start
             if i >= 0:
                 times[name].append(1e3 * took)
@@ -262,22 +263,22 @@ def time_in_turns(turns: Mapping[str, Callable[[], object]], rounds: int) -> dic
 
 
 def _as_after_a_backward_pass() -> None:
-    """Has torch's threads work for a moment, so that every turn finds them awake, as a step in training does.
+    """Has torch's threads work for a moment, so that every call finds them awake, as a step in training does.
 
     To wake them from a longer sleep may take ticks of the scheduler: 8 ms were measured after a pause of 20 ms. And
-    where a peer brings its own OpenMP runtime, whose idle threads spin for a while, that is over when the turn begins.
+    where a peer brings its own OpenMP runtime, whose idle threads spin for a while, that is over when the call begins.
     """
     torch.linspace(0, 1, WARM_ELEMENTS).sin_()
 
 
 def time_work(title: str, work: Work, options: Options, rounds: int, shared: bool = True) -> Result:
-    """Steps of all optimizers over the work, and the touch loop; `shared` if all are to use the same memory."""
+    """Steps of all optimizers over the work, and the bandwidth probe; `shared` if all are to use the same memory."""
     params = new_params(work.numels, work.dtype)
     ours = OPTIMIZERS[OURS](params, work.state_dtype)
     ours.step()
-    turns: dict[str, Callable[[], object]] = {OURS: ours.step}
+    calls: dict[str, Callable[[], object]] = {OURS: ours.step}
     skipped = {}
-    for name in entrants(options)[1:]:
+    for name in chosen_implementations(options)[1:]:
         try:
             peer = OPTIMIZERS[name](params if shared else new_params(work.numels, work.dtype), work.state_dtype)
         except Unavailable as reason:
@@ -286,15 +287,15 @@ def time_work(title: str, work: Work, options: Options, rounds: int, shared: boo
         if shared:
             peer.step()
             share_states(ours, peer)
-        turns[name] = peer.step
-    touch = TouchLoop(ours)
-    touches = {f"{TOUCH} {distance}": distance for distance in PREFETCH_BYTES}
-    turns |= {name: functools.partial(touch, distance) for name, distance in touches.items()}
+        calls[name] = peer.step
+    probe = BandwidthProbe(ours)
+    probes = {f"{PROBE} {distance}": distance for distance in PREFETCH_BYTES}
+    calls |= {name: functools.partial(probe, distance) for name, distance in probes.items()}
 
-    times = time_in_turns(turns, options.repeat or rounds)
-    by_distance = {distance: times.pop(name) for name, distance in touches.items()}
-    times[TOUCH] = min(by_distance.values(), key=statistics.median)
-    return Result(title, times, skipped=skipped, touch=by_distance)
+    times = time_in_rounds(calls, options.repeat or rounds)
+    by_distance = {distance: times.pop(name) for name, distance in probes.items()}
+    times[PROBE] = min(by_distance.values(), key=statistics.median)
+    return Result(title, times, skipped=skipped, probe=by_distance)
 
 
 # How a training script gets each.
@@ -348,9 +349,9 @@ def eight_bit_states(options: Options) -> Result:
             optimizers[name] = optimizer
     if "torch fused fp32" in optimizers:
         share_states(optimizers["adamops fp32"], optimizers["torch fused fp32"])
-    turns = {name: optimizer.step for name, optimizer in optimizers.items()}
+    calls = {name: optimizer.step for name, optimizer in optimizers.items()}
     title = f"{human(options.elements)} fp32, 8-bit states"
-    return Result(title, time_in_turns(turns, options.repeat or 5), skipped=skipped)
+    return Result(title, time_in_rounds(calls, options.repeat or 5), skipped=skipped)
 
 
 def clip_step_and_zero(options: Options) -> Result:
@@ -365,7 +366,7 @@ def clip_step_and_zero(options: Options) -> Result:
         ours.clip_grad_norm_(1.0)
         ours.step(zero_grads=True)
 
-    turns: dict[str, Callable[[], object]] = {OURS: step_of_ours}
+    calls: dict[str, Callable[[], object]] = {OURS: step_of_ours}
     if options.peers:
         theirs = torch_optimizer("fused", params, torch.float32)
         theirs.step()
@@ -376,9 +377,9 @@ def clip_step_and_zero(options: Options) -> Result:
             theirs.step()
             theirs.zero_grad(set_to_none=False)
 
-        turns["torch fused"] = step_of_torch
+        calls["torch fused"] = step_of_torch
     title = f"clip, step and zero, 200 x {human(sizes[0])} fp32"
-    return Result(title, time_in_turns(turns, options.repeat or 15))
+    return Result(title, time_in_rounds(calls, options.repeat or 15))
 
 
 def many_tensors(options: Options) -> Result:
@@ -401,9 +402,9 @@ def forced_avx2(options: Options) -> Result:
         module.use_target(target)
         optimizer.step()
 
-    turns = {ours: functools.partial(step_with, "avx2"), other: functools.partial(step_with, best)}
+    calls = {ours: functools.partial(step_with, "avx2"), other: functools.partial(step_with, best)}
     try:
-        return Result(title, time_in_turns(turns, options.repeat or 15), ours)
+        return Result(title, time_in_rounds(calls, options.repeat or 15), ours)
     finally:
         module.use_target(best)
 
@@ -411,19 +412,19 @@ def forced_avx2(options: Options) -> Result:
 def import_after_torch(options: Options) -> Result:
     """Importing the optimizer where torch is imported already, each time in a new process."""
     code = "import time, torch; start = time.perf_counter(); {}; print(1e3 * (time.perf_counter() - start))"
-    codes = {name: code.format(IMPORTS[name]) for name in entrants(options) if name in IMPORTS}
+    codes = {name: code.format(IMPORTS[name]) for name in chosen_implementations(options) if name in IMPORTS}
     return time_processes("import after torch, in a new process", codes, options)
 
 
 def first_step(options: Options) -> Result:
     """Constructing the optimizer and its first step on a small model, each time in a new process."""
     code = "from adamops import bench; print(bench.first_step_ms({!r}, {}))"
-    codes = {name: code.format(name, options.threads) for name in entrants(options)}
+    codes = {name: code.format(name, options.threads) for name in chosen_implementations(options)}
     return time_processes("first step of a small model, in a new process", codes, options)
 
 
 def time_processes(title: str, codes: Mapping[str, str], options: Options) -> Result:
-    """Runs each contestant's code in new processes, in turns; what it prints last is its time in milliseconds."""
+    """Runs each implementation's code in new processes, in rounds; what it prints last is its time in milliseconds."""
     result = Result(title, {})
     for _ in range(options.repeat or 3):
         for name, code in codes.items():
@@ -489,21 +490,21 @@ def print_environment(console: Console, facts: dict[str, Any]) -> None:
     """The line or two above the table."""
     console.print(f"[bold]{facts['cpu']}[/], {facts['cores']} cores; SIMD target {facts['simd_target']}")
     versions = f"adamops {facts['adamops']}, torch {facts['torch']}, DeepSpeed {facts['deepspeed'] or 'not installed'}"
-    console.print(f"{versions}; {facts['threads']} threads; medians of optimizer.step(), in turns\n")
+    console.print(f"{versions}; {facts['threads']} threads; medians of optimizer.step(), in rounds\n")
 
 
 def table_of(results: dict[str, Result], terminal: bool) -> Table:
-    """A line for each case and contestant. The last column is our speed relative to that contestant's."""
+    """A line for each case and implementation. The last column is our speed relative to that implementation's."""
     table = Table(box=box.ROUNDED if terminal else None, header_style="bold", pad_edge=terminal)
     table.add_column("case", no_wrap=True)
-    table.add_column("contestant", no_wrap=True)
+    table.add_column("implementation", no_wrap=True)
     table.add_column("median ms", justify="right")
     table.add_column("min ms", justify="right")
     table.add_column("speed of adamops", justify="right")
     for name, result in results.items():
         table.add_row(f"[bold]{result.title}[/]", f"[dim]--cases {name}[/]", "", "", "")
-        for contestant in [*result.times, *result.skipped]:
-            table.add_row("", *_row(result, contestant))
+        for implementation in [*result.times, *result.skipped]:
+            table.add_row("", *_row(result, implementation))
         table.add_section()
     return table
 
@@ -514,8 +515,8 @@ def _row(result: Result, name: str) -> tuple[str, str, str, str]:
     speed = result.speed(name)
     if name == result.ours:
         ratio = ""
-    elif name == TOUCH:
-        ratio = f"{speed:.3f} of touch"
+    elif name == PROBE:
+        ratio = f"{speed:.3f} of the probe"
     else:
         ratio = f"[{'green' if speed >= 1 else 'yellow'}]{speed:.2f} x[/]"
     return name, f"{result.median(name):.2f}", f"{min(result.times[name]):.2f}", ratio
@@ -549,9 +550,9 @@ def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
                         help=f"which to run: {', '.join(CASES)} (default: all)")  # fmt: skip
     parser.add_argument("--elements", type=positive, default=100_000_000, help="of the large tensors (default: 100 M)")
     parser.add_argument("--repeat", type=positive, help="rounds that are counted (default: as suits the case)")
-    parser.add_argument("--threads", type=positive, help="for all contestants (default: torch's number)")
+    parser.add_argument("--threads", type=positive, help="for all implementations (default: torch's number)")
     parser.add_argument("--json", type=Path, metavar="FILE", help="also write all times there")
-    parser.add_argument("--no-peers", action="store_true", help="time only adamops and the touch loop")
+    parser.add_argument("--no-peers", action="store_true", help="time only adamops and the bandwidth probe")
     return parser.parse_args(arguments)
 
 

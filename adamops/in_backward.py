@@ -289,7 +289,7 @@ def _register_hook(param: Tensor, hook: Any) -> Any:
 
 
 def _wait_for_copy(param: Tensor) -> None:
-    """Waits for the grad of a shard in host memory: before torch 2.13, CPUOffloadPolicy may still be copying it.
+    """Waits for the grad of a shard on the CPU: before torch 2.13, CPUOffloadPolicy may still be copying it.
 
     The copy goes by the stream that is current in the hook. Where it is made without non_blocking, there is nothing to
     wait for.

@@ -119,12 +119,12 @@ def _describe_builder(builder: OpBuilder) -> dict[str, Any]:
     entry.update(_usable(builder, bool(compatible), entry["prebuilt"]))
     if record and "architectures" in record:
         entry["gpus"] = {f"sm_{gpu}": covers(record["architectures"], gpu) for gpu in visible_gpus()}
-    unneeded = builder.unneeded() if hasattr(builder, "unneeded") else ""
-    if unneeded:
-        entry["unneeded"] = unneeded
+    not_applicable_reason = builder.not_applicable_reason() if hasattr(builder, "not_applicable_reason") else ""
+    if not_applicable_reason:
+        entry["not_applicable_reason"] = not_applicable_reason
         entry["ok"] = entry["ok"] or not entry.get("error")
     elif problem := entry.get("cuda", {}).get("problem"):  # there is a GPU, and this build cannot use it
-        entry.update(ok=False, in_use=f"a build at first use, else {FALLBACK} (torch calls)", error=problem)
+        entry.update(ok=False, in_use=f"a build at first use, else {FALLBACK} (pure PyTorch)", error=problem)
     return entry
 
 
@@ -147,9 +147,9 @@ def _check_record(record: Any) -> None:
 def _usable(builder: OpBuilder, compatible: bool, prebuilt: bool) -> dict[str, Any]:
     """What would be used if the op were loaded now. Loads it if that takes no build."""
     if builder.NAME == FALLBACK:
-        return {"ok": compatible, "in_use": "torch calls, where nothing compiled can be used"}
+        return {"ok": compatible, "in_use": "pure PyTorch, where nothing compiled can be used"}
     own = builder.NAME in [known.NAME for known in op_builder.builtin_builders()]
-    without = f"{FALLBACK} (torch calls)" if own else "nothing"
+    without = f"{FALLBACK} (pure PyTorch)" if own else "nothing"
     why = ""
     if prebuilt:
         try:
@@ -270,8 +270,8 @@ def rows_of_op(op: dict[str, Any]) -> list[tuple[str, str]]:
     if cuda := op.get("cuda"):
         rows.append(("CUDA runtime linked in", _cuda_version(cuda["runtime_version"])))
         rows.append(("CUDA devices", cuda["problem"] or str(cuda["devices"])))
-    if op.get("unneeded"):
-        rows.append(("not needed here", op["unneeded"]))
+    if op.get("not_applicable_reason"):
+        rows.append(("not needed here", op["not_applicable_reason"]))
     rows += [(f"GPU {name}", covered) for name, covered in op.get("gpus", {}).items()]
     if op.get("openmp_runtime"):
         rows.append(("OpenMP runtime", op["openmp_runtime"]))

@@ -21,7 +21,7 @@ from rich.table import Table
 from torch import Tensor
 from torch.nn import functional as F
 
-from adamops.ops.adam.block_codes import BLOCK, SIGNED, UNSIGNED, decode, encode
+from adamops.ops.adam.quantization import BLOCK, SIGNED, UNSIGNED, dequantize, quantize
 
 EPS = 1e-8
 STATES = ("exp_avg", "exp_avg_sq")
@@ -51,7 +51,7 @@ def companded(signed: bool, expand: Callable[[Tensor], Tensor]) -> RoundTrip:
 def ours(signed: bool) -> RoundTrip:
     """What this package keeps."""
     code = SIGNED if signed else UNSIGNED
-    return lambda line: decode(*encode(line, code), code)
+    return lambda line: dequantize(*quantize(line, code), code)
 
 
 def floats_of_8_bits(signed: bool) -> RoundTrip:
@@ -71,7 +71,7 @@ def bitsandbytes(signed: bool) -> RoundTrip:
 
 
 @dataclasses.dataclass(frozen=True)
-class Code:
+class Format:
     """A code for each state; None where it has none for it."""
 
     exp_avg: Callable[[bool], RoundTrip] | None
@@ -84,14 +84,14 @@ def power(exponent: int) -> Callable[[bool], RoundTrip]:
 
 
 CODES = {
-    "ours": Code(ours, ours),
-    "dynamic, bitsandbytes": Code(bitsandbytes, bitsandbytes),
-    "softsign, as FlashOptim's": Code(lambda signed: companded(signed, lambda x: x / (2 - x)), None),
-    "square root": Code(power(2), power(2)),
-    "fourth root": Code(None, power(4)),
-    "eighth root": Code(None, power(8)),
-    "float of 8 bits": Code(floats_of_8_bits, floats_of_8_bits),
-    "linear": Code(power(1), power(1)),
+    "ours": Format(ours, ours),
+    "dynamic, bitsandbytes": Format(bitsandbytes, bitsandbytes),
+    "softsign, as FlashOptim's": Format(lambda signed: companded(signed, lambda x: x / (2 - x)), None),
+    "square root": Format(power(2), power(2)),
+    "fourth root": Format(None, power(4)),
+    "eighth root": Format(None, power(8)),
+    "float of 8 bits": Format(floats_of_8_bits, floats_of_8_bits),
+    "linear": Format(power(1), power(1)),
 }
 
 

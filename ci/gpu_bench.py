@@ -1,4 +1,4 @@
-"""Times FusedAdam on a GPU, in turns, against torch's, apex' and DeepSpeed's, and against copying memory.
+"""Times FusedAdam on a GPU, in rounds, against torch's, apex' and DeepSpeed's, and against copying memory.
 
 Part of ci/gpu.sh. Needs torch only; peers take part where they are installed. Times are medians between two events on
 the GPU's stream, so they hold what the host takes where the GPU waits for it.
@@ -59,13 +59,13 @@ def milliseconds(work: Callable[[], object]) -> float:
     return begin.elapsed_time(end)
 
 
-def medians(turns: dict[str, Callable[[], object]], rounds: int) -> dict[str, float]:
+def medians(calls: dict[str, Callable[[], object]], rounds: int) -> dict[str, float]:
     """Each round has another order, the same in every run; the first three are not counted."""
     order = random.Random(0)
-    times: dict[str, list[float]] = {name: [] for name in turns}
+    times: dict[str, list[float]] = {name: [] for name in calls}
     for i in range(rounds + 3):
-        for name in order.sample(list(turns), len(turns)):
-            took = milliseconds(turns[name])
+        for name in order.sample(list(calls), len(calls)):
+            took = milliseconds(calls[name])
             if i >= 3:
                 times[name].append(took)
     return {name: statistics.median(values) for name, values in times.items()}
@@ -84,7 +84,7 @@ def case(title: str, sizes: list[int], dtype: torch.dtype, masters: bool, bandwi
         "adamops capturable": lambda params, m: FusedAdam(params, **HYPER, master_weights=m, capturable=True),
         **peers_found,
     }
-    turns = {}
+    calls = {}
     for name, make in makers.items():
         params = [torch.nn.Parameter(torch.randn(size, device=GPU, dtype=dtype)) for size in sizes]
         for param in params:
@@ -98,10 +98,10 @@ def case(title: str, sizes: list[int], dtype: torch.dtype, masters: bool, bandwi
             continue
         if optimizer is None:
             continue
-        turns[name] = optimizer.step
+        calls[name] = optimizer.step
         if name == "adamops capturable":
-            turns["adamops in a graph"] = graph_of(optimizer)
-    found = medians(turns, rounds)
+            calls["adamops in a graph"] = graph_of(optimizer)
+    found = medians(calls, rounds)
     width = dtype.itemsize
     each = 2 * 8 + 2 * width + (2 * 4 if masters else width)  # states; grad in, param out; master or param
     print(f"\n{title}: {sum(sizes) / 1e6:.1f} M elements in {len(sizes)} tensors, {each} bytes an element")

@@ -2,7 +2,7 @@
 
     python ci/smoke.py
 
-Both optimizers train params in host memory to the bits that they have everywhere, save and load; every SIMD target of
+Both optimizers train params on the CPU to the bits that they have everywhere, save and load; every SIMD target of
 this CPU has the right bits; the report finds both ops prebuilt; and the process holds one OpenMP runtime. Needs adamops
 and torch, and no tool on PATH.
 """

@@ -5,7 +5,7 @@
 
 namespace adamops {
 
-// Block codes are those of adam/block_codes.h, which states may have.
-enum Dtype : uint8_t { kFloat32, kBfloat16, kFloat16, kDtypeCount, kBlockCodes = kDtypeCount };
+// Block codes are those of adam/quantized_blocks.h, which states may have.
+enum Dtype : uint8_t { kFloat32, kBfloat16, kFloat16, kDtypeCount, kQuantized = kDtypeCount };
 
 }  // namespace adamops

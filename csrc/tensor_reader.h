@@ -128,7 +128,7 @@ class TensorReader {
     PyObject* mesh = PyUnicode_InternFromString("mesh");
   };
 
-  Names names_;  // never let go of, as interned names of a program's code are not
+  Names names_;  // never released, as interned names of a program's code are not
   pybind11::object capsule_;
   std::array<pybind11::type, 2> types_;
   TensorLayout layout_;

@@ -136,7 +136,7 @@ class OpBuilder:
         """Whether the op can be built here, with the reason."""
         raise NotImplementedError
 
-    def unneeded(self) -> str:
+    def not_applicable_reason(self) -> str:
         """Why nobody misses the op on this machine, if it cannot be had; empty if it would be used."""
         return ""
 

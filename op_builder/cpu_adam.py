@@ -1,4 +1,4 @@
-"""The builder of cpu_adam, Adam for tensors in host memory."""
+"""The builder of cpu_adam, Adam for tensors on the CPU."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ from .cpu import CPUOpBuilder
 
 
 class CPUAdamBuilder(CPUOpBuilder):
-    """Adam for tensors in host memory, with csrc/adam."""
+    """Adam for tensors on the CPU, with csrc/adam."""
 
     NAME = "cpu_adam"
     MODULE = "adamops._native.cpu_adam"

@@ -243,7 +243,7 @@ class CUDAOpBuilder(OpBuilder):
             "from_one_ptx": choice.from_one_ptx,
         }
 
-    def unneeded(self) -> str:
+    def not_applicable_reason(self) -> str:
         return "" if visible_gpus() else "this machine has no NVIDIA GPU"
 
     def load_for_device(self, device: int) -> Any:

@@ -1,4 +1,4 @@
-"""The builder of torch_adam, the last resort: the same update by torch calls. There is nothing to compile."""
+"""The builder of torch_adam, the last resort: the same update in pure PyTorch. There is nothing to compile."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from .builder import Compatibility, OpBuilder
 
 
 class TorchAdamBuilder(OpBuilder):
-    """Adam by torch calls: slow, but wherever torch runs."""
+    """Adam in pure PyTorch: slow, but wherever torch runs."""
 
     NAME = "torch_adam"
     MODULE = "adamops.ops.adam.torch_adam"

@@ -63,7 +63,7 @@ def Adam(request):  # noqa: N802
 
 @pytest.fixture(scope="session", params=list(PATHS))
 def PathAdam(request):  # noqa: N802
-    """As Adam, by each path: the fast one, the slow one, and torch calls."""
+    """As Adam, by each path: the fast one, the slow one, and pure PyTorch."""
     if "CUDA" in request.param:
         request.getfixturevalue("cuda_op")
     return PATHS[request.param]

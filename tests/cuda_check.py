@@ -54,7 +54,7 @@ def step_by_device_counts(cuda, rows, offset, code, amsgrad, with_master, l2):
 
 
 def check_small_tensors(cuda, cpu, rng):
-    """States in codes, masters in parts and so on, two steps each."""
+    """Quantized states, split master weights and so on, two steps each."""
     for tensor in small_tensors(rng, (1, 8, 255, 257, 1000)):
         twin = copy.deepcopy(tensor)
         for step in (1, 2):

@@ -21,7 +21,7 @@ COMBINATIONS = [(FLOAT32, FLOAT32, FLOAT32)] + [
     (p, g, s) for p in (BFLOAT16, FLOAT16) for g in (p, FLOAT32) for s in (p, FLOAT32)
 ]
 SIZES = (1, 7, 31, 32, 33, 64, 130, 1000)
-CODES = 3  # the dtype of states in codes of 8 bits
+CODES = 3  # the dtype of quantized states of 8 bits
 NO_MASTER, FP32_MASTER, REMAINDER_8, REMAINDER_16 = range(4)  # enum Master of csrc/adam/adam_tensor.h
 # What every wheel gives on every CPU. It changes with what is fed below, the update rule, the codes, the noise of
 # codes and of bfloat16 averages, or the order in which a norm is added up, and nothing else.
@@ -62,11 +62,11 @@ def canonical(data, dtype):
 
 
 class SmallTensor:
-    """A tensor that keeps less than float32: states in codes, a remainder, rounding at random, a copy in 16 bits."""
+    """A tensor that keeps less than float32: quantized states, a remainder, rounding at random, a copy in 16 bits."""
 
     def __init__(self, rng, kind, size):
         self.param, self.master, self.amsgrad, self.stochastic_rounding = kind
-        self.size, self.zero_grads, self.stream = size, self.amsgrad, rng.getrandbits(32)
+        self.size, self.zero_grads, self.rng_offset = size, self.amsgrad, rng.getrandbits(32)
         blocks, averages = -(-size // 256), 3 if self.amsgrad else 2
 
         def numbers(typecode, low, high, count=size):
@@ -109,7 +109,7 @@ class SmallTensor:
         column = [None if address is None else [address] for address in addresses]
         return module.table_of_addresses(
             *column[:5], [self.size], [self.code()], [step], column[5], False, self.master or FP32_MASTER,
-            column[6], column[7], [self.stream],
+            column[6], column[7], [self.rng_offset],
         )  # fmt: skip
 
 

@@ -31,7 +31,7 @@ class EmulatedBackend(CudaBackend):
 
 
 class EmulatedFusedAdam(FusedAdam):
-    """FusedAdam that takes params in host memory for params on a GPU."""
+    """FusedAdam that takes params on the CPU for params on a GPU."""
 
     module = None  # to be set: the emulated op
 
@@ -80,8 +80,8 @@ def without_reader(make):
     return made
 
 
-def by_torch_calls(make):
-    """Has steps done by torch calls, as where no op is compiled."""
+def in_pure_pytorch(make):
+    """Has steps done in pure PyTorch, as where no op is compiled."""
 
     def made(*args, **kwargs):
         optimizer = make(*args, **kwargs)
@@ -91,12 +91,12 @@ def by_torch_calls(make):
     return made
 
 
-# Each class on each op by the fast path; each op by the slow one; and torch calls. On the CPU op both classes have the
+# Each class on each op by the fast path; each op by the slow one; and pure PyTorch. On the CPU op both classes have the
 # same code on the latter two.
 PATHS = {
     **MAKERS,
     **{f"{name}, slow path": without_reader(MAKERS[name]) for name in ("DeepSpeedCPUAdam", "FusedAdam-CUDA")},
-    "FusedAdam, torch calls": by_torch_calls(MAKERS["FusedAdam"]),
+    "FusedAdam, pure PyTorch": in_pure_pytorch(MAKERS["FusedAdam"]),
 }
 
 # Every kind of states: the settings, and the dtype of the params.

@@ -77,10 +77,10 @@ def norms_there(file):
     return [magnitudes, math.sqrt(squares), largest]
 
 
-def packed(numel, scalars, columns, offset=0, stream=0, **kind):
+def packed(numel, scalars, columns, offset=0, rng_offset=0, **kind):
     """A case as the driver reads it: arrays, or None where there is none."""
     names = ("param", "grad", "state", "master", "lowp_out", "l2", "amsgrad", "zero_grads", "stochastic_rounding")
-    parts = [struct.pack("12B2I10f", *(kind.get(name, 0) for name in names), 0, 0, 0, numel, stream, *scalars)]
+    parts = [struct.pack("12B2I10f", *(kind.get(name, 0) for name in names), 0, 0, 0, numel, rng_offset, *scalars)]
     for column in (*columns, *[None] * (8 - len(columns))):
         data = b"" if column is None else column.tobytes()
         parts += [struct.pack("2I", len(data), offset * column.itemsize if data else 0), data]
@@ -136,7 +136,7 @@ def test_neon_has_the_bits_of_this_machine(monkeypatch, tmp_path, cpu_adam, seed
             lowp_out=BFLOAT16,
             **{
                 name: getattr(tensor, name)
-                for name in ("master", "amsgrad", "zero_grads", "stochastic_rounding", "stream")
+                for name in ("master", "amsgrad", "zero_grads", "stochastic_rounding", "rng_offset")
             },
         )
         for tensor in small

@@ -43,24 +43,24 @@ def test_json_has_all_times_medians_and_ratios(small_run):
     _, report = small_run
     assert list(report["cases"]) == CASES
     for name, case in report["cases"].items():
-        ours = case["contestants"].get(case["ours"])
+        ours = case["implementations"].get(case["ours"])
         assert ours or name == "avx2" and case["skipped"], name
-        for contestant in case["contestants"].values():
-            times = contestant["times_ms"]
+        for implementation in case["implementations"].values():
+            times = implementation["times_ms"]
             assert len(times) == 2 and min(times) > 0
-            assert contestant["min_ms"] == min(times)
-            assert contestant["median_ms"] == pytest.approx(sum(times) / 2)
+            assert implementation["min_ms"] == min(times)
+            assert implementation["median_ms"] == pytest.approx(sum(times) / 2)
             ratios = [theirs / own for theirs, own in zip(times, ours["times_ms"], strict=True)]
-            assert contestant["adamops_speed"] == pytest.approx(sum(ratios) / 2)
+            assert implementation["adamops_speed"] == pytest.approx(sum(ratios) / 2)
 
 
 def test_every_contestant_has_its_turns(small_run):
     cases = small_run[1]["cases"]
     for name in ("fp32", "bf16", "many-tensors"):
-        assert list(cases[name]["contestants"]) == ["adamops", *TORCH, "touch"]
-    assert list(cases["bf16-params"]["contestants"]) == ["adamops", "touch"]
-    assert list(cases["import"]["contestants"]) == ["adamops", "torch fused"]
-    assert list(cases["first-step"]["contestants"]) == ["adamops", *TORCH]
+        assert list(cases[name]["implementations"]) == ["adamops", *TORCH, "bandwidth probe"]
+    assert list(cases["bf16-params"]["implementations"]) == ["adamops", "bandwidth probe"]
+    assert list(cases["import"]["implementations"]) == ["adamops", "torch fused"]
+    assert list(cases["first-step"]["implementations"]) == ["adamops", *TORCH]
 
 
 def test_who_does_not_take_part_is_named_with_the_reason(small_run):
@@ -73,9 +73,11 @@ def test_who_does_not_take_part_is_named_with_the_reason(small_run):
 
 def test_touch_speed_is_that_of_the_best_prefetch_distance(small_run):
     case = small_run[1]["cases"]["fp32"]
-    variants = case["touch_times_ms_by_prefetch_bytes"]
+    variants = case["probe_times_ms_by_prefetch_bytes"]
     assert [int(distance) for distance in variants] == list(bench.PREFETCH_BYTES)
-    assert case["contestants"]["touch"]["median_ms"] == pytest.approx(min(map(sum, variants.values())) / 2)
+    assert case["implementations"]["bandwidth probe"]["median_ms"] == pytest.approx(
+        min(map(sum, variants.values())) / 2
+    )
 
 
 def test_table_in_a_pipe_is_plain_text(small_run):
@@ -85,7 +87,7 @@ def test_table_in_a_pipe_is_plain_text(small_run):
     assert report["environment"]["simd_target"] in text
     for case in report["cases"].values():
         assert case["title"] in text
-    assert {"case", "contestant", "median ms"} <= {column.strip() for column in text.splitlines()[3].split("  ")}
+    assert {"case", "implementation", "median ms"} <= {column.strip() for column in text.splitlines()[3].split("  ")}
 
 
 def test_an_unknown_case_is_an_error_that_names_the_valid_ones(tmp_path):
@@ -125,9 +127,9 @@ def test_touching_changes_nothing(cpu_adam, dtype, state_dtype, target):
         for tensor in (param.data, param.grad, optimizer.state[param]["exp_avg"], optimizer.state[param]["exp_avg_sq"])
     ]
     before = [tensor.clone() for tensor in tensors]
-    touch = bench.TouchLoop(optimizer)
+    probe = bench.BandwidthProbe(optimizer)
     for distance in bench.PREFETCH_BYTES:
-        touch(distance)
+        probe(distance)
     for tensor, copy in zip(tensors, before, strict=True):
         assert torch.equal(tensor, copy)
 

@@ -218,14 +218,14 @@ def test_errors_of_the_device_come_through(monkeypatch):
 
 
 def test_params_of_several_devices_in_one_group():
-    """The device meta stands in for one that nothing was compiled for: torch calls update its params, in name only."""
+    """Meta stands in for a device that nothing was compiled for: pure PyTorch updates its params, in name only."""
     here, there = torch.nn.Parameter(torch.randn(5)), torch.nn.Parameter(torch.empty(4, device="meta"))
     twin = torch.nn.Parameter(here.detach().clone())
     optimizer, alone = FusedAdam([there, here]), FusedAdam([twin])
     there.grad = torch.empty(4, device="meta")
     set_grads([here], [twin])
     with pytest.warns(
-        RuntimeWarning, match="falls back to torch calls, .*No op is compiled for params on meta"
+        RuntimeWarning, match="falls back to pure PyTorch, .*No op is compiled for params on meta"
     ) as seen:
         for _ in range(3):
             optimizer.step()
@@ -313,7 +313,7 @@ def test_params_on_a_cuda_device_get_the_op_or_torch_calls_with_one_warning(cuda
 
     failing = builder_with(Module("device 1: CUDA error: no kernel image"), RuntimeError("no nvcc found"))
     monkeypatch.setattr(fused_adam.op_builder, "get", lambda name: failing if name == "fused_adam" else real(name))
-    with pytest.warns(RuntimeWarning, match="(?s)falls back to torch calls.*no kernel image.*no nvcc found") as seen:
+    with pytest.warns(RuntimeWarning, match="(?s)falls back to pure PyTorch.*no kernel image.*no nvcc found") as seen:
         assert fused_adam._load_backend(device).name == "torch_adam"
     assert len(seen) == 1
     monkeypatch.setattr(torch.version, "hip", "6.4")

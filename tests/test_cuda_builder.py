@@ -167,7 +167,7 @@ def test_a_cuda_op_is_not_missed_where_there_is_no_gpu(monkeypatch, tmp_path, ca
     monkeypatch.setenv("CUDA_HOME", str(tmp_path))
     assert report.main(["--json"]) == 0
     (op,) = [op for op in json.loads(capsys.readouterr().out)["ops"] if op["name"] == "fused_adam"]
-    assert op["unneeded"] == "this machine has no NVIDIA GPU"
+    assert op["not_applicable_reason"] == "this machine has no NVIDIA GPU"
     assert op["ok"]
 
 
@@ -225,9 +225,9 @@ def test_a_gpu_that_the_build_cannot_use_is_an_error_in_the_report(monkeypatch):
         build_record = staticmethod(lambda: {"built": False})
 
     without = report._describe_builder(Builder())
-    assert without["ok"] and without["unneeded"]
+    assert without["ok"] and without["not_applicable_reason"]
     monkeypatch.setattr(cuda, "visible_gpus", lambda: ("90",))
     found = report._describe_builder(Builder())
     assert not found["ok"]
     assert found["error"] == Module.status()["problem"]
-    assert found["in_use"] == "a build at first use, else torch_adam (torch calls)"
+    assert found["in_use"] == "a build at first use, else torch_adam (pure PyTorch)"

@@ -185,11 +185,11 @@ def test_params_that_cannot_be_updated(Adam, param, error, message):
 
 
 def test_params_outside_host_memory_are_refused_at_the_step_only():
-    """An optimizer may be made for a model on the GPU: ZeRO-Offload then puts shards in host memory into its groups."""
+    """An optimizer may be made for a model on the GPU: ZeRO-Offload then puts shards on the CPU into its groups."""
     there, here = torch.nn.Parameter(torch.zeros(3, device="meta")), torch.nn.Parameter(torch.ones(3))
     optimizer = DeepSpeedCPUAdam([here, there])
     here.grad, there.grad = torch.ones(3), torch.ones(3, device="meta")
-    with pytest.raises(ValueError, match="param group 0, param 1 .*meta.* is not in host memory; move the params"):
+    with pytest.raises(ValueError, match="param group 0, param 1 .*meta.* is not on the CPU; move the params"):
         optimizer.step()
     assert torch.equal(here.detach(), torch.ones(3)) and not optimizer.state
     optimizer.param_groups[0]["params"] = [here]

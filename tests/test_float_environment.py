@@ -62,7 +62,7 @@ def inputs(dtype):
 
 
 def test_the_environments_differ():
-    """The tests below mean something: each environment changes what torch calls compute."""
+    """The tests below mean something: each environment changes what pure PyTorch computes."""
     values = torch.tensor([2.0**-126, 1.0, -1.0])
     results = set()
     for name in ["default", *ENVIRONMENTS]:

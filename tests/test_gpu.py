@@ -32,7 +32,7 @@ def values(size, dtype):
 
 
 class Twins:
-    """The same params on the GPU, `offset` elements into their memory, and in host memory, with an optimizer each."""
+    """The same params on the GPU, `offset` elements into their memory, and on the CPU, with an optimizer each."""
 
     def __init__(self, sizes, dtypes=DTYPES, offset=0, device=GPU, capturable=False, **settings):
         held = [values(size + offset, dtype) for size, dtype in itertools.product(sizes, dtypes)]

@@ -1,4 +1,4 @@
-"""8-bit states, masters in parts, rounding at random: the bits of their definitions, and what they are good for."""
+"""8-bit states, split master weights, rounding at random: the bits of their definitions, and what they are good for."""
 
 import copy
 import itertools
@@ -10,9 +10,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from adamops import DeepSpeedCPUAdam, op_builder, portable_state_dicts
-from adamops.ops.adam import block_codes, remainders
-from adamops.ops.adam.coded_states import coded_states, float_states
+from adamops.ops.adam import quantization, remainders
 from adamops.ops.adam.precision import SCALES
+from adamops.ops.adam.quantized_states import dequantized_states, quantized_states
 from adamops.ops.adam.torch_adam import TorchBackend
 
 TARGETS = op_builder.get("cpu_adam").load().supported_targets()
@@ -51,14 +51,14 @@ def trained(params, steps, seed, **arguments):
     return [p.detach() for p in params], optimizer
 
 
-# States in codes
+# Quantized states
 
 
 @pytest.mark.parametrize("target", TARGETS)
 @pytest.mark.parametrize("amsgrad", [False, True])
 @pytest.mark.parametrize("size", [4096, 5000, 70_001])
 def test_codes_are_those_of_the_definition(cpu_adam, target, amsgrad, size, seed):
-    """A step on codes is a step on the floats that they stand for, encoded again."""
+    """A step on codes is a step on the floats that they stand for, quantized again."""
     cpu_adam.use_target(target)
     coded, plain = (torch.nn.Parameter(torch.randn(size)) for _ in range(2))
     plain.data.copy_(coded.data)
@@ -68,12 +68,12 @@ def test_codes_are_those_of_the_definition(cpu_adam, target, amsgrad, size, seed
         coded.grad = wide_range(size)
         plain.grad = coded.grad.clone()
         if step > 1:
-            floats.state[plain] = {"step": step - 1, **float_states(ours.state[coded])}
+            floats.state[plain] = {"step": step - 1, **dequantized_states(ours.state[coded])}
         ours.step()
         floats.step()
         assert_same(coded.detach(), plain.detach(), "param")
         state = {name: value for name, value in floats.state[plain].items() if name != "step"}
-        for name, expected in coded_states(state, step).items():
+        for name, expected in quantized_states(state, step).items():
             assert_same(ours.state[coded][name], expected, f"{name} at step {step}")
 
 
@@ -83,17 +83,17 @@ def near_the_largest_float(size):
     return torch.finfo(torch.float32).max * factors * torch.randn(size).sign()
 
 
-@pytest.mark.parametrize("name", block_codes.CODES)
+@pytest.mark.parametrize("name", quantization.CODES)
 @pytest.mark.parametrize("noise", [0, 0x8000, 0xFFFF])
 def test_no_magnitude_is_beyond_the_top_code(name, noise, seed):
-    code = block_codes.CODES[name]
+    code = quantization.CODES[name]
     values = near_the_largest_float(4096)
-    values = values if code is block_codes.SIGNED else values.abs()
-    codes, scales = block_codes.encode(values, code, noise)
+    values = values if code is quantization.SIGNED else values.abs()
+    codes, scales = quantization.quantize(values, code, noise)
     assert codes.int().abs().max() <= code.top
-    decoded = block_codes.decode(codes, scales, code)
-    assert ((decoded / values - 1).abs() < 0.05).all()
-    for again, first in zip(block_codes.encode_again(decoded, code), (codes, scales), strict=True):
+    dequantized = quantization.dequantize(codes, scales, code)
+    assert ((dequantized / values - 1).abs() < 0.05).all()
+    for again, first in zip(quantization.requantize(dequantized, code), (codes, scales), strict=True):
         assert torch.equal(again, first)
 
 
@@ -106,20 +106,20 @@ def test_squares_beyond_the_largest_scale(cpu_adam, target, seed):
     for step in range(1, 6):
         param.grad = near_the_largest_float(5000).abs().sqrt().clamp(max=1.8446743e19)  # whose square is finite
         optimizer.step()
-        expected, _ = block_codes.encode(
-            param.grad**2, block_codes.UNSIGNED, block_codes.noise_of(torch.arange(5000), step, block_codes.UNSIGNED)
+        expected, _ = quantization.quantize(
+            param.grad**2, quantization.UNSIGNED, quantization.noise_of(torch.arange(5000), step, quantization.UNSIGNED)
         )
         assert_same(optimizer.state[param]["exp_avg_sq"], expected, f"exp_avg_sq at step {step}")
         assert optimizer.state[param]["max_exp_avg_sq"].min() > 240
         assert param.isfinite().all()
 
 
-@pytest.mark.parametrize("name", block_codes.CODES)
+@pytest.mark.parametrize("name", quantization.CODES)
 def test_inverses_of_scales_are_rounded_once(name):
-    code = block_codes.CODES[name]
-    scales = torch.arange(block_codes._LEAST_SCALE, block_codes._MOST_SCALE, dtype=torch.int16).view(torch.bfloat16)
+    code = quantization.CODES[name]
+    scales = torch.arange(quantization._LEAST_SCALE, quantization._MOST_SCALE, dtype=torch.int16).view(torch.bfloat16)
     assert torch.equal(
-        block_codes._inverse(scales, code), (torch.full((1,), code.top_expanded).double() / scales.double()).float()
+        quantization._inverse(scales, code), (torch.full((1,), code.top_expanded).double() / scales.double()).float()
     )
 
 
@@ -153,33 +153,33 @@ def test_codes_do_not_depend_on_threads_or_targets(data):
             assert_same(x[name], y[name], name)
 
 
-@pytest.mark.parametrize("name", block_codes.CODES)
+@pytest.mark.parametrize("name", quantization.CODES)
 def test_round_trip_error(name, seed):
     """The bound that docs/low-precision.md states, for magnitudes of a block relative to its largest."""
-    code = block_codes.CODES[name]
+    code = quantization.CODES[name]
     values = torch.rand(256 * 400) ** 6
-    if code is block_codes.SIGNED:
+    if code is quantization.SIGNED:
         values *= torch.randn(len(values)).sign()
-    decoded = block_codes.decode(*block_codes.encode(values, code), code)
+    dequantized = quantization.dequantize(*quantization.quantize(values, code), code)
     largest = values.abs().view(-1, 256).amax(1).repeat_interleave(256)
     relative = values.abs() / largest
-    error = (decoded - values).abs() / largest
+    error = (dequantized - values).abs() / largest
     # Half a step of a root with 127 or 255 levels, that of the scale included; a piecewise linear root is 6 % off.
-    bound = 1.45 / 127 * relative.sqrt() + 1e-4 if code is block_codes.SIGNED else 3.4 / 255 * relative**0.75 + 1e-9
+    bound = 1.45 / 127 * relative.sqrt() + 1e-4 if code is quantization.SIGNED else 3.4 / 255 * relative**0.75 + 1e-9
     assert (error <= bound).all(), (error / bound).max()
 
 
-@pytest.mark.parametrize("name", block_codes.CODES)
+@pytest.mark.parametrize("name", quantization.CODES)
 def test_rounding_makes_up_for_itself(name, seed):
     """Over the steps the mean of what is stored is what was to be stored: an average can change by less than a code."""
-    code = block_codes.CODES[name]
+    code = quantization.CODES[name]
     values = torch.rand(1024) + 0.01
     values[::256] = 1.05
     total = torch.zeros(1024, dtype=torch.float64)
     steps = 1000
     for step in range(steps):
-        noise = block_codes.noise_of(torch.arange(1024), step, code)
-        total += block_codes.decode(*block_codes.encode(values, code, noise), code)
+        noise = quantization.noise_of(torch.arange(1024), step, code)
+        total += quantization.dequantize(*quantization.quantize(values, code, noise), code)
     # Codes are not a linear scale, so the mean may lie a little above: the scale is convex between two codes.
     assert ((total / steps - values).abs() <= 2e-3 * values).all()
 
@@ -197,7 +197,7 @@ def test_worst_cases_of_blocks(cpu_adam, target, seed):
     param.grad[1024:1280] = 1.0
     param.grad[1100], param.grad[1101], param.grad[1102] = torch.inf, -torch.inf, torch.nan
     optimizer.step()
-    state = float_states(optimizer.state[param])
+    state = dequantized_states(optimizer.state[param])
     m, v = state["exp_avg"], state["exp_avg_sq"]
     assert (m[:256] == 0).all() and (v[:256] == 0).all(), "a block of zeros"
     assert m[300] == pytest.approx(1e4, rel=0.02)

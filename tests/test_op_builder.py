@@ -287,7 +287,7 @@ def test_a_full_disk_leaves_nothing_broken(tmp_path):
         'mount -t tmpfs -o size=200k,mode=700 none "$1"; "$2" -c "$3"; find "$1" -name "*.so"', cache, FALLS_BACK
     )
     assert done.returncode == 0, done.stdout + done.stderr
-    assert done.stdout.startswith("[0.5, 0.5] 1\nadamops falls back to torch calls")
+    assert done.stdout.startswith("[0.5, 0.5] 1\nadamops falls back to pure PyTorch")
     assert f"build at run time: the build cannot be written to {cache}/cpu_adam-" in done.stdout
     assert "No space left on device" in done.stdout and "; set ADAMOPS_CACHE_DIR" in done.stdout
     assert ".so" not in done.stdout.splitlines()[-1]
@@ -300,7 +300,7 @@ def test_a_read_only_cache_serves_what_it_has(tmp_path):
     cache.mkdir(mode=0o700)
     read_only = 'mount --bind "$1" "$1"; mount -o remount,bind,ro "$1"; "$2" -c "$3"'
     done = run_in_namespace(read_only, cache, FALLS_BACK)
-    assert done.stdout.startswith("[0.5, 0.5] 1\nadamops falls back to torch calls"), done.stderr
+    assert done.stdout.startswith("[0.5, 0.5] 1\nadamops falls back to pure PyTorch"), done.stderr
     assert f"the cache folder {cache}/cpu_adam-" in done.stdout
     assert "Read-only file system" in done.stdout and "set ADAMOPS_CACHE_DIR" in done.stdout
     outcome(start(cache))

@@ -100,7 +100,7 @@ def test_a_process_that_is_no_forked_child_uses_the_threads_of_torch(tmp_path):
 
 @pytest.mark.parametrize("cls", ["DeepSpeedCPUAdam", "FusedAdam"])
 def test_first_optimizers_made_in_several_threads_at_once(tmp_path, cls):
-    """Without a compiler, so that whoever does not find the prebuilt op would be left with torch calls."""
+    """Without a compiler, so that whoever does not find the prebuilt op would be left with pure PyTorch."""
     code = f"""
         import threading, warnings, torch
         warnings.simplefilter("error")

@@ -105,7 +105,7 @@ def test_nothing_prebuilt_and_no_compiler(tmp_path):
     output, status = report(tmp_path, before=before, CXX="/nonexistent", ADAMOPS_CACHE_DIR=str(tmp_path / "cache"))
     assert status == 1
     assert "no: no C++ compiler found" in output
-    assert "torch_adam (torch calls)" in output
+    assert "torch_adam (pure PyTorch)" in output
 
 
 def test_nothing_prebuilt_but_a_compiler_builds_nothing(tmp_path):

@@ -284,7 +284,7 @@ def test_shared_grads_beside_a_zero_tensor_are_zeroed(PathAdam):
 @pytest.mark.parametrize("has_grad", [True, False])
 @pytest.mark.parametrize("spoil", ["master", "inference", "lazy"])
 def test_copies_that_torch_is_to_write_are_checked_before_the_step(PathAdam, has_grad, spoil):
-    """Those of params without a grad, and all where steps are done by torch calls, are written after the step."""
+    """Those of params without a grad, and all where steps are done in pure PyTorch, are written after the step."""
     params = [torch.nn.Parameter(torch.randn(8).bfloat16()) for _ in range(2)]
     optimizer = PathAdam(params, lr=0.1, master_weight_bits=24)
     for param in params:
@@ -354,7 +354,7 @@ def inference_count():
 )
 @pytest.mark.parametrize("in_background", [False, True])
 def test_shared_step_counts_that_cannot_count_on_are_refused_before_the_step(make_count, error, words, in_background):
-    for make in (DeepSpeedCPUAdam, PATHS["DeepSpeedCPUAdam, slow path"], PATHS["FusedAdam, torch calls"]):
+    for make in (DeepSpeedCPUAdam, PATHS["DeepSpeedCPUAdam, slow path"], PATHS["FusedAdam, pure PyTorch"]):
         params, optimizer = groups_of(make, STATES["float32"])
         optimizer.state[params[0]]["step"] = make_count()
         before = [param.detach().clone() for param in params]

@@ -1,6 +1,6 @@
 """Prints what a step takes under each framework, with ours and with what users have today: `python ci/framework_times`.
 
-Each module beside this one has a function measure(), which times contestants in turns in a process of its own, and
+Each module beside this one has a function measure(), which times implementations in rounds in a process of its own, and
 returns the median milliseconds of each by case. One that cannot be measured here, because its framework is not
 installed say, is left out with the reason.
 """
@@ -28,7 +28,7 @@ def main() -> None:
     parser.add_argument("frameworks", nargs="*", default=NAMES, help=f"which to measure: {', '.join(NAMES)}")
     args = parser.parse_args()
     sys.path[0] = str(FOLDER.parent)  # not this folder, whose modules have the frameworks' names
-    table = Table("framework", "case", "contestant", "ms a step", "speed of adamops")
+    table = Table("framework", "case", "implementation", "ms a step", "speed of adamops")
     for column in table.columns[3:]:
         column.justify = "right"
     for name in args.frameworks:
@@ -40,10 +40,10 @@ def main() -> None:
             table.add_row(name, f"not measured: {error}")
             continue
         for case, medians in cases.items():
-            ours = next(milliseconds for contestant, milliseconds in medians.items() if OURS in contestant)
-            for contestant, milliseconds in medians.items():
-                ratio = "" if OURS in contestant else f"{milliseconds / ours:.2f} x"
-                table.add_row(name, case, contestant, f"{milliseconds:.2f}", ratio)
+            ours = next(milliseconds for implementation, milliseconds in medians.items() if OURS in implementation)
+            for implementation, milliseconds in medians.items():
+                ratio = "" if OURS in implementation else f"{milliseconds / ours:.2f} x"
+                table.add_row(name, case, implementation, f"{milliseconds:.2f}", ratio)
             table.add_section()
     Console(highlight=False, width=160).print(table)
 

@@ -68,7 +68,7 @@ def _backward(engine: Any) -> None:
 
 
 def measure() -> dict[str, dict[str, float]]:
-    """Median milliseconds of a step by case and contestant."""
+    """Median milliseconds of a step by case and implementation."""
     deepspeed_adam()  # sets what DeepSpeed wants of the environment
     os.environ.update(RANK="0", LOCAL_RANK="0", WORLD_SIZE="1", MASTER_ADDR="127.0.0.1", MASTER_PORT="29531")
     import deepspeed
@@ -92,7 +92,7 @@ def measure() -> dict[str, dict[str, float]]:
 
 
 def _medians(engines: dict[str, Any]) -> dict[str, float]:
-    """As adamops.bench.time_in_turns(), but for what comes before each turn: the backward pass that a step needs."""
+    """As adamops.bench.time_in_rounds(), but for what comes before each call: the backward pass that a step needs."""
     order = random.Random(0)
     times: dict[str, list[float]] = {name: [] for name in engines}
     for _ in range(WARMUP_ROUNDS + ROUNDS):

@@ -16,7 +16,7 @@ from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import fully_shard
 
 from adamops import DeepSpeedCPUAdam
-from adamops.bench import time_in_turns
+from adamops.bench import time_in_rounds
 
 CASES = {"500 x 64": [64] * 500, "100 x 10 000": [10_000] * 100, "10 x 1 M": [1_000_000] * 10}
 ROUNDS = 20
@@ -43,20 +43,20 @@ def _params(sizes: list[int], sharded: bool) -> list[nn.Parameter]:
 
 
 def measure() -> dict[str, dict[str, float]]:
-    """Median milliseconds of a step, by case and contestant. DeepSpeed's optimizers have not been tried on DTensors."""
+    """Median milliseconds of a step, by case and implementation. DeepSpeed's were not tried on DTensors."""
     medians = {}
     with tempfile.TemporaryDirectory() as folder:
         dist.init_process_group("gloo", init_method=f"file://{folder}/store", rank=0, world_size=1)
         try:
             for case, sizes in CASES.items():
                 settings = {"lr": 1e-3, "weight_decay": 0.01}
-                turns: dict[str, Callable[[], object]] = {
+                calls: dict[str, Callable[[], object]] = {
                     "adamops": DeepSpeedCPUAdam(_params(sizes, True), **settings).step,
                     "adamops, plain tensors": DeepSpeedCPUAdam(_params(sizes, False), **settings).step,
                     "torch AdamW": torch.optim.AdamW(_params(sizes, True), **settings).step,
                     "torch AdamW, fused": torch.optim.AdamW(_params(sizes, True), **settings, fused=True).step,
                 }
-                times = time_in_turns(turns, ROUNDS)
+                times = time_in_rounds(calls, ROUNDS)
                 medians[case] = {name: statistics.median(values) for name, values in times.items()}
         finally:
             dist.destroy_process_group()

@@ -15,7 +15,7 @@ from torch.optim import Optimizer
 from transformers import GPT2Config, GPT2LMHeadModel, PreTrainedModel
 
 from adamops import DeepSpeedCPUAdam
-from adamops.bench import OPTIMIZERS, OURS, Unavailable, new_params, time_in_turns
+from adamops.bench import OPTIMIZERS, OURS, Unavailable, new_params, time_in_rounds
 
 MAX_NORM = 1.0  # the Trainer's default
 CONTESTANTS: dict[str, Callable[[list[torch.nn.Parameter]], Optimizer]] = {
@@ -46,9 +46,9 @@ def trained_sizes(model: torch.nn.Module) -> list[int]:
 
 
 def median_times(numels: list[int], clip: bool, rounds: int) -> dict[str, float]:
-    """Of a step, in milliseconds, by contestant; with clipping by adamops' optimizer itself too."""
+    """Of a step, in milliseconds, by implementation; with clipping by adamops' optimizer itself too."""
     accelerator = Accelerator(cpu=True)
-    turns: dict[str, Callable[[], object]] = {}
+    calls: dict[str, Callable[[], object]] = {}
 
     def add(name: str, params: list[torch.nn.Parameter], optimizer: Optimizer, in_step: bool = False) -> None:
         def step() -> None:
@@ -58,7 +58,7 @@ def median_times(numels: list[int], clip: bool, rounds: int) -> dict[str, float]
                 accelerator.clip_grad_norm_(params, MAX_NORM)
             optimizer.step()
 
-        turns[name] = step
+        calls[name] = step
 
     for name, new_optimizer in CONTESTANTS.items():
         params = new_params(numels, torch.float32)
@@ -70,11 +70,11 @@ def median_times(numels: list[int], clip: bool, rounds: int) -> dict[str, float]
         params = new_params(numels, torch.float32)
         ours = accelerator.prepare_optimizer(DeepSpeedCPUAdam(params))
         add(f"{OURS}, optimizer.optimizer.clip_grad_norm_()", params, ours, in_step=True)
-    return {name: statistics.median(times) for name, times in time_in_turns(turns, rounds).items()}
+    return {name: statistics.median(times) for name, times in time_in_rounds(calls, rounds).items()}
 
 
 def measure() -> dict[str, dict[str, float]]:
-    """Median milliseconds by case and contestant."""
+    """Median milliseconds by case and implementation."""
     cases = {
         "LoRA, rank 8, GPT-2 medium": (trained_sizes(lora()), 30),
         "GPT-2, 6 layers, width 256": (trained_sizes(gpt2(layers=6, width=256)), 15),

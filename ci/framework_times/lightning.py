@@ -9,7 +9,7 @@ import lightning
 import torch
 from torch.optim import Optimizer
 
-from adamops.bench import OPTIMIZERS, OURS, new_params, time_in_turns
+from adamops.bench import OPTIMIZERS, OURS, new_params, time_in_rounds
 
 MAX_NORM = 1.0
 SIZES = [256 * 256] * 60 + [256] * 120  # of a model of 4 M
@@ -37,12 +37,12 @@ class Times(lightning.LightningModule):
         return [CONTESTANTS.get(name, CONTESTANTS[OURS])(new_params(SIZES, torch.float32)) for name in self.names]
 
     def training_step(self, batch: object, batch_idx: int) -> None:
-        turns = {
-            name: self.turn(name, optimizer) for name, optimizer in zip(self.names, self.optimizers(), strict=True)
+        calls = {
+            name: self.call(name, optimizer) for name, optimizer in zip(self.names, self.optimizers(), strict=True)
         }
-        self.times = time_in_turns(turns, self.rounds)
+        self.times = time_in_rounds(calls, self.rounds)
 
-    def turn(self, name: str, optimizer: Optimizer) -> Callable[[], None]:
+    def call(self, name: str, optimizer: Optimizer) -> Callable[[], None]:
         def step() -> None:
             if name == IN_STEP:
                 optimizer.clip_grad_norm_(MAX_NORM)
@@ -54,7 +54,7 @@ class Times(lightning.LightningModule):
 
 
 def median_times(clip: bool, rounds: int) -> dict[str, float]:
-    """Of a step, in milliseconds, by contestant."""
+    """Of a step, in milliseconds, by implementation."""
     module = Times(clip, rounds)
     trainer = lightning.Trainer(
         accelerator="cpu",
@@ -70,6 +70,6 @@ def median_times(clip: bool, rounds: int) -> dict[str, float]:
 
 
 def measure() -> dict[str, dict[str, float]]:
-    """Median milliseconds by case and contestant."""
+    """Median milliseconds by case and implementation."""
     case = f"{len(SIZES)} tensors, {sum(SIZES) / 1e6:.1f} M"
     return {case: median_times(clip=False, rounds=30), f"{case}, clipped": median_times(clip=True, rounds=30)}

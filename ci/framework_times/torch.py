@@ -17,7 +17,7 @@ from adamops.bench import (
     Unavailable,
     adamops_optimizer,
     deepspeed_optimizer,
-    time_in_turns,
+    time_in_rounds,
     torch_optimizer,
 )
 
@@ -80,9 +80,9 @@ CONTESTANTS: dict[str, Callable[[list[nn.Parameter]], Optimizer]] = {
 
 
 def measure() -> dict[str, dict[str, float]]:
-    """Median ms of the steps, by case and contestant, with those that cannot run here left out.
+    """Median ms of the steps, by case and implementation, with those that cannot run here left out.
 
-    Each model is trained: a turn is a forward and a backward pass, which are not timed, and the step, which is.
+    Each model is trained: a call is a forward and a backward pass, which are not timed, and the step, which is.
     """
     return {case: _measure_case(make, shape) for case, (make, shape) in CASES.items()}
 
@@ -98,10 +98,10 @@ def _measure_case(make: Callable[[], nn.Module], shape: tuple[int, ...]) -> dict
             continue
         times[name], steps[name] = [], _turn(model, optimizer.step, x)
 
-    def turn(name: str) -> Callable[[], None]:
+    def call(name: str) -> Callable[[], None]:
         return lambda: times[name].append(steps[name]())
 
-    time_in_turns({name: turn(name) for name in steps}, ROUNDS)
+    time_in_rounds({name: call(name) for name in steps}, ROUNDS)
     return {name: statistics.median(measured[-ROUNDS:]) for name, measured in times.items()}
 
 

@@ -6,7 +6,7 @@
 #include <string>
 
 #include "../column.h"
-#include "block_codes.h"
+#include "quantized_blocks.h"
 
 namespace py = pybind11;
 
@@ -46,9 +46,9 @@ py::object owned_entry(PyObject* dict, PyObject* key) {
   return py::reinterpret_borrow<py::object>(entry(dict, key));
 }
 
-// How many blocks of codes the states of a tensor have (block_codes.h).
+// How many quantization blocks the states of a tensor have (quantized_blocks.h).
 int64_t blocks_of(int64_t numel) {
-  return (numel + kCodeBlock - 1) / kCodeBlock;
+  return (numel + kQuantizationBlock - 1) / kQuantizationBlock;
 }
 
 Master master_of_number(int number) {
@@ -127,12 +127,12 @@ void AdamTable::count_writes(bool zero_grads) const {
 }
 
 std::vector<std::pair<uintptr_t, int64_t>> AdamTable::spans() const {
-  const auto size_of = [](Dtype dtype) { return int64_t{dtype == kFloat32 ? 4 : dtype == kBlockCodes ? 1 : 2}; };
+  const auto size_of = [](Dtype dtype) { return int64_t{dtype == kFloat32 ? 4 : dtype == kQuantized ? 1 : 2}; };
   std::vector<std::pair<uintptr_t, int64_t>> spans;
   for (size_t i = 0; i < tensors.size(); ++i) {
     const AdamTensor& tensor = tensors[i];
     const AdamDtypes& own = dtypes[i];
-    const int64_t scale_columns = own.state != kBlockCodes ? 0 : amsgrad ? 3 : 2;
+    const int64_t scale_columns = own.state != kQuantized ? 0 : amsgrad ? 3 : 2;
     const int64_t master_size = own.master == kNoMaster      ? 0
                                 : own.master == kMasterFp32  ? 4
                                 : own.master == kRemainder16 ? 2
@@ -168,7 +168,8 @@ void AdamTable::add_state(py::object state) {
   objects_.back().state = std::move(state);
 }
 
-bool AdamTable::add(const TensorReader& reader, PyObject* param, py::object grad, PyObject* state, uint32_t stream) {
+bool AdamTable::add(const TensorReader& reader, PyObject* param, py::object grad, PyObject* state,
+                    uint32_t rng_offset) {
   if (!state || !PyDict_Check(state)) return false;
   const bool sharded = reader.is_sharded(param);
   // The tensor of the state by this name, local if the param is sharded; empty if there is none, or of the other kind.
@@ -211,14 +212,14 @@ bool AdamTable::add(const TensorReader& reader, PyObject* param, py::object grad
     const Py_ssize_t needed = 3 + (amsgrad ? 1 : 0) + (p.dtype != kFloat32 && master != kNoMaster ? 1 : 0);
     if (PyDict_Size(state) > needed && entry(state, names().scales)) return false;
   } else {
-    const auto read_codes = [&](const py::object& object, TensorReader::View& view) {
+    const auto read_quantized = [&](const py::object& object, TensorReader::View& view) {
       return read_integers(object, &view == &m, 8, view);  // only the average of the grads has a sign
     };
     row.scales = owned_entry(state, names().scales);  // plain always: they are of what this rank holds
-    if (!read_states(read_codes) || !row.scales || !reader.read(row.scales.ptr(), scales)) return false;
+    if (!read_states(read_quantized) || !row.scales || !reader.read(row.scales.ptr(), scales)) return false;
     if (scales.dtype != kBfloat16 || scales.tensor.ndim != 2) return false;
     if (scales.tensor.shape[0] != blocks_of(p.numel) || scales.tensor.shape[1] != (amsgrad ? 3 : 2)) return false;
-    m.dtype = kBlockCodes;
+    m.dtype = kQuantized;
   }
 
   const Master own_master = p.dtype == kFloat32 ? kNoMaster : master;
@@ -234,13 +235,13 @@ bool AdamTable::add(const TensorReader& reader, PyObject* param, py::object grad
   if (!fit(own_dtypes) || !add_step(reader, row.step)) return false;
   tensors.push_back({p.address(), g.address(), m.address(), v.address(), amsgrad ? max_v.address() : nullptr,
                      own_master == kNoMaster ? nullptr : master_view.address(),
-                     m.dtype == kBlockCodes ? static_cast<uint16_t*>(scales.address()) : nullptr, nullptr, p.numel,
-                     stream});
+                     m.dtype == kQuantized ? static_cast<uint16_t*>(scales.address()) : nullptr, nullptr, p.numel,
+                     rng_offset});
   dtypes.push_back(own_dtypes);
   objects_.push_back(std::move(row));
   written_.insert(written_.end(), {p.version, m.version, v.version});
   if (amsgrad) written_.push_back(max_v.version);
-  if (m.dtype == kBlockCodes) written_.push_back(scales.version);
+  if (m.dtype == kQuantized) written_.push_back(scales.version);
   if (own_master != kNoMaster) written_.push_back(master_view.version);
   grads_.push_back(g.version);
   this->sharded |= sharded;
@@ -281,7 +282,7 @@ bool grads_overlap(const std::vector<const AdamTable*>& tables) {
 }
 
 std::unique_ptr<AdamTable> table_of_params(const TensorReader& reader, const py::list& params, const py::dict& states,
-                                           bool amsgrad, int master, Py_ssize_t first_state, uint32_t stream) {
+                                           bool amsgrad, int master, Py_ssize_t first_state, uint32_t rng_offset) {
   auto table = std::make_unique<AdamTable>(amsgrad, master_of_number(master));
   table->reserve(params.size());
   StateFinder finder(states.ptr(), first_state);
@@ -294,7 +295,7 @@ std::unique_ptr<AdamTable> table_of_params(const TensorReader& reader, const py:
     if (!reader.is_plain(param) && !reader.is_sharded(param)) return nullptr;
     const bool first = table->tensors.empty();
     PyObject* const state = finder.find(param, first ? PyDict_Size(states.ptr()) : StateFinder::kReach);
-    if (!table->add(reader, param, std::move(grad), state, stream + static_cast<uint32_t>(i))) return nullptr;
+    if (!table->add(reader, param, std::move(grad), state, rng_offset + static_cast<uint32_t>(i))) return nullptr;
     if (first) table->first_state = finder.found();
   }
   return table;
@@ -305,7 +306,7 @@ std::unique_ptr<AdamTable> table_of_addresses(const py::list& params, const py::
                                               const py::list& numels, const py::list& dtypes, const py::list& steps,
                                               const py::object& masters, bool counts_on_device, int master,
                                               const py::object& scales, const py::object& lowp_outs,
-                                              const py::object& streams, const py::object& states) {
+                                              const py::object& rng_offsets, const py::object& states) {
   const size_t count = params.size();
   const bool amsgrad = !max_exp_avg_sqs.is_none();
   const Column param(params, count, "params"), grad(grads, count, "grads"), exp_avg(exp_avgs, count, "exp_avgs"),
@@ -313,7 +314,7 @@ std::unique_ptr<AdamTable> table_of_addresses(const py::list& params, const py::
       step(steps, count, "steps");
   const OptionalColumn max_exp_avg_sq(max_exp_avg_sqs, count, "max_exp_avg_sqs"),
       master_address(masters, count, "masters"), scale(scales, count, "scales"),
-      lowp_out(lowp_outs, count, "lowp_outs"), stream(streams, count, "streams");
+      lowp_out(lowp_outs, count, "lowp_outs"), rng_offset(rng_offsets, count, "rng_offsets");
   auto table = std::make_unique<AdamTable>(amsgrad, masters.is_none() ? kNoMaster : master_of_number(master));
   table->reserve(count);
   constexpr size_t kStates = kDtypeCount + 1;  // codes besides
@@ -330,7 +331,7 @@ std::unique_ptr<AdamTable> table_of_addresses(const py::list& params, const py::
     table->tensors.push_back({param.pointer<void>(i), grad.pointer<void>(i), exp_avg.pointer<void>(i),
                               exp_avg_sq.pointer<void>(i), max_exp_avg_sq.pointer<void>(i),
                               master_address.pointer<void>(i), scale.pointer<uint16_t>(i), lowp_out.pointer<void>(i),
-                              static_cast<int64_t>(numel[i]), static_cast<uint32_t>(stream[i])});
+                              static_cast<int64_t>(numel[i]), static_cast<uint32_t>(rng_offset[i])});
     if (counts_on_device)
       table->device_steps.push_back(step.pointer<float>(i));
     else
@@ -383,7 +384,7 @@ void bind_adam_table(py::module_& module) {
              "Addresses, sizes and dtype codes of tensors, or None if one of them is not plain.");
   module.def(
       "table_of_params", &table_of_params, py::arg("reader"), py::arg("params"), py::arg("states"), py::arg("amsgrad"),
-      py::arg("master") = static_cast<int>(kNoMaster), py::arg("first_state") = 0, py::arg("stream") = 0,
+      py::arg("master") = static_cast<int>(kNoMaster), py::arg("first_state") = 0, py::arg("rng_offset") = 0,
       "A table of the params that have a grad, kept alive with what belongs to them, or None if any of it is out "
       "of the ordinary. `first_state` is that of the group's last table: where to look for states first. `master` "
       "is a Master of csrc/adam/adam_tensor.h.");
@@ -392,7 +393,7 @@ void bind_adam_table(py::module_& module) {
       py::arg("exp_avg_sqs"), py::arg("max_exp_avg_sqs"), py::arg("numels"), py::arg("dtypes"), py::arg("steps"),
       py::arg("masters") = py::none(), py::arg("counts_on_device") = false,
       py::arg("master") = static_cast<int>(kMasterFp32), py::arg("scales") = py::none(),
-      py::arg("lowp_outs") = py::none(), py::arg("streams") = py::none(), py::arg("states") = py::none(),
+      py::arg("lowp_outs") = py::none(), py::arg("rng_offsets") = py::none(), py::arg("states") = py::none(),
       "A table of columns of addresses, sizes, dtype codes (param + 3 * grad + 9 * state + 36 * lowp_out) and step "
       "counts, or their addresses, all trusted. A master of 0 is none. Counts are written to the dicts in `states`.");
 }

@@ -60,8 +60,8 @@ class AdamTable {
   void add_state(pybind11::object state);
 
   // Takes one param with its grad and its state, of a DTensor what this rank holds. False if something about them is
-  // out of the ordinary.
-  bool add(const TensorReader& reader, PyObject* param, pybind11::object grad, PyObject* state, uint32_t stream);
+  // not eligible for the fast path.
+  bool add(const TensorReader& reader, PyObject* param, pybind11::object grad, PyObject* state, uint32_t rng_offset);
 
   // Releases the references to the tensors.
   void release() {
@@ -73,7 +73,8 @@ class AdamTable {
   bool sharded = false;  // whether there are DTensors among the params
 
  private:
-  // Notes a step count as the state has it. False if it is out of the ordinary, or kept elsewhere than those before.
+  // Notes a step count as the state has it. False if it is not eligible for the fast path, or kept elsewhere than those
+  // before.
   bool add_step(const TensorReader& reader, const pybind11::object& step);
 
   // What Python owns and this table borrows the memory of, kept alive; a member a column. Of DTensors the local ones.
@@ -86,12 +87,12 @@ class AdamTable {
 };
 
 // The table of a list of params, those without grad left out, and their states, {param: {"step", "exp_avg", ...}}. None
-// if any of it is out of the ordinary (a state is missing, a tensor is not plain or does not fit its param): then it is
-// for the caller to find out what is the matter. `first_state` is that of the group's last table, 0 if unknown; the
-// random bits of the params come from `stream` and the numbers after it.
+// if any of it is not eligible for the fast path (a state is missing, a tensor is not plain or does not fit its param):
+// then it is for the caller to find the offending parameter. `first_state` is that of the group's last table, 0 if
+// unknown; the random bits of the params come from `rng_offset` and the numbers after it.
 std::unique_ptr<AdamTable> table_of_params(const TensorReader& reader, const pybind11::list& params,
                                            const pybind11::dict& states, bool amsgrad, int master,
-                                           Py_ssize_t first_state, uint32_t stream);
+                                           Py_ssize_t first_state, uint32_t rng_offset);
 
 // The table of columns, which are trusted. A dtype code is param + 3 * grad + 9 * state + 36 * lowp_out, where the
 // dtype 3 is that of codes; steps are counts, this one included, or addresses of counts, it not included; a master of 0
@@ -102,7 +103,7 @@ std::unique_ptr<AdamTable> table_of_addresses(const pybind11::list& params, cons
                                               const pybind11::list& dtypes, const pybind11::list& steps,
                                               const pybind11::object& masters, bool counts_on_device, int master,
                                               const pybind11::object& scales, const pybind11::object& lowp_outs,
-                                              const pybind11::object& streams, const pybind11::object& states);
+                                              const pybind11::object& rng_offsets, const pybind11::object& states);
 
 // Whether grads of the tables share memory with one another, so that none may be zeroed before all are read.
 bool grads_overlap(const std::vector<const AdamTable*>& tables);

@@ -15,10 +15,10 @@ struct AdamTensor {
   void* exp_avg_sq;
   void* max_exp_avg_sq;  // null without amsgrad
   void* master;          // what the param's dtype leaves out: see Master
-  uint16_t* scales;  // bfloat16, for each block of states in codes: exp_avg's, exp_avg_sq's, max_exp_avg_sq's; or null
+  uint16_t* scales;  // bfloat16, for each block of quantized states: exp_avg's, exp_avg_sq's, max_exp_avg_sq's; or null
   void* lowp_out;    // where to write the new param in 16 bits as well, or null
   int64_t numel;
-  uint32_t stream;  // tells the tensor's random bits from those of others
+  uint32_t rng_offset;  // tells the tensor's random bits from those of others
 };
 
 // What a 16-bit param has beside it: nothing; the param in fp32, of which it is the rounded copy; or the 8 or 16 bits

@@ -15,18 +15,18 @@ namespace {
 class AverageRounding {
  public:
   explicit AverageRounding(uint32_t step)
-      : signed_noise_(Bits{} + average_noise<SignedCode>(step)),
-        unsigned_noise_(Bits{} + average_noise<UnsignedCode>(step)) {}
+      : signed_noise_(Bits{} + average_noise<SignedFormat>(step)),
+        unsigned_noise_(Bits{} + average_noise<UnsignedFormat>(step)) {}
 
-  template <class Code, bool EvenOdd, class T>
+  template <class Format, bool EvenOdd, class T>
   ADAMOPS_INLINE void store(T* to, const Pair& from) const {
     if constexpr (!same_type<T, bf16>)
       store_pair<EvenOdd>(to, from);
     else if constexpr (EvenOdd)  // of bfloat16 values only: a NaN among them has an empty lower half
-      Ops::store_even_odd_upper(to, rounded<Code>(from.a, noise<Code>()), rounded<Code>(from.b, noise<Code>()));
+      Ops::store_even_odd_upper(to, rounded<Format>(from.a, noise<Format>()), rounded<Format>(from.b, noise<Format>()));
     else
-      Ops::store_two_upper(to, rounded<Code>(from.a, noise_but_of_nan<Code>(from.a)),
-                           rounded<Code>(from.b, noise_but_of_nan<Code>(from.b)));
+      Ops::store_two_upper(to, rounded<Format>(from.a, noise_but_of_nan<Format>(from.a)),
+                           rounded<Format>(from.b, noise_but_of_nan<Format>(from.b)));
   }
 
  private:
@@ -41,18 +41,18 @@ class AverageRounding {
     std::memcpy(&to, &from, sizeof to);
     return to;
   }
-  template <class Code>
+  template <class Format>
   ADAMOPS_INLINE Bits noise() const {
-    return Code::kSigned ? signed_noise_ : unsigned_noise_;
+    return Format::kSigned ? signed_noise_ : unsigned_noise_;
   }
-  template <class Code>
+  template <class Format>
   ADAMOPS_INLINE Bits noise_but_of_nan(Number of) const {
     const Floats floats = cast<Floats>(of);
-    return noise<Code>() & cast<Bits>(floats == floats);
+    return noise<Format>() & cast<Bits>(floats == floats);
   }
-  template <class Code>
+  template <class Format>
   ADAMOPS_INLINE static Number rounded(Number a, Bits noise) {
-    return cast<Number>(rounded_average<Code>(cast<Bits>(a), noise));
+    return cast<Number>(rounded_average<Format>(cast<Bits>(a), noise));
   }
 
   Bits signed_noise_, unsigned_noise_;

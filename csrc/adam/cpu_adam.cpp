@@ -49,7 +49,7 @@ std::vector<Range> kernels(const AdamTable& table, const Choose& choose) {
 }
 
 // Whether a tensor goes to the kernel that takes whole blocks: it must, where its param is copied; and on CPUs whose
-// memory is to be asked for ahead, large fp32 columns are faster so (docs/dev/decisions.md).
+// software prefetch pays, large fp32 columns are faster so (docs/dev/decisions.md).
 bool in_blocks(const AdamDtypes& dtypes, const AdamTensor& tensor, int prefetch_bytes) {
   constexpr int64_t kLarge = 1 << 16;
   return tensor.lowp_out || (prefetch_bytes && dtypes.param == kFloat32 && tensor.numel >= kLarge);
@@ -148,10 +148,10 @@ double grad_norm(const py::list& addresses, const py::list& numels, const py::li
   return result;
 }
 
-void touch(const AdamTable& table, int prefetch_bytes, int threads) {
+void bandwidth_probe(const AdamTable& table, int prefetch_bytes, int threads) {
   const AdamTarget& target = simd_targets.in_use();
-  const auto ranges = kernels<TouchRange>(
-      table, [&](const AdamDtypes& dtypes, const AdamTensor&) { return target.touch_range(dtypes); });
+  const auto ranges = kernels<ProbeRange>(
+      table, [&](const AdamDtypes& dtypes, const AdamTensor&) { return target.probe_range(dtypes); });
   for_each_piece(sizes_of(table), threads, [&](size_t i, int64_t begin, int64_t end) {
     ranges[i](table.tensors[i], begin, end, prefetch_bytes);
   });
@@ -197,6 +197,6 @@ PYBIND11_MODULE(cpu_adam, module) {
   module.def("zero_fill", &zero_fill, py::arg("addresses"), py::arg("numels"), py::arg("element_size"),
              py::arg("threads"),
              "Zeroes tensors with the split of adam_step, so that each page lies near the thread that will use it.");
-  module.def("touch", &touch, py::arg("table"), py::arg("prefetch_bytes"), py::arg("threads"),
+  module.def("bandwidth_probe", &bandwidth_probe, py::arg("table"), py::arg("prefetch_bytes"), py::arg("threads"),
              "Moves the bytes of adam_step and changes nothing. For the benchmark.");
 }

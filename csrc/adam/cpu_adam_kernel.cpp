@@ -41,8 +41,8 @@ struct PairUpdate {
     if constexpr (Amsgrad) max_v = load_pair<kEvenOdd>(max_exp_avg_sq);
     const Pair root = {adam_update_states<Amsgrad, Ops>(k, L2, p.a, g.a, m.a, v.a, max_v.a),
                        adam_update_states<Amsgrad, Ops>(k, L2, p.b, g.b, m.b, v.b, max_v.b)};
-    rounding.template store<SignedCode, kEvenOdd>(exp_avg, m);
-    rounding.template store<UnsignedCode, kEvenOdd>(exp_avg_sq, v);
+    rounding.template store<SignedFormat, kEvenOdd>(exp_avg, m);
+    rounding.template store<UnsignedFormat, kEvenOdd>(exp_avg_sq, v);
     if constexpr (Amsgrad) store_pair<kEvenOdd>(max_exp_avg_sq, max_v);
     if (zero_grads) zero(grad, Pair::kElements);
     return {m, root};
@@ -88,7 +88,7 @@ void adam_range(const AdamTensor& tensor, const AdamWork& work, int64_t begin, i
 
 // Every byte that adam_range moves is loaded, changed by nothing, and stored.
 template <class Param, class Grad, class State>
-void touch_range(const AdamTensor& tensor, int64_t begin, int64_t end, int prefetch_bytes) {
+void probe_range(const AdamTensor& tensor, int64_t begin, int64_t end, int prefetch_bytes) {
   using Word = uint64_t;
   constexpr int64_t kParamWords = kBlock * sizeof(Param) / sizeof(Word),
                     kGradWords = kBlock * sizeof(Grad) / sizeof(Word);
@@ -157,9 +157,9 @@ AdamRange choose_adam_range(AdamDtypes dtypes, AdamMode mode, bool in_blocks) {
   return direct ? direct : choose_staged_range(dtypes, mode);
 }
 
-TouchRange choose_touch_range(AdamDtypes dtypes) {
-  return choose_types<TouchRange>(
-      dtypes, [](auto p, auto g, auto s) -> TouchRange { return touch_range<decltype(p), decltype(g), decltype(s)>; });
+ProbeRange choose_touch_range(AdamDtypes dtypes) {
+  return choose_types<ProbeRange>(
+      dtypes, [](auto p, auto g, auto s) -> ProbeRange { return probe_range<decltype(p), decltype(g), decltype(s)>; });
 }
 
 }  // namespace

@@ -10,8 +10,8 @@
 
 namespace adamops {
 
-// What a kernel needs to know of a tensor's step besides the tensor. Memory is asked for `prefetch_bytes` ahead of use,
-// 0 for not at all.
+// What a kernel needs to know of a tensor's step besides the tensor. Memory is prefetched `prefetch_bytes` ahead of
+// use, 0 for not at all.
 struct AdamWork {
   AdamDtypes dtypes;
   AdamMode mode;
@@ -24,7 +24,7 @@ using AdamRange = void (*)(const AdamTensor&, const AdamWork&, int64_t begin, in
 
 // Reads and writes the same bytes as AdamRange with nothing to compute: the limit that the benchmark compares with.
 // Prefetches `prefetch_bytes` ahead, 0 for not at all. The values stay as they are.
-using TouchRange = void (*)(const AdamTensor&, int64_t begin, int64_t end, int prefetch_bytes);
+using ProbeRange = void (*)(const AdamTensor&, int64_t begin, int64_t end, int prefetch_bytes);
 
 // The norm of `count` elements of a grad: the 1-norm, the square of the 2-norm, or the largest magnitude, each as a
 // double.
@@ -34,9 +34,9 @@ struct AdamTarget {
   const char* name;
   uint32_t required_features;  // of simd/cpu_features.h
   // Null for combinations that do not exist: see fit().
-  // `in_blocks` asks for the kernel that can do everything, a block of kCodeBlock elements after another.
+  // `in_blocks` asks for the kernel that can do everything, a block of kQuantizationBlock elements after another.
   AdamRange (*adam_range)(AdamDtypes dtypes, AdamMode mode, bool in_blocks);
-  TouchRange (*touch_range)(AdamDtypes dtypes);  // masters are left alone
+  ProbeRange (*probe_range)(AdamDtypes dtypes);  // masters are left alone
   NormRange norm_range;
 };
 

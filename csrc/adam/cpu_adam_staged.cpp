@@ -1,8 +1,8 @@
-// The CPU kernel for all that cpu_adam_kernel.cpp has no loop of its own for: states in codes or of other dtypes than
-// the param, masters in parts, rounding at random, zeroing grads, copies of the param. A block of elements at a time is
-// brought into fp32, updated and put back, each step a loop over memory that stays in the first cache, so that what can
-// be combined need not be compiled together. Compiled once per SIMD target; ../simd/blocks.h says what that means for
-// linkage.
+// The CPU kernel for all that cpu_adam_kernel.cpp has no loop of its own for: quantized states or of other dtypes than
+// the param, split master weights, rounding at random, zeroing grads, copies of the param. A block of elements at a
+// time is brought into fp32, updated and put back, each step a loop over memory that stays in the first cache, so that
+// what can be combined need not be compiled together. Compiled once per SIMD target; ../simd/blocks.h says what that
+// means for linkage.
 #include "cpu_adam_kernel.h"
 
 #include ADAMOPS_SIMD_HEADER
@@ -12,16 +12,16 @@
 #include "../simd/blocks.h"
 #include "../simd/float_bits.h"
 #include "average_pairs.h"
-#include "block_codes.h"
+#include "quantized_blocks.h"
 #include "rounding.h"
 
 namespace adamops {
 namespace ADAMOPS_TARGET {
 namespace {
 
-static_assert(kCodeBlock % kBlock == 0, "blocks, and so pairs of vectors, fill blocks of codes");
-static_assert(kCodeBlock % (4 * Ops::kWidth) == 0, "codes are stored by four vectors");
-static_assert(kCodeOffset == 128, "store_bytes takes it off");
+static_assert(kQuantizationBlock % kBlock == 0, "blocks, and so pairs of vectors, fill quantization blocks");
+static_assert(kQuantizationBlock % (4 * Ops::kWidth) == 0, "codes are stored by four vectors");
+static_assert(kQuantizedOffset == 128, "store_bytes takes it off");
 
 // Single floats, for loops that the compiler makes vectors of.
 struct FloatOps {
@@ -96,59 +96,61 @@ template <class T>
 class Block {
  public:
   Block(void* column, int64_t begin, int64_t count) : memory_(at<T>(column, begin)), count_(count) {
-    if (count == kCodeBlock) return;
+    if (count == kQuantizationBlock) return;
     std::memset(static_cast<void*>(copy_), 0, sizeof copy_);
     std::memcpy(static_cast<void*>(copy_), memory_, static_cast<size_t>(count) * sizeof(T));
   }
-  T* begin() { return count_ == kCodeBlock ? memory_ : copy_; }
+  T* begin() { return count_ == kQuantizationBlock ? memory_ : copy_; }
   void write_back() const {
-    if (count_ != kCodeBlock) std::memcpy(static_cast<void*>(memory_), copy_, static_cast<size_t>(count_) * sizeof(T));
+    if (count_ != kQuantizationBlock)
+      std::memcpy(static_cast<void*>(memory_), copy_, static_cast<size_t>(count_) * sizeof(T));
   }
 
  private:
   T* memory_;
   int64_t count_;
-  T copy_[kCodeBlock];
+  T copy_[kQuantizationBlock];
 };
 
 template <class T>
 inline void widen(const T* from, float* to) {
-  for (int64_t i = 0; i < kCodeBlock; i += Pair::kElements) store_pair(to + i, load_pair(from + i));
+  for (int64_t i = 0; i < kQuantizationBlock; i += Pair::kElements) store_pair(to + i, load_pair(from + i));
 }
 template <class T>
 inline void narrow(const float* from, T* to) {
-  for (int64_t i = 0; i < kCodeBlock; i += Pair::kElements) store_pair(to + i, load_pair(from + i));
+  for (int64_t i = 0; i < kQuantizationBlock; i += Pair::kElements) store_pair(to + i, load_pair(from + i));
 }
 
-// States in codes -----------------------------------------------------------------------------------------------------
+// Quantized states
+// -----------------------------------------------------------------------------------------------------
 
-template <class Code>
-struct CodeTypes {
+template <class Format>
+struct FormatTypes {
   using Byte = int8_t;
 };
 template <>
-struct CodeTypes<UnsignedCode> {
+struct FormatTypes<UnsignedFormat> {
   using Byte = uint8_t;
 };
-template <class Code>
-using Byte = typename CodeTypes<Code>::Byte;
+template <class Format>
+using Byte = typename FormatTypes<Format>::Byte;
 
-// Decodes a vector at a time.
-template <class Code>
-class Decoder {
+// Dequantizes a vector at a time.
+template <class Format>
+class Dequantizer {
  public:
-  Decoder(const Byte<Code>* codes, uint16_t scale)
-      : codes_(codes), unit_(Ops::set(scale_in_fp32<FloatOps>(scale) * Code::kUnit)) {}
+  Dequantizer(const Byte<Format>* codes, uint16_t scale)
+      : codes_(codes), unit_(Ops::set(scale_in_fp32<FloatOps>(scale) * Format::kUnit)) {}
   Number load(int64_t i) const {
-    return decode<Code, VectorOps>(VectorOps::to_number(VectorOps::load_bytes(codes_ + i)), unit_);
+    return dequantize<Format, VectorOps>(VectorOps::to_number(VectorOps::load_bytes(codes_ + i)), unit_);
   }
 
  private:
-  const Byte<Code>* codes_;
+  const Byte<Format>* codes_;
   Number unit_;
 };
 
-// What the states of a block are encoded with: the largest magnitudes, found on the way.
+// What the states of a block are quantized with: the largest magnitudes, found on the way.
 struct Largest {
   VectorMagnitudes::Vector exp_avg = {}, exp_avg_sq = {}, max_exp_avg_sq = {};
 
@@ -157,40 +159,41 @@ struct Largest {
   }
 };
 
-// Encodes a block of a state. Constructed ahead of its use, as what it needs of the block takes a division.
-template <class Code>
-class Encoder {
+// Quantizes a block of a state. Constructed ahead of its use, as what it needs of the block takes a division.
+template <class Format>
+class Quantizer {
  public:
-  Encoder(uint32_t largest, int64_t index, uint32_t step)
+  Quantizer(uint32_t largest, int64_t index, uint32_t step)
       : scale_(block_scale(static_cast<int32_t>(largest))),
-        inverse_(Ops::set(inverse_scale<Code, FloatOps>(scale_))),
-        noise_(VectorOps::add_halves(noise_of_lanes(), VectorOps::set_integers(noise_of<Code>(index, step)))) {}
+        inverse_(Ops::set(inverse_scale<Format, FloatOps>(scale_))),
+        noise_(VectorOps::add_halves(noise_of_lanes(), VectorOps::set_integers(noise_of<Format>(index, step)))) {}
 
   uint16_t scale() const { return scale_; }
 
-  void encode_block(const float* __restrict from, Byte<Code>* __restrict codes) const {
-    const Integers stride = VectorOps::set_integers(static_cast<uint16_t>(Ops::kWidth * kElementStride<Code>));
+  void quantize_block(const float* __restrict from, Byte<Format>* __restrict codes) const {
+    const Integers stride = VectorOps::set_integers(static_cast<uint16_t>(Ops::kWidth * kElementStride<Format>));
     Integers noise = noise_, least = VectorOps::set_integers(kInfinity);
-    for (int64_t i = 0; i < kCodeBlock; i += 4 * Ops::kWidth) {
+    for (int64_t i = 0; i < kQuantizationBlock; i += 4 * Ops::kWidth) {
       Integers four[4];
       for (int j = 0; j < 4; ++j, noise = VectorOps::add_halves(noise, stride)) {
-        four[j] = encode<Code, VectorOps>(Ops::load(from + i + j * Ops::kWidth), inverse_, VectorOps::from_bits(noise));
-        if (!Code::kSigned) least = VectorOps::smaller(least, four[j]);
+        four[j] =
+            quantize<Format, VectorOps>(Ops::load(from + i + j * Ops::kWidth), inverse_, VectorOps::from_bits(noise));
+        if (!Format::kSigned) least = VectorOps::smaller(least, four[j]);
       }
       VectorOps::store_bytes(codes + i, four);
     }
     const auto most_below_zero = VectorOps::cast<VectorMagnitudes::Vector>(-least);
-    if (!Code::kSigned && VectorMagnitudes::largest_of(most_below_zero) == uint32_t{0} - kCodeOffset)  // seldom
-      for (int64_t i = 0; i < kCodeBlock; ++i)
+    if (!Format::kSigned && VectorMagnitudes::largest_of(most_below_zero) == uint32_t{0} - kQuantizedOffset)  // seldom
+      for (int64_t i = 0; i < kQuantizationBlock; ++i)
         if (codes[i] == 0)
-          codes[i] = static_cast<Byte<Code>>(least_code(static_cast<int32_t>(FloatOps::bits(from[i]))));
+          codes[i] = static_cast<Byte<Format>>(least_code(static_cast<int32_t>(FloatOps::bits(from[i]))));
   }
 
  private:
   static Integers noise_of_lanes() {  // a constant
     Integers lanes;
     for (int i = 0; i < Ops::kWidth; ++i)
-      lanes[i] = kNoiseBits | static_cast<uint16_t>(static_cast<uint32_t>(i) * kElementStride<Code>);
+      lanes[i] = kNoiseBits | static_cast<uint16_t>(static_cast<uint32_t>(i) * kElementStride<Format>);
     return lanes;
   }
 
@@ -209,20 +212,21 @@ struct Random {
 
 template <class Rest>
 inline void join(const bf16* param, const Rest* rest, float* to) {
-  for (int64_t i = 0; i < kCodeBlock; ++i)
+  for (int64_t i = 0; i < kQuantizationBlock; ++i)
     to[i] = FloatOps::from_bits(Bf16Remainder<8 * sizeof(Rest)>::join(param[i].bits, rest[i]));
 }
 template <class Rest>
 inline void join(const fp16* param, const Rest* rest, float* to) {
   widen(param, to);
-  for (int64_t i = 0; i < kCodeBlock; ++i) to[i] = Fp16Remainder<8 * sizeof(Rest), FloatOps>::join(to[i], rest[i]);
+  for (int64_t i = 0; i < kQuantizationBlock; ++i)
+    to[i] = Fp16Remainder<8 * sizeof(Rest), FloatOps>::join(to[i], rest[i]);
 }
 
 template <class Rest>
 inline void split(const float* from, const Random& random, bf16* param, Rest* rest) {
   using Remainder = Bf16Remainder<8 * sizeof(Rest)>;
   const auto run = [&](const auto& noise) {
-    for (int64_t i = 0; i < kCodeBlock; ++i) {
+    for (int64_t i = 0; i < kQuantizationBlock; ++i) {
       uint32_t upper;
       int32_t lower;
       Remainder::split(FloatOps::bits(from[i]), noise(i), upper, lower);
@@ -238,16 +242,16 @@ inline void split(const float* from, const Random& random, bf16* param, Rest* re
 template <class Rest>
 inline void split(const float* from, const Random& random, fp16* param, Rest* rest) {
   using Remainder = Fp16Remainder<8 * sizeof(Rest), FloatOps>;
-  float rounded[kCodeBlock];
+  float rounded[kQuantizationBlock];
   narrow(from, param);
   widen(param, rounded);
   const auto run = [&](const auto& noise) {
-    for (int64_t i = 0; i < kCodeBlock; ++i) {
+    for (int64_t i = 0; i < kQuantizationBlock; ++i) {
       const int next = Remainder::overflows(from[i], rounded[i], noise(i)) ? 1 : 0;
       param[i].bits = static_cast<uint16_t>(param[i].bits + (param[i].bits & 0x8000 ? -next : next));
     }
     widen(param, rounded);
-    for (int64_t i = 0; i < kCodeBlock; ++i)
+    for (int64_t i = 0; i < kQuantizationBlock; ++i)
       rest[i] = static_cast<Rest>(Remainder::rest(from[i], rounded[i], noise(i)));
   };
   if (random.used && sizeof(Rest) == 1)
@@ -257,12 +261,12 @@ inline void split(const float* from, const Random& random, fp16* param, Rest* re
 }
 
 inline void narrow_at_random(const float* from, const Random& random, bf16* to) {
-  for (int64_t i = 0; i < kCodeBlock; ++i)
+  for (int64_t i = 0; i < kQuantizationBlock; ++i)
     to[i].bits = static_cast<uint16_t>(stochastic_bf16(FloatOps::bits(from[i]), random.bits(i)) >> 16);
 }
 inline void narrow_at_random(const float* from, const Random& random, fp16* to) {
-  float rounded[kCodeBlock];
-  for (int64_t i = 0; i < kCodeBlock; ++i)
+  float rounded[kQuantizationBlock];
+  for (int64_t i = 0; i < kQuantizationBlock; ++i)
     rounded[i] = FloatOps::from_bits(stochastic_fp16<FloatOps>(FloatOps::bits(from[i]), random.bits(i)));
   narrow(rounded, to);
 }
@@ -272,10 +276,10 @@ inline void narrow_at_random(const float* from, const Random&, float* to) {
 
 // A block ------------------------------------------------------------------------------------------------------------
 
-// Room for what is updated, in fp32.
-struct Room {
-  alignas(kCacheLine) float param[kCodeBlock], grad[kCodeBlock], exp_avg[kCodeBlock], exp_avg_sq[kCodeBlock],
-      max_exp_avg_sq[kCodeBlock];
+// Scratch for what is updated, in fp32.
+struct Scratch {
+  alignas(kCacheLine) float param[kQuantizationBlock], grad[kQuantizationBlock], exp_avg[kQuantizationBlock],
+      exp_avg_sq[kQuantizationBlock], max_exp_avg_sq[kQuantizationBlock];
 };
 
 // A block of a tensor: `count` elements from `begin` on. Brings columns into fp32 and puts them back.
@@ -310,46 +314,46 @@ struct BlockOfTensor {
     visit_as<Written, fp16>(tensor.param, with_rest);
   }
 
-  bool in_place(Dtype dtype) const { return dtype == kFloat32 && count == kCodeBlock; }
+  bool in_place(Dtype dtype) const { return dtype == kFloat32 && count == kQuantizationBlock; }
 
   template <class T>
   void prefetch(const void* column) const {
-    prefetch_block<kCodeBlock>(at<T>(column, begin), work.prefetch_bytes);
+    prefetch_block<kQuantizationBlock>(at<T>(column, begin), work.prefetch_bytes);
   }
 
-  // A column in fp32: where it is, or widened into the room.
-  float* take(Dtype dtype, void* column, float* room) const {
+  // A column in fp32: where it is, or widened into the scratch.
+  float* take(Dtype dtype, void* column, float* scratch) const {
     dtype == kFloat32 ? prefetch<float>(column) : prefetch<bf16>(column);
     if (in_place(dtype)) return at<float>(column, begin);
-    visit_floats<false>(dtype, column, [&](auto* from) { widen(from, room); });
-    return room;
+    visit_floats<false>(dtype, column, [&](auto* from) { widen(from, scratch); });
+    return scratch;
   }
   void put(Dtype dtype, void* column, const float* from) const {
     if (!in_place(dtype)) visit_floats<true>(dtype, column, [&](auto* to) { narrow(from, to); });
   }
-  // The same for the average that Code is of.
-  template <class Code>
+  // The same for the average that Format is of.
+  template <class Format>
   ADAMOPS_INLINE void put_average(Dtype dtype, void* column, const float* from) const {
     if (dtype != kBfloat16) return put(dtype, column, from);
     const AverageRounding rounding(work.scalars.step);
     visit_as<true, bf16>(column, [&](bf16* to) {
-      for (int64_t i = 0; i < kCodeBlock; i += Pair::kElements)
-        rounding.template store<Code, false>(to + i, load_pair(from + i));
+      for (int64_t i = 0; i < kQuantizationBlock; i += Pair::kElements)
+        rounding.template store<Format, false>(to + i, load_pair(from + i));
     });
   }
 
-  float* take_param(float* room) const {
-    if (work.dtypes.master == kNoMaster) return take(work.dtypes.param, tensor.param, room);
-    if (work.dtypes.master == kMasterFp32) return take(kFloat32, tensor.master, room);
+  float* take_param(float* scratch) const {
+    if (work.dtypes.master == kNoMaster) return take(work.dtypes.param, tensor.param, scratch);
+    if (work.dtypes.master == kMasterFp32) return take(kFloat32, tensor.master, scratch);
     prefetch<bf16>(tensor.param);
     work.dtypes.master == kRemainder8 ? prefetch<uint8_t>(tensor.master) : prefetch<bf16>(tensor.master);
-    visit_param_and_rest<false>([&](const auto* param, const auto* rest) { join(param, rest, room); });
-    return room;
+    visit_param_and_rest<false>([&](const auto* param, const auto* rest) { join(param, rest, scratch); });
+    return scratch;
   }
   void put_param(const float* from) const {
     const auto index = static_cast<uint64_t>(begin);
     const Random random = {work.mode.stochastic_rounding,
-                           random_key(tensor.stream, work.scalars.step, static_cast<uint32_t>(index >> 32)),
+                           random_key(tensor.rng_offset, work.scalars.step, static_cast<uint32_t>(index >> 32)),
                            static_cast<uint32_t>(index)};
     if (work.dtypes.master == kRemainder8 || work.dtypes.master == kRemainder16) {
       visit_param_and_rest<true>([&](auto* param, auto* rest) { split(from, random, param, rest); });
@@ -401,9 +405,9 @@ inline Largest update(const AdamConstants<Ops>& k, float* param, const float* gr
     }
   };
   update_states(0);
-  for (int64_t i = 0; i < kCodeBlock; i += Ops::kWidth) {
+  for (int64_t i = 0; i < kQuantizationBlock; i += Ops::kWidth) {
     const Number m_here = m, root_here = root;
-    if (i + Ops::kWidth < kCodeBlock) update_states(i + Ops::kWidth);
+    if (i + Ops::kWidth < kQuantizationBlock) update_states(i + Ops::kWidth);
     Number p = Ops::load(param + i);
     adam_update_param<Ops>(k, p, m_here, root_here);
     Ops::store(param + i, p);
@@ -413,51 +417,51 @@ inline Largest update(const AdamConstants<Ops>& k, float* param, const float* gr
 
 template <bool L2, bool Amsgrad>
 inline void update_float_states(const AdamConstants<Ops>& k, const BlockOfTensor& block, float* param,
-                                const float* grad, Room& room) {
+                                const float* grad, Scratch& scratch) {
   const AdamTensor& tensor = block.tensor;
   const Dtype dtype = block.work.dtypes.state;
-  const FloatStates states = {block.take(dtype, tensor.exp_avg, room.exp_avg),
-                              block.take(dtype, tensor.exp_avg_sq, room.exp_avg_sq),
-                              Amsgrad ? block.take(dtype, tensor.max_exp_avg_sq, room.max_exp_avg_sq) : nullptr};
+  const FloatStates states = {block.take(dtype, tensor.exp_avg, scratch.exp_avg),
+                              block.take(dtype, tensor.exp_avg_sq, scratch.exp_avg_sq),
+                              Amsgrad ? block.take(dtype, tensor.max_exp_avg_sq, scratch.max_exp_avg_sq) : nullptr};
   update<L2, Amsgrad>(k, param, grad, states, states);
-  block.put_average<SignedCode>(dtype, tensor.exp_avg, states.exp_avg);
-  block.put_average<UnsignedCode>(dtype, tensor.exp_avg_sq, states.exp_avg_sq);
+  block.put_average<SignedFormat>(dtype, tensor.exp_avg, states.exp_avg);
+  block.put_average<UnsignedFormat>(dtype, tensor.exp_avg_sq, states.exp_avg_sq);
   if constexpr (Amsgrad) block.put(dtype, tensor.max_exp_avg_sq, states.max_exp_avg_sq);
 }
 
 // The codes of a block, and what to do where a state is not finite.
 template <bool Amsgrad>
-struct CodedStates {
+struct QuantizedStates {
   int8_t* exp_avg;
   uint8_t *exp_avg_sq, *max_exp_avg_sq;
   uint16_t* scales;
 
-  Decoder<SignedCode> m{exp_avg, scales[0]};
-  Decoder<UnsignedCode> v{exp_avg_sq, scales[1]};
-  Decoder<UnsignedCode> max_v{max_exp_avg_sq, scales[Amsgrad ? 2 : 1]};
+  Dequantizer<SignedFormat> m{exp_avg, scales[0]};
+  Dequantizer<UnsignedFormat> v{exp_avg_sq, scales[1]};
+  Dequantizer<UnsignedFormat> max_v{max_exp_avg_sq, scales[Amsgrad ? 2 : 1]};
 
   Number load_exp_avg(int64_t i) const { return m.load(i); }
   Number load_exp_avg_sq(int64_t i) const { return v.load(i); }
   Number load_max_exp_avg_sq(int64_t i) const { return max_v.load(i); }
 
-  // exp_avg decoded, NaN among it; for the few blocks that need it.
-  void decode_with_nan(float* to) const {
-    for (int64_t i = 0; i < kCodeBlock; i += Ops::kWidth) Ops::store(to + i, m.load(i));
-    for (int64_t i = 0; i < kCodeBlock; ++i)
+  // exp_avg dequantized, NaN among it; for the few blocks that need it.
+  void dequantize_with_nan(float* to) const {
+    for (int64_t i = 0; i < kQuantizationBlock; i += Ops::kWidth) Ops::store(to + i, m.load(i));
+    for (int64_t i = 0; i < kQuantizationBlock; ++i)
       if (exp_avg[i] == kNotFinite) to[i] = FloatOps::from_bits(0x7FC00000);
   }
 
-  void encode(const FloatStates& from, const Largest& largest, int64_t index, uint32_t step) const {
+  void quantize(const FloatStates& from, const Largest& largest, int64_t index, uint32_t step) const {
     uint32_t most_m = VectorMagnitudes::largest_of(largest.exp_avg);
     uint32_t most_v = VectorMagnitudes::largest_of(largest.exp_avg_sq);
     uint32_t most_max_v = VectorMagnitudes::largest_of(largest.max_exp_avg_sq);
-    bool not_finite[kCodeBlock];
+    bool not_finite[kQuantizationBlock];
     const bool all_finite = most_m < kInfinity && most_v < kInfinity && most_max_v < kInfinity;
     if (!all_finite) {
       most_m = most_v = most_max_v = 0;
       const auto magnitude = [](float x) { return FloatOps::bits(x) & kMagnitudeBits; };
       const auto larger = [](uint32_t a, uint32_t b) { return a > b ? a : b; };
-      for (int64_t i = 0; i < kCodeBlock; ++i) {
+      for (int64_t i = 0; i < kQuantizationBlock; ++i) {
         not_finite[i] = magnitude(from.exp_avg[i]) >= kInfinity || magnitude(from.exp_avg_sq[i]) >= kInfinity ||
                         (Amsgrad && magnitude(from.max_exp_avg_sq[i]) >= kInfinity);
         if (not_finite[i]) {
@@ -469,25 +473,25 @@ struct CodedStates {
         if (Amsgrad) most_max_v = larger(most_max_v, magnitude(from.max_exp_avg_sq[i]));
       }
     }
-    const Encoder<SignedCode> encode_m(most_m, index, step);
-    const Encoder<UnsignedCode> encode_v(most_v, index, step), encode_max_v(most_max_v, index, step);
-    encode_m.encode_block(from.exp_avg, exp_avg);
-    encode_v.encode_block(from.exp_avg_sq, exp_avg_sq);
-    if (Amsgrad) encode_max_v.encode_block(from.max_exp_avg_sq, max_exp_avg_sq);
-    scales[0] = encode_m.scale();
-    scales[1] = encode_v.scale();
-    if (Amsgrad) scales[2] = encode_max_v.scale();
+    const Quantizer<SignedFormat> quantize_m(most_m, index, step);
+    const Quantizer<UnsignedFormat> quantize_v(most_v, index, step), quantize_max_v(most_max_v, index, step);
+    quantize_m.quantize_block(from.exp_avg, exp_avg);
+    quantize_v.quantize_block(from.exp_avg_sq, exp_avg_sq);
+    if (Amsgrad) quantize_max_v.quantize_block(from.max_exp_avg_sq, max_exp_avg_sq);
+    scales[0] = quantize_m.scale();
+    scales[1] = quantize_v.scale();
+    if (Amsgrad) scales[2] = quantize_max_v.scale();
     if (!all_finite) {
       scales[0] |= kHasNotFinite;
-      for (int64_t i = 0; i < kCodeBlock; ++i)
+      for (int64_t i = 0; i < kQuantizationBlock; ++i)
         if (not_finite[i]) exp_avg[i] = kNotFinite;
     }
   }
 };
 
 template <bool L2, bool Amsgrad>
-inline void update_coded_states(const AdamConstants<Ops>& k, const BlockOfTensor& block, float* param,
-                                const float* grad, Room& room) {
+inline void update_quantized_states(const AdamConstants<Ops>& k, const BlockOfTensor& block, float* param,
+                                    const float* grad, Scratch& scratch) {
   const AdamTensor& tensor = block.tensor;
   block.prefetch<uint8_t>(tensor.exp_avg);
   block.prefetch<uint8_t>(tensor.exp_avg_sq);
@@ -495,21 +499,21 @@ inline void update_coded_states(const AdamConstants<Ops>& k, const BlockOfTensor
   Block<int8_t> m(tensor.exp_avg, block.begin, block.count);
   Block<uint8_t> v(tensor.exp_avg_sq, block.begin, block.count);
   Block<uint8_t> max_v(Amsgrad ? tensor.max_exp_avg_sq : tensor.exp_avg_sq, block.begin, block.count);
-  const CodedStates<Amsgrad> codes = {m.begin(), v.begin(), max_v.begin(),
-                                      tensor.scales + block.begin / kCodeBlock * (Amsgrad ? 3 : 2)};
-  const FloatStates states = {room.exp_avg, room.exp_avg_sq, room.max_exp_avg_sq};
+  const QuantizedStates<Amsgrad> codes = {m.begin(), v.begin(), max_v.begin(),
+                                          tensor.scales + block.begin / kQuantizationBlock * (Amsgrad ? 3 : 2)};
+  const FloatStates states = {scratch.exp_avg, scratch.exp_avg_sq, scratch.max_exp_avg_sq};
   Largest largest;
   if (codes.scales[0] & kHasNotFinite) {
-    codes.decode_with_nan(room.exp_avg);
-    struct : CodedStates<Amsgrad> {
-      const float* decoded;
-      Number load_exp_avg(int64_t i) const { return Ops::load(decoded + i); }
-    } with_nan{{codes}, room.exp_avg};
+    codes.dequantize_with_nan(scratch.exp_avg);
+    struct : QuantizedStates<Amsgrad> {
+      const float* dequantized;
+      Number load_exp_avg(int64_t i) const { return Ops::load(dequantized + i); }
+    } with_nan{{codes}, scratch.exp_avg};
     largest = update<L2, Amsgrad>(k, param, grad, with_nan, states);
   } else {
     largest = update<L2, Amsgrad>(k, param, grad, codes, states);
   }
-  codes.encode(states, largest, block.begin, block.work.scalars.step);
+  codes.quantize(states, largest, block.begin, block.work.scalars.step);
   m.write_back();
   v.write_back();
   if (Amsgrad) max_v.write_back();
@@ -518,15 +522,15 @@ inline void update_coded_states(const AdamConstants<Ops>& k, const BlockOfTensor
 template <bool L2, bool Amsgrad>
 void staged_range(const AdamTensor& tensor, const AdamWork& work, int64_t begin, int64_t end) {
   const AdamConstants<Ops> k(work.scalars, work.scalars.grad_scale != 1.0f);
-  Room room;
-  for (int64_t i = begin; i < end; i += kCodeBlock) {
-    const BlockOfTensor block = {tensor, work, i, end - i < kCodeBlock ? end - i : kCodeBlock};
-    float* const param = block.take_param(room.param);
-    const float* const grad = block.take(work.dtypes.grad, tensor.grad, room.grad);
-    if (work.dtypes.state == kBlockCodes)
-      update_coded_states<L2, Amsgrad>(k, block, param, grad, room);
+  Scratch scratch;
+  for (int64_t i = begin; i < end; i += kQuantizationBlock) {
+    const BlockOfTensor block = {tensor, work, i, end - i < kQuantizationBlock ? end - i : kQuantizationBlock};
+    float* const param = block.take_param(scratch.param);
+    const float* const grad = block.take(work.dtypes.grad, tensor.grad, scratch.grad);
+    if (work.dtypes.state == kQuantized)
+      update_quantized_states<L2, Amsgrad>(k, block, param, grad, scratch);
     else
-      update_float_states<L2, Amsgrad>(k, block, param, grad, room);
+      update_float_states<L2, Amsgrad>(k, block, param, grad, scratch);
     block.put_param(param);
     if (work.mode.zero_grads) block.zero_grad();
   }

@@ -79,7 +79,7 @@ Kernel kernel_of_param(bool grad32, bool state32, bool master, bool amsgrad) {
 
 // A kernel of one pass over registers, for what is most common; null for everything else.
 Kernel direct_kernel(AdamDtypes dtypes, AdamMode mode) {
-  if (dtypes.state == kBlockCodes || dtypes.master > kMasterFp32) return nullptr;
+  if (dtypes.state == kQuantized || dtypes.master > kMasterFp32) return nullptr;
   if (dtypes.state != dtypes.param && dtypes.state != kFloat32) return nullptr;
   const bool grad32 = dtypes.grad == kFloat32, state32 = dtypes.state == kFloat32;
   const bool master = dtypes.master == kMasterFp32;
@@ -92,7 +92,7 @@ Kernel kernel_of(AdamDtypes dtypes, AdamMode mode, bool lowp_out) {
   const bool plain = !lowp_out && !mode.zero_grads && !mode.stochastic_rounding;
   const Kernel direct = plain ? direct_kernel(dtypes, mode) : nullptr;
   if (direct) return direct;
-  if (dtypes.state == kBlockCodes)
+  if (dtypes.state == kQuantized)
     return mode.amsgrad ? adam_blocks_kernel<true, true> : adam_blocks_kernel<false, true>;
   return mode.amsgrad ? adam_blocks_kernel<true, false> : adam_blocks_kernel<false, false>;
 }

@@ -1,18 +1,19 @@
-// The CUDA kernel for all that fused_adam_kernel.cuh has no kernel of its own for: states in codes or of other dtypes
-// than the param, masters in parts, rounding at random, zeroing grads, copies of the param. A warp takes a block of
+// The CUDA kernel for all that fused_adam_kernel.cuh has no kernel of its own for: quantized states or of other dtypes
+// than the param, split master weights, rounding at random, zeroing grads, copies of the param. A warp takes a block of
 // codes at a time, a thread eight elements that lie together. Whether states are codes, and whether a block is whole,
 // is known when it is compiled; dtypes are asked for at run time, and all threads find the same. As there: device code
 // only, of CUDA nothing but built-ins.
 #pragma once
 
-#include "block_codes.h"
 #include "fused_adam_kernel.cuh"
 #include "fused_adam_numbers.cuh"
+#include "quantized_blocks.h"
 #include "rounding.h"
 
 namespace adamops {
 
-static_assert(kOwn == 8 && kChunk % kCodeBlock == 0, "a thread's elements in 16 bits are one access of 16 bytes");
+static_assert(kOwn == 8 && kChunk % kQuantizationBlock == 0,
+              "a thread's elements in 16 bits are one access of 16 bytes");
 
 // Of integers of 8 or 16 bits, as many as a thread has, packed into words, the first one lowest.
 template <class T>
@@ -122,7 +123,8 @@ struct OwnElements {
   }
 };
 
-// States in codes -----------------------------------------------------------------------------------------------------
+// Quantized states
+// -----------------------------------------------------------------------------------------------------
 
 // The largest of a number of each thread of the warp, which must all call it.
 __device__ inline int32_t largest_of_warp(int32_t own) {
@@ -144,20 +146,21 @@ __device__ inline int32_t largest_magnitude(const OwnFloats& x) {
 
 constexpr uint32_t kEveryByte = 0x01010101, kEverySign = 0x80808080;
 
-template <class Code, class Byte, bool Whole>
-__device__ inline void decode_own(const OwnElements<Whole>& own, const void* column, uint16_t scale, OwnFloats& to) {
+template <class Format, class Byte, bool Whole>
+__device__ inline void dequantize_own(const OwnElements<Whole>& own, const void* column, uint16_t scale,
+                                      OwnFloats& to) {
   const Words<Byte> codes = own.template load_words<Byte>(column);
-  const float unit = __fmul_rn(scale_in_fp32<CudaBitOps>(scale), Code::kUnit);
+  const float unit = __fmul_rn(scale_in_fp32<CudaBitOps>(scale), Format::kUnit);
   // With its sign bit turned, a signed byte is an unsigned one that is 128 more.
-  constexpr uint32_t kTurned = Code::kSigned ? kEverySign : 0;
-  constexpr float kZero = CudaBitOps::kWholes + (Code::kSigned ? 128.0f : 0.0f);
+  constexpr uint32_t kTurned = Format::kSigned ? kEverySign : 0;
+  constexpr float kZero = CudaBitOps::kWholes + (Format::kSigned ? 128.0f : 0.0f);
 #pragma unroll
   for (int i = 0; i < kOwn; ++i) {
     const uint32_t turned = codes.words[i / 4] ^ kTurned;
     const float code = __uint_as_float(__byte_perm(turned, CudaBitOps::kBitsOfWholes, 0x7650u | i % 4));
-    to[i] = decode<Code, CudaBitOps>(__fadd_rn(code, -kZero), unit);
+    to[i] = dequantize<Format, CudaBitOps>(__fadd_rn(code, -kZero), unit);
   }
-  if (Code::kSigned && (scale & kHasNotFinite)) {  // seldom
+  if (Format::kSigned && (scale & kHasNotFinite)) {  // seldom
 #pragma unroll
     for (int i = 0; i < kOwn; ++i)
       if (codes.number(i) == kNotFinite) to[i] = __uint_as_float(0x7FC00000u);
@@ -165,29 +168,29 @@ __device__ inline void decode_own(const OwnElements<Whole>& own, const void* col
 }
 
 // Returns the block's scale. `not_finite` are the elements, as bits, of which a state is not.
-template <class Code, class Byte, bool Whole>
-__device__ inline uint16_t encode_own(const OwnElements<Whole>& own, const OwnFloats& from, int32_t largest,
-                                      uint32_t step, uint32_t not_finite, void* column) {
+template <class Format, class Byte, bool Whole>
+__device__ inline uint16_t quantize_own(const OwnElements<Whole>& own, const OwnFloats& from, int32_t largest,
+                                        uint32_t step, uint32_t not_finite, void* column) {
   const uint16_t scale = block_scale(largest);
-  const float inverse = inverse_scale<Code, CudaBitOps>(scale);
+  const float inverse = inverse_scale<Format, CudaBitOps>(scale);
   int32_t codes[kOwn];
 #pragma unroll
   for (int i = 0; i < kOwn; ++i) {
-    const float noise = __uint_as_float(kNoiseBits | noise_of<Code>(own.begin + i, step));
-    codes[i] = encode<Code, CudaBitOps>(from[i], inverse, noise);
+    const float noise = __uint_as_float(kNoiseBits | noise_of<Format>(own.begin + i, step));
+    codes[i] = quantize<Format, CudaBitOps>(from[i], inverse, noise);
   }
-  static_assert(kCodeOffset == 128, "it is taken off by turning the highest bit");
+  static_assert(kQuantizedOffset == 128, "it is taken off by turning the highest bit");
   Words<Byte> packed = Words<Byte>::packed(codes);
 #pragma unroll
   for (uint32_t& word : packed.words) word ^= kEverySign;
   uint32_t zeros = 0;  // not 0 if a byte is
 #pragma unroll
   for (const uint32_t word : packed.words) zeros |= (word - kEveryByte) & ~word & kEverySign;
-  if (Code::kSigned ? not_finite : zeros) {  // seldom
+  if (Format::kSigned ? not_finite : zeros) {  // seldom
 #pragma unroll
     for (int i = 0; i < kOwn; ++i) {
       const int32_t code = packed.number(i);
-      if (Code::kSigned)
+      if (Format::kSigned)
         codes[i] = not_finite >> i & 1u ? kNotFinite : code;
       else
         codes[i] = CudaBitOps::larger(code, least_code(CudaBitOps::bits(from[i])));
@@ -203,14 +206,14 @@ struct OwnStates {
   OwnFloats exp_avg, exp_avg_sq, max_exp_avg_sq;
 };
 
-template <bool Amsgrad, bool Codes, bool Whole>
+template <bool Amsgrad, bool Quantized, bool Whole>
 __device__ inline void load_states(const OwnElements<Whole>& own, const AdamTensor& tensor, Dtype dtype,
                                    const uint16_t* scales, OwnStates& states) {
-  if constexpr (Codes) {
-    decode_own<SignedCode, int8_t>(own, tensor.exp_avg, scales[0], states.exp_avg);
-    decode_own<UnsignedCode, uint8_t>(own, tensor.exp_avg_sq, scales[1], states.exp_avg_sq);
+  if constexpr (Quantized) {
+    dequantize_own<SignedFormat, int8_t>(own, tensor.exp_avg, scales[0], states.exp_avg);
+    dequantize_own<UnsignedFormat, uint8_t>(own, tensor.exp_avg_sq, scales[1], states.exp_avg_sq);
     if constexpr (Amsgrad)
-      decode_own<UnsignedCode, uint8_t>(own, tensor.max_exp_avg_sq, scales[2], states.max_exp_avg_sq);
+      dequantize_own<UnsignedFormat, uint8_t>(own, tensor.max_exp_avg_sq, scales[2], states.max_exp_avg_sq);
   } else {
     own.load_floats(dtype, tensor.exp_avg, states.exp_avg);
     own.load_floats(dtype, tensor.exp_avg_sq, states.exp_avg_sq);
@@ -240,13 +243,13 @@ __device__ inline void encode_states(const OwnElements<Whole>& own, const AdamTe
   }
   const uint16_t sign = all_finite ? 0 : kHasNotFinite;
   const uint16_t scale_m =
-      sign | encode_own<SignedCode, int8_t>(own, states.exp_avg, most_m, step, not_finite, tensor.exp_avg);
+      sign | quantize_own<SignedFormat, int8_t>(own, states.exp_avg, most_m, step, not_finite, tensor.exp_avg);
   const uint16_t scale_v =
-      encode_own<UnsignedCode, uint8_t>(own, states.exp_avg_sq, most_v, step, 0, tensor.exp_avg_sq);
+      quantize_own<UnsignedFormat, uint8_t>(own, states.exp_avg_sq, most_v, step, 0, tensor.exp_avg_sq);
   uint16_t scale_max_v = 0;
   if constexpr (Amsgrad)
     scale_max_v =
-        encode_own<UnsignedCode, uint8_t>(own, states.max_exp_avg_sq, most_max_v, step, 0, tensor.max_exp_avg_sq);
+        quantize_own<UnsignedFormat, uint8_t>(own, states.max_exp_avg_sq, most_max_v, step, 0, tensor.max_exp_avg_sq);
   if (threadIdx.x % kWarp == 0) {
     scales[0] = scale_m;
     scales[1] = scale_v;
@@ -323,7 +326,7 @@ __device__ inline void store_param(const OwnElements<Whole>& own, const AdamTens
   uint32_t random[kOwn] = {};
   if (at_random) {
     const auto index = static_cast<uint64_t>(own.begin);
-    const uint32_t key = random_key(tensor.stream, step, static_cast<uint32_t>(index >> 32));
+    const uint32_t key = random_key(tensor.rng_offset, step, static_cast<uint32_t>(index >> 32));
 #pragma unroll
     for (int i = 0; i < kOwn; ++i)
       random[i] = random_bits(key, static_cast<uint32_t>(index) + static_cast<uint32_t>(i));
@@ -361,9 +364,9 @@ __device__ inline bool is_aligned(const AdamTensor& tensor) {
   return addresses % 16 == 0;
 }
 
-// One step for a thread's elements of a block of codes. Where the step is skipped, grads are zeroed and params copied
-// all the same.
-template <bool Amsgrad, bool Codes, bool Whole>
+// One step for a thread's elements of a quantization block. Where the step is skipped, grads are zeroed and params
+// copied all the same.
+template <bool Amsgrad, bool Quantized, bool Whole>
 __device__ inline void update_own(const OwnElements<Whole>& own, const AdamLaunch& launch, const AdamTensor& tensor,
                                   const AdamConstants<CudaOwnOps>& k, uint32_t step, int64_t block, bool skipped) {
   const AdamDtypes dtypes = launch.dtypes;
@@ -371,17 +374,17 @@ __device__ inline void update_own(const OwnElements<Whole>& own, const AdamLaunc
   load_param(own, tensor, dtypes, param);
   if (!skipped) {
     OwnStates states;
-    uint16_t* const scales = Codes ? tensor.scales + block / kCodeBlock * (Amsgrad ? 3 : 2) : nullptr;
+    uint16_t* const scales = Quantized ? tensor.scales + block / kQuantizationBlock * (Amsgrad ? 3 : 2) : nullptr;
     own.load_floats(dtypes.grad, tensor.grad, grad);
-    load_states<Amsgrad, Codes>(own, tensor, dtypes.state, scales, states);
+    load_states<Amsgrad, Quantized>(own, tensor, dtypes.state, scales, states);
     adam_update<Amsgrad, CudaOwnOps>(k, launch.mode.l2, param, grad, states.exp_avg, states.exp_avg_sq,
                                      states.max_exp_avg_sq);
     store_param(own, tensor, dtypes, param, launch.mode.stochastic_rounding, step);
-    if constexpr (Codes) {
+    if constexpr (Quantized) {
       encode_states<Amsgrad>(own, tensor, step, scales, states);
     } else {
-      own.store_floats(dtypes.state, tensor.exp_avg, states.exp_avg, AsAverage<SignedCode>{step});
-      own.store_floats(dtypes.state, tensor.exp_avg_sq, states.exp_avg_sq, AsAverage<UnsignedCode>{step});
+      own.store_floats(dtypes.state, tensor.exp_avg, states.exp_avg, AsAverage<SignedFormat>{step});
+      own.store_floats(dtypes.state, tensor.exp_avg_sq, states.exp_avg_sq, AsAverage<UnsignedFormat>{step});
       if constexpr (Amsgrad) own.store_floats(dtypes.state, tensor.max_exp_avg_sq, states.max_exp_avg_sq);
     }
   }
@@ -394,12 +397,12 @@ __device__ inline void update_own(const OwnElements<Whole>& own, const AdamLaunc
 
 // As many blocks of threads a multiprocessor as can be had without spilling registers: each warp waits long for its
 // roots and quotients.
-template <bool Amsgrad, bool Codes>
-constexpr int kBlocksAtOnce = Codes && !Amsgrad ? 4 : 3;
+template <bool Amsgrad, bool Quantized>
+constexpr int kBlocksAtOnce = Quantized && !Amsgrad ? 4 : 3;
 
-// One step for a launch's tensors, a block of threads a chunk, a warp a block of codes. `Codes` is whether states are.
-template <bool Amsgrad, bool Codes>
-__global__ void __launch_bounds__(kThreads, kBlocksAtOnce<Amsgrad, Codes>)
+// One step for a launch's tensors, a thread block a chunk, a warp a quantization block. `Codes` is whether states are.
+template <bool Amsgrad, bool Quantized>
+__global__ void __launch_bounds__(kThreads, kBlocksAtOnce<Amsgrad, Quantized>)
     adam_blocks_kernel(const __grid_constant__ AdamLaunch launch) {
   const bool skipped = launch.found_inf && *launch.found_inf != 0.0f;
   const uint32_t index = tensor_of_block(launch.first_block, launch.count, blockIdx.x);
@@ -410,12 +413,13 @@ __global__ void __launch_bounds__(kThreads, kBlocksAtOnce<Amsgrad, Codes>)
   const int64_t end = chunk + kChunk < tensor.numel ? chunk + kChunk : tensor.numel;
   const bool aligned = is_aligned(tensor);
 
-  for (int64_t block = chunk + threadIdx.x / kWarp * kCodeBlock; block < end; block += kThreads / kWarp * kCodeBlock) {
+  for (int64_t block = chunk + threadIdx.x / kWarp * kQuantizationBlock; block < end;
+       block += kThreads / kWarp * kQuantizationBlock) {
     const int64_t begin = block + threadIdx.x % kWarp * kOwn;
-    if (aligned && end - block >= kCodeBlock)
-      update_own<Amsgrad, Codes>(OwnElements<true>(begin, end), launch, tensor, k, scalars.step, block, skipped);
+    if (aligned && end - block >= kQuantizationBlock)
+      update_own<Amsgrad, Quantized>(OwnElements<true>(begin, end), launch, tensor, k, scalars.step, block, skipped);
     else
-      update_own<Amsgrad, Codes>(OwnElements<false>(begin, end), launch, tensor, k, scalars.step, block, skipped);
+      update_own<Amsgrad, Quantized>(OwnElements<false>(begin, end), launch, tensor, k, scalars.step, block, skipped);
   }
 }
 

@@ -83,7 +83,7 @@ struct ToNearest {
     return narrow(type, a);
   }
 };
-template <class Code>
+template <class Format>
 struct AsAverage {
   uint32_t step;
 
@@ -92,7 +92,7 @@ struct AsAverage {
     return narrow(type, a);
   }
   __device__ uint32_t operator()(bf16, float a) const {
-    return rounded_average<Code>(__float_as_uint(a), a != a ? 0 : average_noise<Code>(step)) >> 16;
+    return rounded_average<Format>(__float_as_uint(a), a != a ? 0 : average_noise<Format>(step)) >> 16;
   }
 };
 
@@ -191,8 +191,8 @@ __device__ inline void update_elements(const AdamTensor& tensor, int64_t i, cons
   for (int j = 0; j < Width; ++j) adam_update<Kind::kAmsgrad, CudaOps>(k, l2, p[j], g[j], m[j], v[j], max_v[j]);
   store<Width>(param, p);
   if constexpr (Kind::kMaster) store<Width>(static_cast<float*>(tensor.master) + i, p);
-  store<Width>(exp_avg, m, AsAverage<SignedCode>{step});
-  store<Width>(exp_avg_sq, v, AsAverage<UnsignedCode>{step});
+  store<Width>(exp_avg, m, AsAverage<SignedFormat>{step});
+  store<Width>(exp_avg_sq, v, AsAverage<UnsignedFormat>{step});
   if constexpr (Kind::kAmsgrad) store<Width>(max_exp_avg_sq, max_v);
 }
 

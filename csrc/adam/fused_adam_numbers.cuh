@@ -2,12 +2,12 @@
 // code only, which the host can run too (tests/cuda_emulation).
 #pragma once
 
-#include "block_codes.h"
 #include "fused_adam_kernel.cuh"
+#include "quantized_blocks.h"
 
 namespace adamops {
 
-constexpr int kWarp = 32, kOwn = kCodeBlock / kWarp;  // elements of a thread
+constexpr int kWarp = 32, kOwn = kQuantizationBlock / kWarp;  // elements of a thread
 
 // With integers, for block_codes.h and rounding.h. Between them and floats it goes by an addition, as conversions take
 // several times as long: in a float of 1.5 * 2^23 and some, the last place is 1.

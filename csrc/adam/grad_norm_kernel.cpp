@@ -25,20 +25,20 @@ inline void for_each_block_of_chunk(const float* grad, int64_t count, const Add&
 template <class T, class Add>
 inline void for_each_block_of_chunk(const T* grad, int64_t count, const Add& add) {
   constexpr int64_t kAhead = 32 * kBlock;
-  alignas(kCacheLine) float room[kAhead];
+  alignas(kCacheLine) float scratch[kAhead];
   const auto widen = [](const T* block, float* to) {
     for (int64_t i = 0; i < kBlock; i += Pair::kElements) store_pair(to + i, load_pair(block + i));
   };
   if (count < kNormChunk) {
     const auto widen_and_add = [&](const T* block) {
-      widen(block, room);
-      add(room);
+      widen(block, scratch);
+      add(scratch);
     };
     return for_each_block(count, 0, widen_and_add, grad);
   }
   for (int64_t turn = 0; turn < kNormChunk; turn += kAhead) {
-    for (int64_t i = 0; i < kAhead; i += kBlock) widen(grad + norm_turn(turn + i), room + i);
-    for (int64_t i = 0; i < kAhead; i += kBlock) add(room + i);
+    for (int64_t i = 0; i < kAhead; i += kBlock) widen(grad + norm_turn(turn + i), scratch + i);
+    for (int64_t i = 0; i < kAhead; i += kBlock) add(scratch + i);
   }
 }
 

@@ -21,10 +21,10 @@ ADAMOPS_HOST_DEVICE inline uint32_t mixed_bits(uint32_t x) {
   return x ^ (x >> 15);
 }
 
-// What the random bits of all elements of a tensor in a step begin with. `stream` is that of the tensor; `block` counts
-// 2^32 elements.
-ADAMOPS_HOST_DEVICE inline uint32_t random_key(uint32_t stream, uint32_t step, uint32_t block) {
-  return mixed_bits(mixed_bits(stream + 0x9E3779B9u * step) + block);
+// What the random bits of all elements of a tensor in a step begin with. `rng_offset` is that of the tensor; `block`
+// counts 2^32 elements.
+ADAMOPS_HOST_DEVICE inline uint32_t random_key(uint32_t rng_offset, uint32_t step, uint32_t block) {
+  return mixed_bits(mixed_bits(rng_offset + 0x9E3779B9u * step) + block);
 }
 
 // 32 random bits for an element, which depend on nothing but the key and its place in the tensor.

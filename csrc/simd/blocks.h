@@ -56,7 +56,7 @@ inline auto at_if(void* base, int64_t index) {
     return NoColumn{};
 }
 
-// Asks for the cache lines of a block that lies `bytes_ahead` further on, or for nothing if that is 0; past the end of
+// Prefetches the cache lines of a block that lies `bytes_ahead` further on, or nothing if that is 0; past the end of
 // a tensor it is harmless.
 template <int64_t kElements = kBlock, class T>
 inline void prefetch_block(const T* from, int64_t bytes_ahead) {

@@ -19,7 +19,7 @@ enum Feature : uint32_t {
 // The features that this CPU has and whose registers the operating system saves.
 uint32_t cpu_features();
 
-// How far ahead of its use memory should be asked for on this CPU; 0 for not at all. It depends on what the hardware
+// The software prefetch distance for this CPU; 0 for not at all. It depends on what the hardware
 // prefetchers do by themselves, which differs between makers; measured in docs/dev/decisions.md.
 int prefetch_distance_bytes();
 

@@ -21,7 +21,7 @@ namespace {
 
 struct Header {
   uint8_t param, grad, state, master, lowp_out, l2, amsgrad, zero_grads, stochastic_rounding, unused[3];
-  uint32_t numel, stream;
+  uint32_t numel, rng_offset;
 };
 struct Size {
   uint32_t bytes, skip;  // the column begins `skip` bytes into its memory; 0 bytes: there is none
@@ -70,7 +70,7 @@ int main() {
                                reinterpret_cast<uint16_t*>(columns[6]),
                                columns[7],
                                static_cast<int64_t>(header.numel),
-                               header.stream};
+                               header.rng_offset};
     const Norm all_norms[] = {kNorm1, kNorm2, kNormInf};
     for (const Norm norm : all_norms) {
       const double sum = ADAMOPS_TARGET::target.norm_range(tensor.grad, work.dtypes.grad, norm, tensor.numel);

@@ -103,8 +103,8 @@ def test_trains_a_bf16_model_with_less_memory(trained, kind, settings):
     ours, theirs = copies(model, 2)
     runs = [trained(ours, (DeepSpeedCPUAdam, SETTINGS | settings), max_steps=12), trained(theirs.float(), max_steps=12)]
     assert next(ours.parameters()).dtype == torch.bfloat16
-    is_coded = {state["exp_avg"].dtype == torch.int8 for state in runs[0].optimizer.state.values()}
-    assert is_coded == ({True, False} if "state_dtype" in settings else {False})  # norms and biases are too small
+    is_quantized = {state["exp_avg"].dtype == torch.int8 for state in runs[0].optimizer.state.values()}
+    assert is_quantized == ({True, False} if "state_dtype" in settings else {False})  # norms and biases are too small
     assert logged(runs[0], "loss") == pytest.approx(logged(runs[1], "loss"), rel=2e-2)
 
 

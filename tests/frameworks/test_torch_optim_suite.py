@@ -1,7 +1,7 @@
 """What torch's own tests ask of Adam and AdamW, asked of our classes: its table of inputs, its error inputs, and the
 behaviours that test_optim.py of torch holds every optimizer to.
 
-torch's settings that only choose an implementation (foreach, fused, capturable in host memory), that our classes say
+torch's settings that only choose an implementation (foreach, fused, capturable on the CPU), that our classes say
 otherwise (decoupled_weight_decay) or that they cannot do (differentiable) are refused by name.
 """
 
@@ -75,7 +75,7 @@ def test_inputs_of_torch(Adam, peer, kwargs):
 @pytest.mark.parametrize(("peer", "kwargs"), inputs_of("cuda"))
 @pytest.mark.parametrize("name", [name for name in MAKERS if "FusedAdam" in name])
 def test_inputs_for_gpus(request, name, peer, kwargs):
-    """With `capturable`, lr and betas in tensors; torch takes these in host memory as numbers only."""
+    """With `capturable`, lr and betas in tensors; torch takes these on the CPU as numbers only."""
     if "CUDA" in name:
         request.getfixturevalue("cuda_op")
     ours, theirs = twin_params(SHAPES)

@@ -1,4 +1,4 @@
-"""torchao's CPUOffloadOptimizer with our classes: params on a GPU, one optimizer in host memory for each of them.
+"""torchao's CPUOffloadOptimizer with our classes: params on a GPU, one optimizer on the CPU for each of them.
 
 It insists on a GPU. Where there is none, its Python runs here with host memory for the memory of the GPU, and streams
 that do nothing, as all is done at once.
@@ -128,9 +128,7 @@ def test_small_params_stay_on_the_gpu_which_only_fused_adam_takes(offload):
     optimizer = offload(model.parameters(), DeepSpeedCPUAdam)
     for param in model.parameters():
         param.grad = torch.zeros_like(param)
-    with pytest.raises(
-        ValueError, match=r"param group 0, param 0 .* is not in host memory; move the params to the CPU"
-    ):
+    with pytest.raises(ValueError, match=r"param group 0, param 0 .* is not on the CPU; move the params to the CPU"):
         optimizer.step()
 
 

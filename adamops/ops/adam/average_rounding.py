@@ -1,4 +1,4 @@
-"""How averages are rounded to bfloat16 after a step, in torch calls, for where no op is compiled.
+"""How averages are rounded to bfloat16 after a step, in pure PyTorch, for where no op is compiled.
 
 The definition, with its reasons, is csrc/adam/average_rounding.h; the same bits come out here.
 """
@@ -8,7 +8,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from .block_codes import CODES
+from .quantization import CODES
 
 NEAREST = ("max_exp_avg_sq",)
 

@@ -1,4 +1,4 @@
-"""What a backend is: the one that updates the tensors of a device, by a compiled op or by torch calls."""
+"""What a backend is: the one that updates the tensors of a device, by a compiled op or in pure PyTorch."""
 
 from __future__ import annotations
 

@@ -13,10 +13,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .block_codes import CODES, blocks_of
 from .hyper import AdamHyper
 from .memory import aligned, check_memory, check_readable, check_writable, resolved
 from .precision import AVERAGES, DTYPES, MASTER, REMAINDER, SCALES, STATE_TENSORS, Master, averages_of, scales_shape
+from .quantization import CODES, blocks_of
 
 MOST_STEPS = 2**53  # kMostSteps in csrc/adam/adam_table.h
 
@@ -92,8 +92,8 @@ class AdamBatch:
 
     @property
     def scales(self) -> list[Tensor | None]:
-        """The scales of states in codes; None for other states."""
-        return [state.get(SCALES) if is_coded(state) else None for state in self.states]
+        """The scales of quantized states; None for other states."""
+        return [state.get(SCALES) if is_quantized(state) else None for state in self.states]
 
     @property
     def has_spare_scales(self) -> bool:
@@ -175,7 +175,7 @@ def check_in_host_memory(param: Tensor, name: str) -> None:
     """Raises ValueError for a param on a GPU."""
     if param.device.type != "cpu":
         described = _described(param, name)
-        raise ValueError(f"{described} is not in host memory; move the params to the CPU, as ZeRO-Offload does")
+        raise ValueError(f"{described} is not on the CPU; move the params to the CPU, as ZeRO-Offload does")
 
 
 def _checked_grad(param: Tensor, grad: Tensor, name: str) -> Tensor:
@@ -281,7 +281,7 @@ def check_states(batch: AdamBatch) -> None:
         for key, dtype in batch.state_dtypes(param).items():
             if key != SCALES:
                 _check_state_for_kernel(state[key], key, dtype, param, name)
-        if is_coded(state):
+        if is_quantized(state):
             _check_scales_for_kernel(state[SCALES], param, batch.hyper.amsgrad, name)
         if batch.hyper.precision.master_of(param) is Master.FP32 and state["exp_avg"].dtype != torch.float32:
             raise TypeError(
@@ -353,7 +353,7 @@ def _check_counts_on(step: Tensor, name: str) -> None:
 def check_state(state: Mapping[str, Any], param: Tensor, name: str, elsewhere: bool = False) -> None:
     """Raises if a tensor of the state (exp_avg, ..., master_param) does not fit its param; it may be `elsewhere`."""
     described = _described(param, name)
-    coded = is_coded(state)
+    coded = is_quantized(state)
     dtypes = set()
     for key in STATE_TENSORS:
         if key not in state:
@@ -380,7 +380,7 @@ def check_state(state: Mapping[str, Any], param: Tensor, name: str, elsewhere: b
 
 def check_scales(state: Mapping[str, Any], param: Tensor, described: str) -> None:
     """Raises ValueError for 8-bit states without their scales, and for scales whose states have become floats."""
-    coded = is_coded(state)
+    coded = is_quantized(state)
     if SCALES in state and not coded and any(key in state for key in AVERAGES):
         raise ValueError(
             f"{described} has float states beside {SCALES!r}, which are of 8-bit states (state_dtype='8bit'): "
@@ -414,11 +414,11 @@ def check_nothing_lost(state: Mapping[str, Any], name: str) -> None:
             f"{name} has no {', '.join(map(repr, missing))} in its state but {', '.join(map(repr, held))}: it has been "
             "lost; load a checkpoint, or delete the whole state of the param to begin anew"
         )
-    if is_coded(state) and SCALES not in state:
+    if is_quantized(state) and SCALES not in state:
         raise ValueError(f"{name} has 8-bit states (state_dtype='8bit') without the {SCALES!r} that belong to them")
 
 
-def is_coded(state: Mapping[str, Any]) -> bool:
+def is_quantized(state: Mapping[str, Any]) -> bool:
     """Whether the states of a param are 8-bit codes."""
     exp_avg = state.get("exp_avg")
     return isinstance(exp_avg, Tensor) and exp_avg.dtype == torch.int8

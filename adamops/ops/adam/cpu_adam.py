@@ -1,4 +1,4 @@
-"""DeepSpeedCPUAdam: Adam and AdamW for params in host memory, as in deepspeed.ops.adam."""
+"""DeepSpeedCPUAdam: Adam and AdamW for params on the CPU, as in deepspeed.ops.adam."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from .batch import AdamBatch, check_in_host_memory, check_params_and_grads, check_state
-from .optimizer import AdamOptimizer, GroupStep, evaluate, waits
+from .optimizer import AdamOptimizer, GroupStep, after_async_step, evaluate
 from .rollback import undo_step
 from .settings import check_flags
 
@@ -25,7 +25,7 @@ class DeepSpeedCPUAdam(AdamOptimizer):
     ----------
     model_params
         Params to optimise, or dicts of param groups, which may have settings of their own, also of precision. Each
-        param is a dense tensor in host memory of any shape and strides, of float32, bfloat16 or float16; a frozen one
+        param is a dense tensor on the CPU of any shape and strides, of float32, bfloat16 or float16; a frozen one
         may be any. Its grad has the same dtype or float32.
     lr
         Learning rate, 0 or more; a float or a 0-dim tensor.
@@ -46,10 +46,10 @@ class DeepSpeedCPUAdam(AdamOptimizer):
         Whether states are float32 for params of every dtype; otherwise those of 16-bit params are bfloat16, as with
         `state_dtype`. (DeepSpeed's are float16 for float16 params, in which the squares of small grads become zero.)
     maximize
-        Whether to ascend.
+        Whether to maximize.
     state_dtype
         torch.float32, torch.bfloat16, or ``"8bit"``: codes of 8 bits with a scale for each 256 elements
-        (adamops.ops.adam.block_codes), where a param has 4096 elements or more. A step rounds averages to bfloat16 or
+        (adamops.ops.adam.quantization), where a param has 4096 elements or more. A step rounds averages to bfloat16 or
         8 bits with noise that evens out over the steps, as to the nearest small changes would be lost for good. By
         default as `fp32_optimizer_states` says.
     master_weight_bits
@@ -107,7 +107,7 @@ class DeepSpeedCPUAdam(AdamOptimizer):
             stochastic_rounding_seed=stochastic_rounding_seed,
         )
 
-    @waits
+    @after_async_step
     @torch.no_grad()
     def step_subgroup(self, subgroup_id: int, closure: Callable[[], Any] | None = None) -> Any:
         """Updates the one param that has a grad, with the state kept under `subgroup_id` instead of the param.
@@ -131,7 +131,7 @@ class DeepSpeedCPUAdam(AdamOptimizer):
         self._commit([step])
         return loss
 
-    @waits
+    @after_async_step
     @torch.no_grad()
     def rollback_subgroup(self, sub_group_id: int, closure: Callable[[], Any] | None = None) -> Any:
         """Undoes the last step_subgroup() of `sub_group_id`, given the grad and hyper-parameters of that step.

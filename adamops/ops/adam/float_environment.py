@@ -1,6 +1,6 @@
 """Runs a function in the default floating-point environment of the calling thread: nearest-even, subnormals kept.
 
-The compiled ops see to that themselves. This is for what is computed around them by torch calls.
+The compiled ops see to that themselves. This is for what is computed around them in pure PyTorch.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ _Function = TypeVar("_Function", bound=Callable[..., Any])
 def in_default_float_environment(function: _Function) -> _Function:
     """The function, during which the calling thread neither flushes subnormals nor rounds otherwise than to nearest.
 
-    It takes the compiled CPU op to set that; without it the function is called as it is, as torch calls then do the
+    It takes the compiled CPU op to set that; without it the function is called as it is, as pure PyTorch then does the
     updates, whose bits nobody promises.
     """
 

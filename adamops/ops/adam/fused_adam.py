@@ -12,19 +12,19 @@ from ... import op_builder
 from .backend import Backend
 from .cuda_backend import CudaBackend
 from .hyper import AdamHyper
-from .optimizer import AdamOptimizer, torch_calls
+from .optimizer import AdamOptimizer, pure_pytorch
 from .settings import check_flags
 
 
 def _load_backend(device: torch.device) -> Backend:
-    """The compiled op for params on a device that is not the host, or torch calls with one warning that says why."""
+    """The compiled op for params on a device that is not the host, or pure PyTorch with one warning that says why."""
     if device.type != "cuda" or torch.version.hip:
-        return torch_calls(f"No op is compiled for params on {'AMD GPUs' if torch.version.hip else device.type}.")
+        return pure_pytorch(f"No op is compiled for params on {'AMD GPUs' if torch.version.hip else device.type}.")
     builder: Any = op_builder.get("fused_adam")
     try:
         return CudaBackend(builder.load_for_device(device.index), device)
     except op_builder.OpUnavailableError as error:
-        return torch_calls(str(error))
+        return pure_pytorch(str(error))
 
 
 class FusedAdam(AdamOptimizer):
@@ -39,7 +39,7 @@ class FusedAdam(AdamOptimizer):
     params
         Params to optimise, or dicts of param groups. Each param is a dense tensor of float32, bfloat16 or float16 on
         any device, with a grad of the same dtype or float32. States are float32. Params on CUDA devices are updated by
-        the CUDA op, those in host memory by the CPU op, and others, with a warning, by torch calls.
+        the CUDA op, those on the CPU by the CPU op, and others, with a warning, in pure PyTorch.
     lr, bias_correction, betas, eps, weight_decay, amsgrad, maximize
         As in DeepSpeedCPUAdam.
     adam_w_mode
@@ -49,7 +49,7 @@ class FusedAdam(AdamOptimizer):
     capturable
         Whether steps on CUDA devices may be captured into CUDA graphs: step counts are then kept there (as 0-dim
         float32 tensors), and so is `lr` if it is a tensor there, and nothing waits for the device. Do one step before
-        capturing. Without effect in host memory.
+        capturing. Without effect on the CPU.
     master_weights
         Whether bfloat16 and float16 params have a float32 master (``state["master_param"]``) that is updated, and of
         which they are rounded copies; a param that is changed otherwise than by step() is overwritten by the next.

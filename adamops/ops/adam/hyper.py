@@ -31,13 +31,13 @@ class AdamHyper:
     amsgrad: bool
     maximize: bool
     precision: Precision = Precision()  # noqa: RUF009 - it is frozen
-    capturable: bool = False  # whether a step on a GPU must be fit for CUDA graphs
+    capturable: bool = False  # whether a step on a GPU must be CUDA-graph capturable
     loss_scale: SupportsFloat = 1.0  # what the loss, and so the grads, have been multiplied by
     found_inf: SupportsFloat | None = None  # not 0: the grads hold infs or NaNs, and there is to be no step
     grad_factor: SupportsFloat = 1.0  # what grads are to be multiplied by besides, as their norm was too large
     zero_grads: bool = False  # whether the step also sets grads to zero
     threads: int | None = None  # that host memory is updated by; None: as many as torch uses
-    stream: int = 0  # where the random bits of the group's params begin
+    rng_offset: int = 0  # where the random bits of the group's params begin
 
     @classmethod
     def of_group(
@@ -95,7 +95,7 @@ class AdamHyper:
     def scalars(self, step: int) -> tuple[float, ...]:
         """The fields of AdamScalars in csrc/adam/adam_update.h, in order, in double, each to be rounded to float once.
 
-        For updates by torch calls; the ops compute the same ones from numbers(), whatever the calling thread's
+        For updates in pure PyTorch; the ops compute the same ones from numbers(), whatever the calling thread's
         floating-point environment is. `step` counts from 1 (t in Algorithm 1 of arXiv 1412.6980).
         """
         lr, scale = float(self.lr), float(self.loss_scale)

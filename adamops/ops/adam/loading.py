@@ -14,10 +14,10 @@ from torch import Tensor
 from torch.optim import Optimizer
 
 from . import remainders, sharding
-from .batch import check_state, check_step, is_coded, is_dense, is_shared_count, like_param, same_layout
-from .coded_states import SAVED_NAMES, coded_states, float_states, with_held_names
+from .batch import check_state, check_step, is_dense, is_quantized, is_shared_count, like_param, same_layout
 from .memory import check_memory
 from .precision import AVERAGES, MASTER, REMAINDER, SCALES, SETTINGS, STATE_TENSORS, Master, Precision
+from .quantized_states import SAVED_NAMES, dequantized_states, quantized_states, with_held_names
 from .settings import check_betas, check_is_of_adam, check_numbers, other_optimizer
 
 _SHIELDED = {*STATE_TENSORS, *SAVED_NAMES}
@@ -186,17 +186,17 @@ def _masters(tensors: Mapping[str, Tensor], param: Tensor, kind: Master) -> dict
 def _averages(tensors: Mapping[str, Tensor], param: Tensor, precision: Precision) -> dict[str, Tensor]:
     """The averages of the grads as the optimizer keeps them, from codes or floats."""
     averages = {key: tensors[key] for key in AVERAGES if key in tensors}
-    wants_codes = precision.codes_states(param)
-    dtype = torch.float32 if wants_codes else precision.float_state_dtype(param)
-    if is_coded(tensors):
+    is_to_be_quantized = precision.quantizes_states(param)
+    dtype = torch.float32 if is_to_be_quantized else precision.float_state_dtype(param)
+    if is_quantized(tensors):
         fits = all(is_dense(value) and same_layout(value, param) for value in averages.values())
-        if wants_codes and fits:
+        if is_to_be_quantized and fits:
             return {**averages, SCALES: tensors[SCALES].contiguous()}
-        averages = float_states({key: _dense(value) for key, value in tensors.items()}, dtype=dtype)
-    if wants_codes:
+        averages = dequantized_states({key: _dense(value) for key, value in tensors.items()}, dtype=dtype)
+    if is_to_be_quantized:
         # In whatever floats they are: they become float32 a piece at a time.
         averages = {key: like_param(value, param) for key, value in averages.items()}
-        return coded_states(averages) if averages else averages
+        return quantized_states(averages) if averages else averages
     return {key: like_param(value.to(dtype), param) for key, value in averages.items()}
 
 

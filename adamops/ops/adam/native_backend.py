@@ -1,4 +1,4 @@
-"""Hands params in host memory to the compiled CPU op."""
+"""Hands params on the CPU to the compiled CPU op."""
 
 from __future__ import annotations
 

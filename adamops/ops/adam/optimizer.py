@@ -31,12 +31,12 @@ from .batch import (
     check_param,
     check_params_and_grads,
     check_state,
-    is_coded,
     is_dense,
+    is_quantized,
     like_param,
 )
 from .clipping import ClippedGrads
-from .coded_states import with_held_names
+from .dynamo_disabled import dynamo_disabled
 from .float_environment import in_default_float_environment
 from .hyper import AdamHyper, to_number
 from .interrupts import deferred_signals
@@ -68,11 +68,11 @@ from .precision import (
     scales_shape,
 )
 from .profiled import profiled
+from .quantized_states import with_held_names
 from .saving import saved_state
 from .settings import FLAGS, check_betas, check_flags, check_hyper, checked_seed
-from .shared import Shared
 from .torch_adam import TorchBackend
-from .uncompiled import uncompiled
+from .wrapper_shared_attribute import WrapperSharedAttribute
 
 _HOST = torch.device("cpu")
 # By the identity of param groups: the group, its settings of precision, what they mean, and how many keys it has.
@@ -81,19 +81,19 @@ _Method = TypeVar("_Method", bound=Callable[..., Any])
 
 
 def _load_host_backend() -> Backend:
-    """The compiled CPU op, or torch calls with one warning that says why."""
+    """The compiled CPU op, or pure PyTorch with one warning that says why."""
     try:
         return NativeBackend(op_builder.get("cpu_adam").load())
     except op_builder.OpUnavailableError as error:
-        return torch_calls(str(error))
+        return pure_pytorch(str(error))
 
 
-def torch_calls(why: str) -> TorchBackend:
+def pure_pytorch(why: str) -> TorchBackend:
     """The last resort, with a warning that says why."""
     frame, level = sys._getframe(), 1
     while frame.f_back and frame.f_globals.get("__name__", "").partition(".")[0] in ("adamops", "torch"):
         frame, level = frame.f_back, level + 1
-    warnings.warn(f"adamops falls back to torch calls, which are slow. {why}", RuntimeWarning, stacklevel=level)
+    warnings.warn(f"adamops falls back to pure PyTorch, which is slow. {why}", RuntimeWarning, stacklevel=level)
     op_builder.get("torch_adam").load()
     return TorchBackend()
 
@@ -107,10 +107,10 @@ def _unguarded(method: Callable[..., Any]) -> Callable[..., Any]:
     return method if "torch._dynamo" in sys.modules else inspect.unwrap(method)
 
 
-def waits(method: _Method) -> _Method:
+def after_async_step(method: _Method) -> _Method:
     """The method of an AdamOptimizer, begun when no step runs in the background any more; not for torch.compile."""
 
-    @uncompiled
+    @dynamo_disabled
     @functools.wraps(method)
     def waiting(self: AdamOptimizer, *args: Any, **kwargs: Any) -> Any:
         self._settle()
@@ -132,15 +132,15 @@ class GroupStep:
 
 
 class AdamOptimizer(Optimizer):
-    """Adam and AdamW for params in host memory; the classes that users take differ in arguments, and in what they add.
+    """Adam and AdamW for params on the CPU; the classes that users take differ in arguments, and in what they add.
 
     Under torch.amp.GradScaler the grads are unscaled inside the step, which reads them and does not write them.
     """
 
-    _clipped = Shared[ClippedGrads | None](None)  # what clip_grad_norm_() has steps multiply the grads by
-    _running = Shared[AsyncStep | None](None)  # the step in the background
-    _preparing = Shared[AsyncStep | None](None)  # where step() is to leave its work instead of doing it
-    _params_in_backward = Shared[int](0)  # how many are updated by adamops.step_in_backward()
+    _clipped = WrapperSharedAttribute[ClippedGrads | None](None)  # what steps multiply the grads by
+    _running = WrapperSharedAttribute[AsyncStep | None](None)  # the step in the background
+    _preparing = WrapperSharedAttribute[AsyncStep | None](None)  # what step() leaves its work to
+    _params_in_backward = WrapperSharedAttribute[int](0)  # how many are updated by adamops.step_in_backward()
     _to_number = staticmethod(to_number)  # of hyper-parameters; on a GPU they stay there
     _step_supports_amp_scaling = UnscalesInStep()  # by the name that GradScaler asks for
 
@@ -205,9 +205,9 @@ class AdamOptimizer(Optimizer):
     @staticmethod
     def profile_hook_step(func: Callable[..., Any]) -> Callable[..., Any]:
         """What Optimizer makes of step(), with hooks and profiling, hidden from torch.compile as a whole."""
-        return uncompiled(profiled(func, AdamOptimizer._steps_in_backward))
+        return dynamo_disabled(profiled(func, AdamOptimizer._steps_in_backward))
 
-    @waits
+    @after_async_step
     def add_param_group(self, param_group: dict[str, Any]) -> None:
         """Adds a param group, as torch.optim.Optimizer does; its settings and params are checked first."""
         where = f"param group {len(self.param_groups)}"
@@ -222,8 +222,8 @@ class AdamOptimizer(Optimizer):
             params = list(params)
         for i, entry in enumerate(params):
             param = entry[1] if isinstance(entry, tuple) else entry  # named_parameters() gives pairs
-            # Elsewhere than in host memory a param may wait: ZeRO-Offload takes an optimizer made for the model on the
-            # GPU, and puts its own shards in host memory into the groups. Those of lazy layers have no shape yet.
+            # Elsewhere than on the CPU a param may wait: ZeRO-Offload takes an optimizer made for the model on the
+            # GPU, and puts its own shards on the CPU into the groups. Those of lazy layers have no shape yet.
             # step() checks again.
             # Frozen params may be of any kind, as those of quantized models: step() checks what gets a grad.
             if not isinstance(param, Tensor) or is_lazy(param) or _is_frozen(param):
@@ -272,7 +272,7 @@ class AdamOptimizer(Optimizer):
         self._keep_precision(group, precision)
         return precision
 
-    @waits
+    @after_async_step
     def zero_grad(self, set_to_none: bool = True) -> None:
         """Sets the grads to None, or to zero, as torch.optim.Optimizer does."""
         self._clipped = None
@@ -284,7 +284,7 @@ class AdamOptimizer(Optimizer):
                     (check_writable if is_sharded else check_readable)(grad, f"{name}: its grad")
         _unguarded(Optimizer.zero_grad)(self, set_to_none)
 
-    @waits
+    @after_async_step
     @in_default_float_environment
     @torch.no_grad()
     def clip_grad_norm_(self, max_norm: float, norm_type: float = 2.0, error_if_nonfinite: bool = False) -> Tensor:
@@ -300,7 +300,7 @@ class AdamOptimizer(Optimizer):
         Parameters
         ----------
         max_norm
-            The most that the norm is to be.
+            Maximum norm.
         norm_type
             Which norm; may be infinity.
         error_if_nonfinite
@@ -332,12 +332,13 @@ class AdamOptimizer(Optimizer):
             return torch.nn.utils.clip_grad_norm_(params, max_norm, norm_type, error_if_nonfinite)
         backend = self._backend_of(named[0][2], named[0][0]) if named else self._backends[_HOST]
         # By all params, not by those with a grad in this process: each process must add up the same parts.
-        parts: dict[sharding.Spread, list[Tensor]] = {sharding.spread(param): [] for param in params} or {None: []}
+        layouts = [sharding.shard_layout(param) for param in params]
+        parts: dict[sharding.ShardLayout, list[Tensor]] = {layout: [] for layout in layouts} or {None: []}
         for _, owner, _, grad in named:
-            parts[sharding.spread(owner)].append(grad)
+            parts[sharding.shard_layout(owner)].append(grad)
         device = named[0][3].device if named else _HOST
-        norms = {spread: _norm_of(backend, device, grads, norm_type) for spread, grads in parts.items()}
-        norm = sharding.add_up_norms(norms, norm_type)
+        norms = {layout: _norm_of(backend, device, grads, norm_type) for layout, grads in parts.items()}
+        norm = sharding.all_reduce_norm(norms, norm_type)
         scale = getattr(self, "grad_scale", None)
         if scale is not None:
             scale = to_number(scale, "grad_scale")
@@ -425,7 +426,7 @@ class AdamOptimizer(Optimizer):
         by_backend: dict[int, tuple[Any, list[Any]]] = {}
         updates = [entry for step in steps for entry in step.updates]
         if len(updates) > 1 and any(update.table is None for _, update in updates):
-            return True  # perhaps; torch calls do not look, and zero those of one update after it
+            return True  # perhaps; pure PyTorch does not look, and zeroes those of one update after it
         for backend, update in updates:
             if update.table is not None:
                 by_backend.setdefault(id(backend), (backend, []))[1].append(update.table)
@@ -507,7 +508,7 @@ class AdamOptimizer(Optimizer):
             if step.after or step.sharded:
                 background.add(None, Update(functools.partial(self._finish, step), list))
 
-    @uncompiled
+    @dynamo_disabled
     def step_async(
         self, *, threads: int | None = None, zero_grads: bool = False, lowp_out: Sequence[Tensor | None] | None = None
     ) -> AsyncStep:
@@ -620,14 +621,14 @@ class AdamOptimizer(Optimizer):
     def _write_copy(self, param: Tensor, out: Tensor, precision: Precision) -> None:
         out.copy_(sharding.local(self._fp32_param(param, precision)))
 
-    @waits
+    @after_async_step
     @torch.no_grad()
     def step_param(self, group_index: int, index: int) -> None:
         """Updates one param, given by its places, as step() would; for adamops.step_in_backward()."""
         group, where = self.param_groups[group_index], f"param group {group_index}"
         own = {**group, "params": group["params"][index : index + 1]}
         try:
-            step = self._prepare(own, where, self._hyper(group, where, stream_offset=index), {})
+            step = self._prepare(own, where, self._hyper(group, where, rng_offset=index), {})
         except (TypeError, ValueError) as error:  # it is the first of `own`, and so it is called there
             raise type(error)(str(error).replace(f"{where}, param 0", f"{where}, param {index}")) from None
         self._commit([step])
@@ -690,7 +691,7 @@ class AdamOptimizer(Optimizer):
         where: str,
         zero_grads: bool = False,
         grad_factor: float | Tensor | None = None,
-        stream_offset: int = 0,
+        rng_offset: int = 0,
     ) -> AdamHyper:
         """The group's hyper-parameters, checked, with what torch.amp.GradScaler sets for a step."""
         loss_scale, found_inf = getattr(self, "grad_scale", None), getattr(self, "found_inf", None)
@@ -703,7 +704,7 @@ class AdamOptimizer(Optimizer):
             precision=precision,
             grad_factor=self._grad_factor() if grad_factor is None else grad_factor,
             zero_grads=zero_grads,
-            stream=_stream(group, where, stream_offset) if precision.stochastic_rounding else 0,
+            rng_offset=_rng_offset(group, where, rng_offset) if precision.stochastic_rounding else 0,
             loss_scale=1.0 if loss_scale is None else self._to_number(loss_scale, "grad_scale"),
             found_inf=None if found_inf is None else self._to_number(found_inf, "found_inf"),
             threads=self._preparing.threads if self._preparing else None,
@@ -747,11 +748,11 @@ class AdamOptimizer(Optimizer):
             for i, zeros in zip(lacking, backend.zeros_like(like, dtypes), strict=True):
                 completed[i][key] = _begun_master(zeros, batch.params[i], completed[i]) if key == MASTER else zeros
         for param, state in zip(batch.params, completed, strict=True):
-            if is_coded(state):
+            if is_quantized(state):
                 _complete_scales(state, param, batch.hyper.amsgrad)
         batch.states = completed
 
-    @waits
+    @after_async_step
     @in_default_float_environment
     def state_dict(self, dequantize: bool = False) -> dict[str, Any]:
         """The state and settings, as torch.optim.Optimizer gives them.
@@ -782,7 +783,7 @@ class AdamOptimizer(Optimizer):
             if handle is not None:
                 handle.remove()
 
-    @waits
+    @after_async_step
     @in_default_float_environment
     @torch.no_grad()
     def fp32_params(self) -> list[Tensor]:
@@ -826,7 +827,7 @@ class AdamOptimizer(Optimizer):
             values = held.clone()
         return sharding.like_param_placed(values, param)
 
-    @waits
+    @after_async_step
     @in_default_float_environment
     @torch.no_grad()
     def load_fp32_params(self, params: Sequence[Tensor]) -> None:
@@ -870,7 +871,7 @@ class AdamOptimizer(Optimizer):
             state[MASTER if master.dtype == torch.float32 else REMAINDER] = sharding.like_param_placed(master, param)
             self.state[param] = state
 
-    @waits
+    @after_async_step
     @in_default_float_environment
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Loads the state of the classes here, of torch.optim.Adam or AdamW, or of DeepSpeed's or apex' Adam.
@@ -923,7 +924,7 @@ class AdamOptimizer(Optimizer):
                 self._keep_precision(group, precision)
             self._shared["was_loaded"] = True  # the next step looks whether params share memory, as a first one does
 
-    @waits
+    @after_async_step
     def __getstate__(self) -> dict[str, Any]:
         return {
             **super().__getstate__(),
@@ -976,7 +977,7 @@ def _begun_master(master: Tensor, param: Tensor, state: dict[str, Any]) -> Tenso
     return master.copy_(param if rest is None else remainders.join(param, rest))
 
 
-def _stream(group: dict[str, Any], where: str, offset: int) -> int:
+def _rng_offset(group: dict[str, Any], where: str, offset: int) -> int:
     """Where the random bits of a group's params begin, 32 bits.
 
     It depends on what all replicas share: the seed, which is a setting, and the places of the group and of its params.
@@ -992,7 +993,7 @@ def _is_complete(state: dict[str, Any], param: Tensor, batch: AdamBatch) -> bool
     if not state.keys() >= needed:
         return False
     scales = state.get(SCALES)
-    if not is_coded(state) or not isinstance(scales, Tensor) or scales.dim() != 2:
+    if not is_quantized(state) or not isinstance(scales, Tensor) or scales.dim() != 2:
         return True
     return scales.shape[1] >= len(needed & {*AVERAGES})
 

@@ -10,13 +10,13 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .block_codes import CODES, blocks_of
+from .quantization import CODES, blocks_of
 from .settings import check_flags
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 EIGHT_BIT = "8bit"
 STATE_DTYPES = (torch.float32, torch.bfloat16, EIGHT_BIT)
-LEAST_CODED = 4096  # elements: states of smaller params are float32 where those of others are 8-bit codes
+LEAST_QUANTIZED = 4096  # elements: states of smaller params are float32 where those of others are 8-bit codes
 
 AVERAGES = tuple(CODES)
 SCALES = "block_scales"
@@ -83,9 +83,9 @@ class Precision:
                 "stochastic_rounding=True goes with params without masters, or of 24 bits: others lose nothing"
             )
 
-    def codes_states(self, param: Tensor) -> bool:
+    def quantizes_states(self, param: Tensor) -> bool:
         """Whether the states of a param are 8-bit codes."""
-        return self.state_dtype == EIGHT_BIT and param.numel() >= LEAST_CODED
+        return self.state_dtype == EIGHT_BIT and param.numel() >= LEAST_QUANTIZED
 
     def master_of(self, param: Tensor) -> Master:
         """What a param has beside it; nothing if it is not of 16 bits."""
@@ -101,7 +101,7 @@ class Precision:
     def state_dtypes(self, param: Tensor, amsgrad: bool) -> dict[str, torch.dtype]:
         """The tensors in the state of a param, by name, with their dtypes."""
         names = averages_of(amsgrad)
-        if self.codes_states(param):
+        if self.quantizes_states(param):
             dtypes = {name: CODES[name].dtype for name in names} | {SCALES: torch.bfloat16}
         else:
             dtypes = dict.fromkeys(names, self.float_state_dtype(param))

@@ -1,4 +1,4 @@
-"""What a 16-bit param lacks of its master, in torch calls, for loading, saving and where no op is compiled.
+"""What a 16-bit param lacks of its master, in pure PyTorch, for loading, saving and where no op is compiled.
 
 The definition is csrc/adam/rounding.h; the same bits come out here.
 """

@@ -13,10 +13,10 @@ from torch import Tensor
 from torch.optim import Optimizer
 
 from . import remainders, sharding
-from .batch import check_state, is_coded
-from .coded_states import float_states, with_held_names, with_saved_names
+from .batch import check_state, is_quantized
 from .memory import check_readable
 from .precision import AVERAGES, MASTER, REMAINDER, SCALES
+from .quantized_states import dequantized_states, with_held_names, with_saved_names
 
 
 def saved_state(entry: Any, dequantize: bool = False) -> Any:
@@ -27,18 +27,18 @@ def saved_state(entry: Any, dequantize: bool = False) -> Any:
         entry = portable(entry)
     if dequantize:
         return in_fp32(entry)
-    return with_saved_names(entry) if is_coded(entry) else entry
+    return with_saved_names(entry) if is_quantized(entry) else entry
 
 
 def in_fp32(entry: Mapping[str, Any]) -> dict[str, Any]:
     """The state of a param with its averages in float32, and nothing of the param itself."""
-    plain = {key: value for key, value in without_codes(entry).items() if key not in (MASTER, REMAINDER)}
+    plain = {key: value for key, value in without_quantized(entry).items() if key not in (MASTER, REMAINDER)}
     if plain.keys().isdisjoint(AVERAGES):
         return {}  # the param has made no step, and others would miss the averages
     return {key: value.float() if key in AVERAGES else value for key, value in plain.items()}
 
 
-def without_codes(entry: Mapping[str, Any]) -> dict[str, Any]:
+def without_quantized(entry: Mapping[str, Any]) -> dict[str, Any]:
     """The state of a param with float32 in the place of codes and scales, and all else as it is."""
     entry = with_held_names(entry, "a param")
     for key, value in entry.items():
@@ -46,15 +46,15 @@ def without_codes(entry: Mapping[str, Any]) -> dict[str, Any]:
             check_readable(sharding.local(value), f"the state {key!r} of a param")
         elif key in AVERAGES:
             raise TypeError(f"the state {key!r} of a param is a {type(value).__name__}; expected a tensor")
-    if not is_coded(entry):
+    if not is_quantized(entry):
         return entry
     exp_avg = entry["exp_avg"]
     held = {key: sharding.local(value) for key, value in entry.items() if key in (SCALES, *AVERAGES)}
     check_state(held, held["exp_avg"], "the state of a param", elsewhere=True)
-    floats = float_states(held)
-    decoded = {key: sharding.like_param_placed(value, exp_avg) for key, value in floats.items()}
+    floats = dequantized_states(held)
+    dequantized = {key: sharding.like_param_placed(value, exp_avg) for key, value in floats.items()}
     kept = {key: value for key, value in entry.items() if key not in (SCALES, *AVERAGES)}
-    return {**kept, **decoded}
+    return {**kept, **dequantized}
 
 
 def portable(entry: Mapping[str, Any]) -> dict[str, Any]:
@@ -63,7 +63,7 @@ def portable(entry: Mapping[str, Any]) -> dict[str, Any]:
     What a param lacks of its master is in int32, of which the lower 16 bits count, however many the optimizer keeps:
     gloo and NCCL cannot send int16, and torch.distributed.checkpoint converts dtypes by value.
     """
-    saved, step, rest = without_codes(entry), entry.get("step"), entry.get(REMAINDER)
+    saved, step, rest = without_quantized(entry), entry.get("step"), entry.get(REMAINDER)
     if isinstance(step, int):
         saved["step"] = torch.tensor(float(step), dtype=torch.float32, device="cpu")
     if isinstance(rest, Tensor) and rest.dtype != torch.int32:

@@ -19,7 +19,7 @@ from .memory import PLAIN_TYPES
 from .precision import SCALES, STATE_TENSORS
 
 # Over which dimensions of which mesh a param is cut; None if each process that has it has all of it.
-Spread: TypeAlias = "tuple[Any, tuple[int, ...]] | None"
+ShardLayout: TypeAlias = "tuple[Any, tuple[int, ...]] | None"
 
 
 def dtensor_class() -> Any:
@@ -147,7 +147,7 @@ def like_param_placed(tensor: Tensor, param: Tensor) -> Tensor:
     """A DTensor placed like the param, of the same memory as this local tensor; the tensor itself of a plain param."""
     if not is_sharded(param):
         return tensor
-    # Not from_local(), which moves what is elsewhere than the mesh: CPUOffloadPolicy has shards in host memory, cut
+    # Not from_local(), which moves what is elsewhere than the mesh: CPUOffloadPolicy has shards on the CPU, cut
     # over a mesh of GPUs. fully_shard() makes its DTensors so too.
     spec = param._spec  # type: ignore[attr-defined]
     meta = spec.tensor_meta._replace(dtype=tensor.dtype)
@@ -157,7 +157,7 @@ def like_param_placed(tensor: Tensor, param: Tensor) -> Tensor:
 # Norms over all processes -----------------------------------------------------------------------------------------
 
 
-def spread(param: Tensor) -> Spread:
+def shard_layout(param: Tensor) -> ShardLayout:
     """How the param is cut."""
     if not is_sharded(param):
         return None
@@ -174,7 +174,7 @@ def check_norm_is_known(params: Iterable[Tensor]) -> None:
         )
 
 
-def add_up_norms(parts: Mapping[Spread, Tensor], norm_type: float) -> Tensor:
+def all_reduce_norm(parts: Mapping[ShardLayout, Tensor], norm_type: float) -> Tensor:
     """The norm of all elements of all processes, in float64.
 
     `parts` has the norm of what this process holds of the grads of each spread. Each process must come here with the
@@ -206,7 +206,7 @@ def _joined(values: Tensor, norm_type: float) -> Tensor:
     return values.max() if norm_type > 0 else values.min()
 
 
-def _over_processes(value: Tensor, norm_type: float, where: Spread) -> Tensor:
+def _over_processes(value: Tensor, norm_type: float, where: ShardLayout) -> Tensor:
     assert where is not None
     mesh, dims = where
     if mesh.get_coordinate() is None:  # this process is not on the mesh, and holds nothing

@@ -24,7 +24,9 @@ from .memory import PLAIN_TYPES, addresses
 from .precision import DTYPES, SCALES, Master, averages_of
 from .sharding import dtensor_class
 
-_CODE = {dtype: code for code, dtype in enumerate((*DTYPES, torch.int8))}  # enum Dtype in csrc/dtype.h; codes last
+_DTYPE_CODE = {
+    dtype: code for code, dtype in enumerate((*DTYPES, torch.int8))
+}  # enum Dtype in csrc/dtype.h; codes last
 _DLPACK_DEVICE_TYPE = {"cpu": 1, "cuda": 2}
 _dtype = attrgetter("dtype")
 
@@ -137,7 +139,7 @@ class TableBackend:
         if self._reader is None or not isinstance(params, list):
             return None
         table = self.module.table_of_params(
-            self._reader, params, states, hyper.amsgrad, hyper.precision.master, first_state, hyper.stream
+            self._reader, params, states, hyper.amsgrad, hyper.precision.master, first_state, hyper.rng_offset
         )
         return table if table is not None and self._counts_fit(table, hyper) else None
 
@@ -152,7 +154,7 @@ class TableBackend:
         columns = [list(map(_dtype, tensors)) for tensors in (batch.params, batch.grads, exp_avgs)]
         combinations = list(zip(*columns, strict=True))
         outs = batch.lowp_outs or []
-        codes = {c: _CODE[c[0]] + 3 * _CODE[c[1]] + 9 * _CODE[c[2]] for c in set(combinations)}
+        codes = {c: _DTYPE_CODE[c[0]] + 3 * _DTYPE_CODE[c[1]] + 9 * _DTYPE_CODE[c[2]] for c in set(combinations)}
         return self.module.table_of_addresses(
             params=addresses(batch.params),
             grads=addresses(batch.grads),
@@ -161,7 +163,7 @@ class TableBackend:
             max_exp_avg_sqs=addresses(batch.column("max_exp_avg_sq")) if batch.hyper.amsgrad else None,
             numels=list(map(Tensor.numel, batch.params)),
             dtypes=[
-                codes[combination] + (36 * _CODE[out.dtype] if out is not None else 0)
+                codes[combination] + (36 * _DTYPE_CODE[out.dtype] if out is not None else 0)
                 for combination, out in itertools.zip_longest(combinations, outs)
             ],
             steps=steps,
@@ -170,7 +172,7 @@ class TableBackend:
             master=batch.hyper.precision.master or Master.FP32,
             scales=addresses(batch.scales),
             lowp_outs=addresses(outs) if outs else None,
-            streams=[(batch.hyper.stream + index) & 0xFFFFFFFF for index in batch.indices] or None,
+            rng_offsets=[(batch.hyper.rng_offset + index) & 0xFFFFFFFF for index in batch.indices] or None,
             states=states,
         )
 

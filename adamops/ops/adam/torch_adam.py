@@ -1,4 +1,4 @@
-"""The last resort: the same update by torch calls, a tensor at a time. Slow, and without the promise of equal bits.
+"""The last resort: the same update in pure PyTorch, a tensor at a time. Slow, and without the promise of equal bits.
 
 This is the module that the op "torch_adam" loads; it stands in where cpu_adam cannot be had.
 """
@@ -14,15 +14,15 @@ from torch import Tensor
 from . import remainders
 from .average_rounding import store_average
 from .backend import Update
-from .batch import AdamBatch, check_params_and_grads, check_states, is_coded
-from .coded_states import float_states, store_codes
+from .batch import AdamBatch, check_params_and_grads, check_states, is_quantized
 from .hyper import AdamHyper
 from .memory import check_writable
 from .precision import Master, averages_of
+from .quantized_states import dequantized_states, store_quantized
 
 
 class TorchBackend:
-    """Adam by torch calls."""
+    """Adam in pure PyTorch."""
 
     name = "torch_adam"
     writes_copies = False
@@ -34,7 +34,7 @@ class TorchBackend:
         return count
 
     def prepare_group(self, where: str, hyper: AdamHyper, params: list[Tensor], states: Any) -> None:
-        """None: there is no quick way here; prepare() does it."""
+        """None: there is no fast path here; prepare() does it."""
 
     def prepare(self, batch: AdamBatch) -> Update:
         """Checks the batch, and returns what updates its params and states."""
@@ -59,12 +59,12 @@ class TorchBackend:
         names = averages_of(hyper.amsgrad)
         for i, step in enumerate(steps):
             param, grad, state = batch.params[i], batch.grads[i], batch.states[i]
-            kind, coded = hyper.precision.master_of(param), is_coded(state)
+            kind, coded = hyper.precision.master_of(param), is_quantized(state)
             master = param if kind is Master.NONE else _master(param, state, kind)
-            averages = float_states(state, names) if coded else {name: state[name] for name in names}
+            averages = dequantized_states(state, names) if coded else {name: state[name] for name in names}
             _adam_update(master, grad, averages, hyper.scalars(step), hyper.l2, step)
             if coded:
-                store_codes(state, averages, step)
+                store_quantized(state, averages, step)
             if kind is Master.FP32:
                 param.copy_(master)
             elif kind is not Master.NONE:
@@ -96,7 +96,7 @@ def _adam_update(
     l2: bool,
     step: int,
 ) -> None:
-    """adam_update() of csrc/adam/adam_update.h in torch calls; float32 inside, whatever the tensors hold."""
+    """adam_update() of csrc/adam/adam_update.h in pure PyTorch; float32 inside, whatever the tensors hold."""
     (
         scale,
         beta1,

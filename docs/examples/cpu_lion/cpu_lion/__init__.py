@@ -1,4 +1,4 @@
-"""Lion for params in host memory, on adamops: how a package of its own adds an op."""
+"""Lion for params on the CPU, on adamops: how a package of its own adds an op."""
 
 from typing import Any
 

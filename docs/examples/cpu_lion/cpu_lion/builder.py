@@ -6,7 +6,7 @@ from adamops.op_builder import CPUOpBuilder
 
 
 class CPULionBuilder(CPUOpBuilder):
-    """Lion for tensors in host memory."""
+    """Lion for tensors on the CPU."""
 
     NAME = "cpu_lion"
     MODULE = "cpu_lion._cpu_lion"

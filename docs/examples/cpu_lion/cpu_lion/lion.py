@@ -14,7 +14,7 @@ _DTYPE_CODES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}  # csrc/d
 
 
 class Lion(torch.optim.Optimizer):
-    """Lion for dense, contiguous params in host memory, of float32, bfloat16 or float16.
+    """Lion for dense, contiguous params on the CPU, of float32, bfloat16 or float16.
 
     Grads and the state ``exp_avg`` (m) have the dtype of their param.
 
@@ -69,7 +69,7 @@ class Lion(torch.optim.Optimizer):
     def _check(self, param: Tensor) -> None:
         described = f"a param of shape {tuple(param.shape)}, {param.dtype}, on {param.device}"
         if param.dtype not in _DTYPE_CODES or param.device.type != "cpu" or not param.is_contiguous():
-            raise ValueError(f"Lion takes contiguous float32, bfloat16 or float16 in host memory, not {described}")
+            raise ValueError(f"Lion takes contiguous float32, bfloat16 or float16 on the CPU, not {described}")
         tensors = {"grad": param.grad}
         if self.state[param]:
             tensors["exp_avg"] = self.state[param]["exp_avg"]

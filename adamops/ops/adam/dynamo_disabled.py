@@ -14,7 +14,7 @@ _Method = TypeVar("_Method", bound=Callable[..., Any])
 WHY = "optimizers of adamops call an op that is compiled already"  # what torch.compile(fullgraph=True) says
 
 
-def uncompiled(method: _Method) -> _Method:
+def dynamo_disabled(method: _Method) -> _Method:
     """The method with all that it calls hidden from torch.compile.
 
     Otherwise torch.compile looks into each function of the step for what it can compile, finds nothing, and takes

@@ -1,6 +1,6 @@
-"""The 8-bit codes of states in torch calls, for loading, saving and where no op is compiled.
+"""The 8-bit codes of states in pure PyTorch, for loading, saving and where no op is compiled.
 
-The definition, with its reasons, is csrc/adam/block_codes.h; the same bits come out here.
+The definition, with its reasons, is csrc/adam/quantized_blocks.h; the same bits come out here.
 """
 
 from __future__ import annotations
@@ -17,8 +17,8 @@ _MAGNITUDE = 0x7FFFFFFF
 _LEAST_SCALE, _MOST_SCALE = (127 - 90) << 7, 0x7F7F
 
 
-class Code(NamedTuple):
-    """What the codes of a state mean: its SignedCode or UnsignedCode in csrc/adam/block_codes.h."""
+class Format(NamedTuple):
+    """What the codes of a state mean: its SignedFormat or UnsignedFormat in csrc/adam/quantized_blocks.h."""
 
     dtype: torch.dtype
     power: int  # the bits are shifted by so much
@@ -29,8 +29,8 @@ class Code(NamedTuple):
     step_stride: int
 
 
-SIGNED = Code(torch.int8, 1, 2.0**-64, 8064.0, 127, 0x85EB, 0x9E37)
-UNSIGNED = Code(torch.uint8, 2, 2.0**-96, 528482304.0, 255, 0xCA6B, 0xC13F)
+SIGNED = Format(torch.int8, 1, 2.0**-64, 8064.0, 127, 0x85EB, 0x9E37)
+UNSIGNED = Format(torch.uint8, 2, 2.0**-96, 528482304.0, 255, 0xCA6B, 0xC13F)
 CODES = {"exp_avg": SIGNED, "exp_avg_sq": UNSIGNED, "max_exp_avg_sq": UNSIGNED}  # in the order of their scales
 
 
@@ -39,12 +39,12 @@ def blocks_of(numel: int) -> int:
     return -(-numel // BLOCK)
 
 
-def noise_of(index: Tensor, step: int, code: Code) -> Tensor:
+def noise_of(index: Tensor, step: int, code: Format) -> Tensor:
     """The noise of elements in a step, int64 in [0, 65536)."""
     return (index * code.element_stride + step * code.step_stride) & 0xFFFF
 
 
-def encode(values: Tensor, code: Code, noise: Tensor | int = 0x8000) -> tuple[Tensor, Tensor]:
+def quantize(values: Tensor, code: Format, noise: Tensor | int = 0x8000) -> tuple[Tensor, Tensor]:
     """Codes and scales of a line of finite float32 values; the last block may be shorter.
 
     `noise` in [0, 65536) rounds up so often; by default to the nearest. Returns codes of the values' length and a
@@ -58,18 +58,18 @@ def encode(values: Tensor, code: Code, noise: Tensor | int = 0x8000) -> tuple[Te
     return _codes(values, inverse, code, noise), scales
 
 
-def encode_again(values: Tensor, code: Code) -> tuple[Tensor, Tensor]:
-    """As encode(), to the nearest, but what decode() gave gets the codes and scales that it came from.
+def requantize(values: Tensor, code: Format) -> tuple[Tensor, Tensor]:
+    """As quantize(), to the nearest, but what dequantize() gave is quantized to what it came from.
 
-    encode() chooses a scale somewhat above the largest value, so that what has gone through it once would get another.
+    quantize() chooses a scale somewhat above the largest value, so what has gone through it once would get another.
     After a step the largest of a block has one of the two highest codes: the scales of these are tried.
     """
-    codes, scales = encode(values, code)
+    codes, scales = quantize(values, code)
     codes, largest = _in_blocks(codes), _largest(_in_blocks(values))
     for top in (code.top, code.top - 1):
-        tried = (largest / decode(largest.new_tensor([top]), largest.new_ones(1), code)).to(torch.bfloat16)
+        tried = (largest / dequantize(largest.new_tensor([top]), largest.new_ones(1), code)).to(torch.bfloat16)
         again = _codes(values, _inverse(tried, code), code)
-        same = (_in_blocks(decode(again, tried, code)) == _in_blocks(values)).all(1) & (largest > 0)
+        same = (_in_blocks(dequantize(again, tried, code)) == _in_blocks(values)).all(1) & (largest > 0)
         codes, scales = torch.where(same[:, None], _in_blocks(again), codes), torch.where(same, tried, scales)
     return codes.flatten()[: values.numel()], scales
 
@@ -80,12 +80,12 @@ def _largest(blocks: Tensor) -> Tensor:
     return magnitude.amax(1) if len(blocks) else magnitude.sum(1)
 
 
-def _inverse(scales: Tensor, code: Code) -> Tensor:
+def _inverse(scales: Tensor, code: Format) -> Tensor:
     """The top code's number by scales, rounded once: torch takes a number by a tensor as a product of its inverse."""
     return torch.full_like(scales, code.top_expanded, dtype=torch.float32) / scales.float()
 
 
-def _codes(values: Tensor, inverse: Tensor, code: Code, noise: Tensor | int = 0x8000) -> Tensor:
+def _codes(values: Tensor, inverse: Tensor, code: Format, noise: Tensor | int = 0x8000) -> Tensor:
     """The codes of a line of finite float32 values, given what those of each block are multiplied by."""
     blocks = _in_blocks(values)
     magnitude = blocks.view(torch.int32) & _MAGNITUDE
@@ -99,7 +99,7 @@ def _codes(values: Tensor, inverse: Tensor, code: Code, noise: Tensor | int = 0x
     return codes.to(code.dtype).flatten()[: values.numel()]
 
 
-def decode(codes: Tensor, scales: Tensor, code: Code) -> Tensor:
+def dequantize(codes: Tensor, scales: Tensor, code: Format) -> Tensor:
     """The float32 values of a line of codes. Those marked as not finite are not dealt with here."""
     unit = (scales.float().abs() * (1 / code.top_expanded))[:, None]
     number = _in_blocks(codes.to(torch.float32))
@@ -108,15 +108,15 @@ def decode(codes: Tensor, scales: Tensor, code: Code) -> Tensor:
     return torch.copysign(magnitude, number).flatten()[: codes.numel()]
 
 
-def encode_states(
+def quantize_states(
     states: dict[str, Tensor], step: int | None = None, first: int = 0
 ) -> tuple[dict[str, Tensor], Tensor]:
     """Codes of the float32 states of a param, all lines of one length, and their scales, of shape (blocks, states).
 
     The lines may be a piece of the param's, which begins with the block of the element `first`.
 
-    With a step the rounding is that of a step; otherwise it is to the nearest, and what decode_states() gave gets the
-    codes that it came from. An element of which a state is infinite or NaN is marked in exp_avg.
+    With a step the rounding is that of a step; otherwise it is to the nearest, and what dequantize_states() gave is
+    quantized to what it came from. An element of which a state is infinite or NaN is marked in exp_avg.
     """
     finite = torch.stack([state.isfinite() for state in states.values()]).all(0)
     all_finite = bool(finite.all())
@@ -126,9 +126,9 @@ def encode_states(
         code = CODES[name]
         line = state if all_finite else torch.where(finite, state, 0.0)
         if step is None:
-            codes[name], scale = encode_again(line, code)
+            codes[name], scale = requantize(line, code)
         else:
-            codes[name], scale = encode(line, code, noise_of(index, step, code))
+            codes[name], scale = quantize(line, code, noise_of(index, step, code))
         scales.append(scale)
     if not all_finite:
         codes["exp_avg"][~finite] = NOT_FINITE
@@ -137,9 +137,9 @@ def encode_states(
     return codes, torch.stack(scales, 1)
 
 
-def decode_states(codes: dict[str, Tensor], scales: Tensor) -> dict[str, Tensor]:
+def dequantize_states(codes: dict[str, Tensor], scales: Tensor) -> dict[str, Tensor]:
     """The float32 states of a param from its codes, all lines of one length; marked elements have NaN in exp_avg."""
-    states = {name: decode(line, scales[:, i], CODES[name]) for i, (name, line) in enumerate(codes.items())}
+    states = {name: dequantize(line, scales[:, i], CODES[name]) for i, (name, line) in enumerate(codes.items())}
     states["exp_avg"][codes["exp_avg"] == NOT_FINITE] = torch.nan
     return states
 

@@ -11,7 +11,7 @@ from typing import Any, Generic, TypeVar
 T = TypeVar("T")
 
 
-class Shared(Generic[T]):
+class WrapperSharedAttribute(Generic[T]):
     """An attribute kept in the optimizer's `_shared`, a dict, so that one set on a wrapper is set on the optimizer."""
 
     def __init__(self, default: T) -> None:

@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from . import block_codes
+from . import quantization
 from .pieces import PIECE, each_piece
 from .precision import AVERAGES, QUANTIZED, SCALES
 
@@ -20,7 +20,7 @@ _HELD = {saved: name for name, saved in _SAVED.items()}
 SAVED_NAMES = tuple(_HELD)  # of averages that are codes, in state dicts
 
 
-def float_states(
+def dequantized_states(
     state: Mapping[str, Any], names: Iterable[str] = AVERAGES, dtype: torch.dtype = torch.float32
 ) -> dict[str, Tensor]:
     """New tensors of floats of the states that are codes."""
@@ -30,37 +30,37 @@ def float_states(
     floats = {name: torch.empty_like(tensor, dtype=dtype) for name, tensor in codes.items()}
     pieces = zip(each_piece(*codes.values()), each_piece(*floats.values()), _rows(scales), strict=True)
     for lines, targets, rows in pieces:
-        decoded = block_codes.decode_states(dict(zip(codes, lines, strict=True)), rows)
-        for target, values in zip(targets, decoded.values(), strict=True):
+        dequantized = quantization.dequantize_states(dict(zip(codes, lines, strict=True)), rows)
+        for target, values in zip(targets, dequantized.values(), strict=True):
             target.copy_(values)
     return floats
 
 
-def coded_states(floats: Mapping[str, Tensor], step: int | None = None) -> dict[str, Tensor]:
+def quantized_states(floats: Mapping[str, Tensor], step: int | None = None) -> dict[str, Tensor]:
     """Codes and scales of states, given as dense tensors laid out alike; rounded as in a step, or to the nearest."""
     floats = {name: floats[name] for name in AVERAGES if name in floats}
-    codes = {name: torch.empty_like(tensor, dtype=block_codes.CODES[name].dtype) for name, tensor in floats.items()}
+    codes = {name: torch.empty_like(tensor, dtype=quantization.CODES[name].dtype) for name, tensor in floats.items()}
     first, *_ = floats.values()
-    blocks = block_codes.blocks_of(first.numel())
+    blocks = quantization.blocks_of(first.numel())
     scales = torch.empty((blocks, len(floats)), dtype=torch.bfloat16, device=first.device)
     pieces = zip(each_piece(*floats.values()), each_piece(*codes.values()), _rows(scales), strict=True)
     for i, (lines, targets, rows) in enumerate(pieces):
         states = {name: line.float() for name, line in zip(floats, lines, strict=True)}
-        encoded, of_piece = block_codes.encode_states(states, step, first=i * PIECE)
+        quantized, of_piece = quantization.quantize_states(states, step, first=i * PIECE)
         rows.copy_(of_piece)
-        for target, values in zip(targets, encoded.values(), strict=True):
+        for target, values in zip(targets, quantized.values(), strict=True):
             target.copy_(values)
     return {SCALES: scales, **codes}
 
 
 def _rows(scales: Tensor) -> tuple[Tensor, ...]:
     """The scales of each piece, as views."""
-    return scales.split(PIECE // block_codes.BLOCK)
+    return scales.split(PIECE // quantization.BLOCK)
 
 
-def store_codes(state: dict[str, Any], floats: Mapping[str, Tensor], step: int) -> None:
+def store_quantized(state: dict[str, Any], floats: Mapping[str, Tensor], step: int) -> None:
     """Writes states back into the codes that they came from."""
-    for name, tensor in coded_states(floats, step).items():
+    for name, tensor in quantized_states(floats, step).items():
         target = state[name]
         if name == SCALES:  # they have a column more if amsgrad was switched off
             target = target[:, : tensor.shape[1]]

@@ -1,5 +1,5 @@
 // The 8-bit codes of the optimizer's states: the only place that holds them, used on the CPU and on the device. The
-// same in torch calls is adamops/ops/adam/block_codes.py; what else was measured is in docs/low-precision.md.
+// same in pure PyTorch is adamops/ops/adam/quantization.py; what else was measured is in docs/low-precision.md.
 //
 // A tensor is cut, in the order of its memory, into blocks of 256 elements. A block has a scale, a bfloat16 not below
 // the largest magnitude in it, and each element is x = scale * expand(code) / expand(top code). `expand` is nearly a
@@ -22,16 +22,16 @@
 namespace adamops {
 namespace {
 
-constexpr int64_t kCodeBlock = 256;
+constexpr int64_t kQuantizationBlock = 256;
 
 // What the codes of a state mean: expand(code) has the bits of code * 2^-kShrink shifted left by kPower. The factor
 // brings the exponent to where the shift leaves it in range, and zero stays zero.
-struct SignedCode {  // of exp_avg: -127 to 127, as int8
+struct SignedFormat {  // of exp_avg: -127 to 127, as int8
   static constexpr bool kSigned = true;
   static constexpr int kPower = 1, kShrinkExponent = 64;
   static constexpr float kShrink = 0x1p-64f, kTopExpanded = 8064.0f, kUnit = 1 / kTopExpanded;
 };
-struct UnsignedCode {  // of exp_avg_sq: 0 to 255, and 0 is for zero alone
+struct UnsignedFormat {  // of exp_avg_sq: 0 to 255, and 0 is for zero alone
   static constexpr bool kSigned = false;
   static constexpr int kPower = 2, kShrinkExponent = 96;
   static constexpr float kShrink = 0x1p-96f, kTopExpanded = 528482304.0f, kUnit = 1 / kTopExpanded;
@@ -56,28 +56,28 @@ ADAMOPS_HOST_DEVICE inline float scale_in_fp32(uint16_t scale) {
   return Ops::from_bits(static_cast<uint32_t>(scale & ~kHasNotFinite) << 16);
 }
 
-// What a state is multiplied by to be encoded. Magnitudes beyond the largest scale, up to that of the largest float,
+// What a state is multiplied by to be quantized. Magnitudes beyond the largest scale, up to that of the largest float,
 // would get beyond the top code: there it is 1.2 % less, the inverse of the bfloat16 that would come second after
 // kMostScale if infinity did not.
-template <class Code, class Ops>
+template <class Format, class Ops>
 ADAMOPS_HOST_DEVICE inline float inverse_scale(uint16_t scale) {
-  constexpr float kLeast = static_cast<float>(Code::kTopExpanded * 0x1.fcp-129);
-  return scale == kMostScale ? kLeast : Ops::div(Code::kTopExpanded, scale_in_fp32<Ops>(scale));
+  constexpr float kLeast = static_cast<float>(Format::kTopExpanded * 0x1.fcp-129);
+  return scale == kMostScale ? kLeast : Ops::div(Format::kTopExpanded, scale_in_fp32<Ops>(scale));
 }
 
 // Sixteen random-looking bits of noise for each element of a state in a step. Over the elements as over the steps they
 // fill their range evenly (sequences of Weyl, whose strides over the steps are near the golden ratio and the plastic
 // number), so that what is rounded off is made up for within a few steps.
-template <class Code>
-constexpr uint16_t kElementStride = Code::kSigned ? 0x85EB : 0xCA6B;
-template <class Code>
+template <class Format>
+constexpr uint16_t kElementStride = Format::kSigned ? 0x85EB : 0xCA6B;
+template <class Format>
 ADAMOPS_HOST_DEVICE inline uint16_t noise_of(int64_t index, uint32_t step) {
-  constexpr uint32_t kStepStride = Code::kSigned ? 0x9E37 : 0xC13F;
-  return static_cast<uint16_t>(static_cast<uint32_t>(index) * kElementStride<Code> + step * kStepStride);
+  constexpr uint32_t kStepStride = Format::kSigned ? 0x9E37 : 0xC13F;
+  return static_cast<uint16_t>(static_cast<uint32_t>(index) * kElementStride<Format> + step * kStepStride);
 }
 // Noise is added as the float 128 + noise / 2^16, whose lowest 16 bits are the noise. The 128 make what is rounded
 // positive, so that to truncate it is to round down, and are taken off the codes.
-constexpr int32_t kNoiseBits = 0x43000000, kCodeOffset = 128;
+constexpr int32_t kNoiseBits = 0x43000000, kQuantizedOffset = 128;
 
 // The functions for elements are for floats one by one or for vectors of them, as `Ops` has it: Number and Integers of
 // 32 bits, each operation rounded once.
@@ -91,28 +91,28 @@ ADAMOPS_HOST_DEVICE inline int32_t shifted_left(int32_t bits, int by) {
   return static_cast<int32_t>(static_cast<uint32_t>(bits) << by);
 }
 
-// `code` is a whole number; `unit` is scale * Code::kUnit.
-template <class Code, class Ops>
-ADAMOPS_HOST_DEVICE inline typename Ops::Number decode(typename Ops::Number code, typename Ops::Number unit) {
-  const auto shrunk = Ops::bits(Ops::mul(code, Ops::set(Code::kShrink)));
-  const auto magnitude = Ops::mul(Ops::from_bits(shifted_left(shrunk, Code::kPower)), unit);  // without the sign
-  if constexpr (Code::kSigned)
+// `code` is a whole number; `unit` is scale * Format::kUnit.
+template <class Format, class Ops>
+ADAMOPS_HOST_DEVICE inline typename Ops::Number dequantize(typename Ops::Number code, typename Ops::Number unit) {
+  const auto shrunk = Ops::bits(Ops::mul(code, Ops::set(Format::kShrink)));
+  const auto magnitude = Ops::mul(Ops::from_bits(shifted_left(shrunk, Format::kPower)), unit);  // without the sign
+  if constexpr (Format::kSigned)
     return Ops::from_bits(Ops::bits(magnitude) | (shrunk & ~kMagnitudeBits));
   else
     return magnitude;
 }
 
-// Returns the code plus kCodeOffset. `inverse` is inverse_scale(); `noise` is kNoiseBits | noise_of(), as a number. An
-// unsigned x must not be negative, and the caller raises its code to least_code().
-template <class Code, class Ops>
-ADAMOPS_HOST_DEVICE inline typename Ops::Integers encode(typename Ops::Number x, typename Ops::Number inverse,
-                                                         typename Ops::Number noise) {
+// Returns the code plus kQuantizedOffset. `inverse` is inverse_scale(); `noise` is kNoiseBits | noise_of(), as a
+// number. An unsigned x must not be negative, and the caller raises its code to least_code().
+template <class Format, class Ops>
+ADAMOPS_HOST_DEVICE inline typename Ops::Integers quantize(typename Ops::Number x, typename Ops::Number inverse,
+                                                           typename Ops::Number noise) {
   const auto relative = Ops::bits(Ops::mul(x, inverse));
-  // The root, by shifting the exponent, and divided by Code::kShrink, by adding to it. The arithmetic shift doubles the
-  // sign, of which the lower one goes. Zero becomes so small a number that it adds nothing to the noise.
-  constexpr int32_t kAllButLowerSign = ~0x40000000, kGrowth = Code::kShrinkExponent << 23;
-  auto root = relative >> Code::kPower;
-  if constexpr (Code::kSigned) root = root & kAllButLowerSign;
+  // The root, by shifting the exponent, and divided by Format::kShrink, by adding to it. The arithmetic shift doubles
+  // the sign, of which the lower one goes. Zero becomes so small a number that it adds nothing to the noise.
+  constexpr int32_t kAllButLowerSign = ~0x40000000, kGrowth = Format::kShrinkExponent << 23;
+  auto root = relative >> Format::kPower;
+  if constexpr (Format::kSigned) root = root & kAllButLowerSign;
   return Ops::truncated(Ops::add(Ops::from_bits(root + kGrowth), noise));
 }
 // The unsigned code zero is for zero alone, or the next step would divide by nothing but eps. Given the bits of x.
