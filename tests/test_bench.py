@@ -54,7 +54,7 @@ def test_json_has_all_times_medians_and_ratios(small_run):
             assert implementation["adamops_speed"] == pytest.approx(sum(ratios) / 2)
 
 
-def test_every_contestant_has_its_turns(small_run):
+def test_every_implementation_is_timed(small_run):
     cases = small_run[1]["cases"]
     for name in ("fp32", "bf16", "many-tensors"):
         assert list(cases[name]["implementations"]) == ["adamops", *TORCH, "bandwidth probe"]

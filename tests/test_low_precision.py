@@ -217,7 +217,7 @@ def test_worst_cases_of_blocks(cpu_adam, target, seed):
 
 @pytest.mark.parametrize("arguments", [{}, {"amsgrad": True}, {"master_weight_bits": 24}, {"master_weight_bits": 32}])
 @pytest.mark.skipif(not hasattr(torch.Tensor, "__dlpack_c_exchange_api__"), reason="torch reads no tensors for C++")
-def test_coded_states_take_the_quick_way(arguments, seed):
+def test_quantized_states_take_the_fast_path(arguments, seed):
     """The table of a step is made in C++, as for float32 states."""
     params, optimizer = trained([torch.randn(5000).bfloat16()], 1, 1, state_dtype="8bit", **arguments)
     group = optimizer.param_groups[0]

@@ -9,7 +9,7 @@
 
 namespace adamops {
 
-// Scalars of one step, computed by the host in double and rounded to float once (adamops/ops/adam/hyper.py).
+// Scalars of one step, computed in double and rounded to float once (adam_scalars.h, on the host or on the device).
 // t is the step count, beta1/beta2 the decay rates of Kingma & Ba (arXiv 1412.6980, Algorithm 1).
 struct AdamScalars {
   float grad_scale;          // s: what every gradient is multiplied by; -1 maximises; multiplying by 1 changes no bit
