@@ -9,8 +9,8 @@ namespace adamops {
 
 constexpr int kWarp = 32, kOwn = kQuantizationBlock / kWarp;  // elements of a thread
 
-// With integers, for quantized_blocks.h and rounding.h. Between them and floats it goes by an addition, as conversions take
-// several times as long: in a float of 1.5 * 2^23 and some, the last place is 1.
+// With integers, for quantized_blocks.h and rounding.h. Between them and floats it goes by an addition, as conversions
+// take several times as long: in a float of 1.5 * 2^23 and some, the last place is 1.
 struct CudaBitOps : CudaOps {
   using Integers = int32_t;
   static constexpr float kWholes = 0x1.8p23f;
