@@ -1,11 +1,11 @@
-"""Asks op_builder for the extensions; all else is in pyproject.toml."""
+"""Asks op_builder for the extensions; everything else is in pyproject.toml."""
 
 import sys
 from pathlib import Path
 
 from setuptools import setup
 
-sys.path.insert(0, str(Path(__file__).resolve().parent))  # isolated builds do not see the project's own folder
+sys.path.insert(0, str(Path(__file__).resolve().parent))  # isolated builds do not have the project's folder on sys.path
 
 from op_builder import builtin_builders  # noqa: E402
 from op_builder.build_ext import build_ext, extensions  # noqa: E402

@@ -1,10 +1,10 @@
-"""Adam and AdamW for training from host memory, compiled ahead of time.
+"""Adam and AdamW for training on the CPU, compiled ahead of time.
 
     from adamops import DeepSpeedCPUAdam
     optimizer = DeepSpeedCPUAdam(model.parameters(), lr=1e-3)
 
 `python -m adamops.report` shows which ops are built and in use here, and why not; `python -m adamops.bench` times them.
-Importing adamops does not import torch: the optimizers do, when they are first asked for.
+Importing adamops does not import torch; the first access to an optimizer does.
 """
 
 from __future__ import annotations
@@ -21,14 +21,14 @@ if TYPE_CHECKING:
 __version__ = "0.1.0"
 __all__ = ["CPUAdam", "DeepSpeedCPUAdam", "FusedAdam", "__version__", "portable_state_dicts", "step_in_backward"]
 
-# In a checkout, op_builder and csrc lie beside this folder and not in it. With the checkout on the path, `adamops` is
-# found here even where it is not installed in editable mode, and should work all the same.
+# In a checkout, op_builder and csrc are next to this folder, not inside it. With the checkout on the path, Python finds
+# `adamops` here even without an editable install, and it should work then too.
 _checkout = Path(__file__).resolve().parent.parent
 if not (_checkout / "adamops" / "op_builder").is_dir() and (_checkout / "op_builder" / "builder.py").is_file():
     __path__.append(str(_checkout))
 
 
-# Imported when they are asked for.
+# Imported on first access.
 _SUBMODULES = ("bench", "data_parallel", "deepspeed", "in_backward", "op_builder", "ops", "plugin_process", "report")
 
 

@@ -1,8 +1,9 @@
 """`python -m adamops.deepspeed`: runs a script, a module or a console script with DeepSpeed patched.
 
-Its command line is Python's own, and what launchers put before a script. Must not know what is patched.
+Its command line is Python's own, plus the options that launchers put before a script. Must not know what is patched.
 
-DeepSpeed is patched when the script imports it, not before: it looks at the environment then, which the script may set.
+DeepSpeed is patched when the script imports it, not earlier: on import it reads the environment, which the script may
+set first.
 """
 
 from __future__ import annotations
@@ -25,12 +26,12 @@ USAGE = """usage: python -m adamops.deepspeed SCRIPT [ARGUMENT ...]
 Runs a Python script, the console script of a package, or a module with adamops.deepspeed.patch() done. Options before
 SCRIPT or -m, such as the --local_rank=N of launchers, are passed on with the ARGUMENTs."""
 _CONVERTER = "deepspeed.checkpoint.ds_to_universal"
-_WITH_VALUE = ("--local_rank", "--local-rank")  # launchers write --local_rank=N, people also --local_rank N
+_WITH_VALUE = ("--local_rank", "--local-rank")  # launchers write --local_rank=N; people also write --local_rank N
 
 
 @dataclasses.dataclass
 class Command:
-    """What is to be run, by file or by name, and the arguments that it gets."""
+    """What to run, a script or a module, and its arguments."""
 
     target: str
     is_module: bool
@@ -38,7 +39,7 @@ class Command:
 
 
 def parse(arguments: list[str]) -> Command | None:
-    """The command that a command line asks for; None if it names nothing to run."""
+    """Parses a command line. Returns None for --help, or if it names nothing to run."""
     left = list(arguments)
     options: list[str] = []
     while left:
@@ -57,7 +58,7 @@ def parse(arguments: list[str]) -> Command | None:
 
 
 def main(arguments: list[str], patch: Callable[[], object]) -> None:
-    """Runs what the command line names, as Python would; with patch() called once DeepSpeed is imported."""
+    """Runs what the command line names, as Python would, and calls patch() once DeepSpeed is imported."""
     command = parse(arguments)
     if command is None:
         asked = any(argument in ("-h", "--help") for argument in arguments)
@@ -66,7 +67,7 @@ def main(arguments: list[str], patch: Callable[[], object]) -> None:
         sys.exit(None if asked else USAGE)
     path = None if command.is_module else _script(command.target)
     when_imported("deepspeed", patch)
-    PatchesChildren(None).enable()  # also those of a script that leaves DeepSpeed to its children
+    PatchesChildren(None).enable()  # even if only the children import DeepSpeed
     sys.argv = [path or command.target, *command.arguments]
     if path is None:
         with _converting() if command.target == _CONVERTER else contextlib.nullcontext():
@@ -78,8 +79,8 @@ def main(arguments: list[str], patch: Callable[[], object]) -> None:
 
 
 def _script(name: str) -> str:
-    """The path of a script, or of the console script of a package."""
-    if os.path.exists(name):  # noqa: PTH110 - a name that is no path is to stay as it is
+    """The path of a script, or of a package's console script."""
+    if os.path.exists(name):  # noqa: PTH110 - a name that is not a path must stay as it is
         return name
     found = None
     if os.path.basename(name) == name:  # noqa: PTH119
@@ -95,6 +96,6 @@ def _script(name: str) -> str:
 def _converting() -> contextlib.AbstractContextManager[None]:
     from ._deepspeed_states import dequantizing_loads
 
-    if "fork" in multiprocessing.get_all_start_methods():  # its worker processes are to read as this one does
+    if "fork" in multiprocessing.get_all_start_methods():  # its worker processes must read files as this one does
         multiprocessing.set_start_method("fork", force=True)
     return dequantizing_loads()

@@ -1,8 +1,7 @@
-"""Has DeepSpeed read, write, move and convert the states of adamops' optimizers as what they are.
+"""Makes DeepSpeed read, write, move and convert the states of adamops' optimizers correctly.
 
-DeepSpeed takes states by name, a piece at a time, and knows nothing of the scales beside 8-bit ones: its helpers get
-the float32 numbers that these stand for. States of other optimizers go through here as they are. Must not know how a
-step is done.
+DeepSpeed accesses states by name, a piece at a time, and does not know that 8-bit states have scales. Its helpers get
+dequantized float32 values instead. States of other optimizers pass through unchanged. Must not know how a step is done.
 """
 
 from __future__ import annotations
@@ -34,15 +33,15 @@ _SWAPPED = "8-bit states that DeepSpeed keeps on NVMe cannot be read or written 
 
 
 def read_piece(state: dict[str, Any], key: str, start: int, numel: int) -> Tensor:
-    """Elements of a quantized average of a flat param, as new float32 numbers."""
+    """Dequantizes elements of an average of a flat param into a new float32 tensor."""
     if numel == 0:
         return torch.zeros(0, device=state[key].device)
     return dequantized_states(_blocks(state, start, numel))[key].narrow(0, start % BLOCK, numel)
 
 
 def write_piece(state: dict[str, Any], key: str, start: int, values: Tensor) -> None:
-    """Quantizes elements of an average of a flat param to the nearest. Those beside them keep what they are, unless a
-    scale has to grow."""
+    """Quantizes values into an average of a flat param, rounding to the nearest. The other elements of their
+    quantization blocks keep their values, unless a scale has to grow."""
     if values.numel() == 0:
         return
     blocks = _blocks(state, start, values.numel())
@@ -70,7 +69,7 @@ _installed = False
 
 
 def install() -> None:
-    """Wraps DeepSpeed's helpers, once; with a warning where this DeepSpeed is another than they were written for."""
+    """Wraps DeepSpeed's helpers, once. Warns if this DeepSpeed is not what the wrappers were written for."""
     global _installed
     if _installed:
         return
@@ -93,7 +92,7 @@ def _wrap(owner: Any, name: str, make: Callable[[Callable[..., Any]], Callable[.
 
 
 def _wrap_fragments() -> None:
-    """ZeRO-1 and 2: each param of the model knows its fragment of a flat param, and of that one's states."""
+    """ZeRO-1 and 2: each model param knows its fragment of a flat param, and of the flat param's states."""
     from deepspeed.utils import mixed_precision_linkage
     from deepspeed.utils.tensor_fragment import tensor_fragment
 
@@ -107,7 +106,7 @@ def _wrap_fragments() -> None:
     def read(original: Callable[..., Tensor]) -> Callable[..., Tensor]:
         def get_optim_state_fragment(self: Any, key: str) -> Tensor:
             held, state = original(self, key), getattr(self, "_adamops_state", None)
-            # While DeepSpeed loads, float32 fragments stand in for those of the state.
+            # While DeepSpeed loads a checkpoint, float32 fragments stand in for those of the state.
             if state is None or held.is_floating_point() or not _is_quantized(state, key):
                 return held
             address = self.hp_fragment_address
@@ -133,7 +132,7 @@ def _wrap_fragments() -> None:
 
 
 def _wrap_partitions() -> None:
-    """ZeRO-3: the optimizer finds a param's place in the flat param of its subgroup."""
+    """ZeRO-3: the optimizer looks up a param's position in the flat param of its subgroup."""
     from deepspeed.runtime.zero.stage3 import DeepSpeedZeroOptimizer_Stage3 as Stage3
 
     def quantized_state(self: Any, param: Tensor, key: str | None) -> tuple[Any, int, int] | None:
@@ -162,7 +161,7 @@ def _wrap_partitions() -> None:
 
     def write(original: Callable[..., None]) -> Callable[..., None]:
         def set_hp_param(self: Any, value: Tensor, param: Tensor, optim_state_key: str | None = None) -> None:
-            original(self, value, param, optim_state_key)  # into what read() lends, if the state is quantized
+            original(self, value, param, optim_state_key)  # if quantized, into the tensor that read() lends
             place = quantized_state(self, param, optim_state_key)
             if place is not None:
                 write_piece(place[0], str(optim_state_key), place[1], self._adamops_lent)
@@ -175,7 +174,7 @@ def _wrap_partitions() -> None:
 
 
 def _wrap_offloading() -> None:
-    """ZeRO-3 moves states for exactly DeepSpeed's own FusedAdam, though all that it asks of it is `state`."""
+    """ZeRO-3 offloads states only for DeepSpeed's own FusedAdam, although it uses nothing of it but `state`."""
     from deepspeed.ops.adam import FusedAdam
     from deepspeed.runtime.zero.stage3 import DeepSpeedZeroOptimizer_Stage3 as Stage3
 
@@ -195,12 +194,12 @@ def _wrap_offloading() -> None:
 
         return offload_states
 
-    if hasattr(Stage3, "offload_states"):  # newer than 0.15
+    if hasattr(Stage3, "offload_states"):  # in DeepSpeed newer than 0.15
         _wrap(Stage3, "offload_states", offload)
 
 
 def _drop_cast_buffers(states: dict[Any, Any]) -> None:
-    """Drops the buffers that DeepSpeed keeps in states for the next time, where loading has cast them to float32."""
+    """Drops the buffers that DeepSpeed keeps in states for the next offload, if loading has cast them to float32."""
     suffix = "_offload_buffer"
     for state in states.values():
         for key in [key for key in state if isinstance(key, str) and key.endswith(suffix)]:
@@ -212,7 +211,7 @@ def _drop_cast_buffers(states: dict[Any, Any]) -> None:
 
 
 def _wrap_loading() -> None:
-    """What DeepSpeed puts into the state from a universal checkpoint, float32, is brought into the optimizer's form."""
+    """Converts the float32 states that DeepSpeed loads from a universal checkpoint to the optimizer's own form."""
     from deepspeed.runtime.base_optimizer import ZeROOptimizer
     from deepspeed.runtime.zero.stage3 import DeepSpeedZeroOptimizer_Stage3 as Stage3
     from deepspeed.utils import lazy_init_hp_params_optimizer_state
@@ -243,10 +242,10 @@ def _wrap_loading() -> None:
 
 
 def _adopt_states(optimizer: AdamOptimizer) -> None:
-    """Brings states that were put there from outside into the form that the optimizer's own load_state_dict() gives."""
+    """Converts states that were set from outside to the form that the optimizer's load_state_dict() produces."""
     for state in optimizer.state.values():
         if not is_quantized(state):
-            state.pop(SCALES, None)  # of the states that are no longer there
+            state.pop(SCALES, None)  # the quantized states that they belonged to are gone
     optimizer.load_state_dict(optimizer.state_dict())
 
 
@@ -266,11 +265,11 @@ def _refuse_elastic_checkpoints() -> None:
 
 
 def dequantized(loaded: Any) -> Any:
-    """What was read from one of DeepSpeed's files of ZeRO states, with float32 in the place of 8-bit states."""
+    """The contents of one of DeepSpeed's ZeRO state files, with 8-bit states dequantized to float32."""
     optimizer = loaded.get("optimizer_state_dict") if isinstance(loaded, dict) else None
     if not isinstance(optimizer, dict):
         return loaded
-    for name in ("base_optimizer_state", "optimizer_state_dict"):  # of ZeRO-1 and 2; of ZeRO-3
+    for name in ("base_optimizer_state", "optimizer_state_dict"):  # ZeRO-1 and 2; ZeRO-3
         base = optimizer.get(name)
         if isinstance(base, dict) and isinstance(base.get("state"), dict):
             base["state"] = {key: without_quantized(entry) for key, entry in base["state"].items()}
@@ -279,7 +278,7 @@ def dequantized(loaded: Any) -> Any:
 
 @contextmanager
 def dequantizing_loads() -> Iterator[None]:
-    """torch.load() gives dequantized() meanwhile: for DeepSpeed's ds_to_universal, which reads files in many places."""
+    """Makes torch.load() apply dequantized(), for DeepSpeed's ds_to_universal, which loads files in many places."""
     load = torch.load
 
     @functools.wraps(load)

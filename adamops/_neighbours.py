@@ -1,6 +1,6 @@
-"""What Accelerate, DeepSpeed and multiprocessing do to optimizers of adamops unasked, and where they are met.
+"""Handles what Accelerate, DeepSpeed and multiprocessing do to adamops' optimizers without being asked.
 
-Imports neither them nor torch: children of multiprocessing import this, whether they train or not.
+Imports neither Accelerate nor DeepSpeed nor torch: multiprocessing's children import this, whether they train or not.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ from typing import Any
 
 
 class _Finder(importlib.abc.MetaPathFinder):
-    """Finds what the finders after it find, of one name, with a loader that calls an action after the module's own."""
+    """Finds one module through the finders after it, and wraps its loader so that an action follows the import."""
 
     def __init__(self, name: str, action: Callable[[], object]) -> None:
         self._name, self._action = name, action
@@ -32,23 +32,23 @@ class _Finder(importlib.abc.MetaPathFinder):
             if spec is not None:
                 if spec.loader is not None:
                     spec.loader = _Loader(spec.loader, self)
-                return spec  # perhaps of someone who only asks whether there is such a module
+                return spec  # perhaps for a caller that only checks whether the module exists
         return None
 
     def loaded(self) -> None:
-        """Does what there was to do, and is done."""
-        if self in sys.meta_path:  # nobody has withdrawn it
+        """Runs the action, once."""
+        if self in sys.meta_path:  # not withdrawn
             self.withdraw()
             self._action()
 
     def withdraw(self) -> None:
-        """Does nothing any more."""
+        """Cancels the action."""
         if self in sys.meta_path:
             sys.meta_path.remove(self)
 
 
 class _Loader(importlib.abc.Loader):
-    """Loads a module by its own loader, and looks like that one in the module."""
+    """Wraps a module's own loader. The loaded module refers to its own loader, not to this one."""
 
     def __init__(self, loader: Any, finder: _Finder) -> None:
         self._loader, self._finder = loader, finder
@@ -69,7 +69,7 @@ class _Loader(importlib.abc.Loader):
 
 
 def when_imported(name: str, action: Callable[[], object]) -> Callable[[], None]:
-    """Calls an action now if a module is imported, else once it has been. Returns what withdraws that."""
+    """Calls an action now if a module is already imported, else once it is. Returns a function that cancels this."""
     if name in sys.modules:
         action()
         return lambda: None
@@ -84,7 +84,7 @@ _expecting_deepspeed = False
 
 
 def expect_deepspeed(has_quantized_states: bool) -> None:
-    """To be called for each optimizer: DeepSpeed's helpers learn to read its states, if it is or will be imported."""
+    """Called for each optimizer. Teaches DeepSpeed's helpers to read its states, now or once DeepSpeed is imported."""
     global _expecting_deepspeed
     if _expecting_deepspeed or not (has_quantized_states or "deepspeed" in sys.modules):
         return
@@ -102,15 +102,15 @@ def expect_deepspeed(has_quantized_states: bool) -> None:
 
 
 def check_not_replaced(optimizer: Any, caller: types.FrameType) -> None:
-    """Called where an optimizer's defaults are read, which Accelerate does to make DeepSpeed's optimizer of them.
+    """Called when an optimizer's defaults are read. Accelerate reads them to replace the optimizer by DeepSpeed's.
 
-    It does so for an offloaded optimizer, and takes lr and weight decay along but neither decoupled decay nor
-    precision. Nothing that is returned would make it keep the optimizer: all that can be done here is to say so.
+    It does so for an offloaded optimizer. It carries over lr and weight decay, but neither decoupled decay nor
+    precision. No return value would make it keep the optimizer, so all that can be done here is to report it.
 
     Raises
     ------
     RuntimeError
-        If the other optimizer would compute something else. Otherwise there is a warning.
+        If DeepSpeed's optimizer would compute something else. Otherwise there is only a warning.
     """
     if caller.f_code.co_name != "map_pytorch_optim_to_deepspeed":
         return
@@ -132,9 +132,9 @@ def check_not_replaced(optimizer: Any, caller: types.FrameType) -> None:
 
 
 class PatchesChildren:
-    """Travels in multiprocessing's settings to each child that is spawned, and patches DeepSpeed there as it arrives.
+    """Sent to each spawned child with multiprocessing's settings. Patches DeepSpeed there when it is unpickled.
 
-    Not before DeepSpeed is imported there, since children that load data do not need it.
+    The patch waits until the child imports DeepSpeed, as children that only load data do not need it.
     """
 
     _KEY = "adamops.deepspeed"
@@ -147,15 +147,15 @@ class PatchesChildren:
 
     @classmethod
     def _settings(cls) -> dict[str, Any]:
-        """What processes inherit from each other; that of this process."""
+        """The settings of this process that its children inherit."""
         return getattr(multiprocessing.current_process(), "_config", {})
 
     def enable(self) -> None:
-        """For the children of this process, and theirs."""
+        """From now on, children of this process are patched, and their children too."""
         self._settings()[self._KEY] = self
 
     def disable(self) -> None:
-        """For those that are not started yet."""
+        """From now on, new children are not patched."""
         self._settings().pop(self._KEY, None)
 
 
@@ -165,7 +165,7 @@ def _arrived_in_child(shm_comm: bool | None) -> PatchesChildren:
 
         try:
             deepspeed.patch(shm_comm=shm_comm)
-        except Exception as error:  # the child may have no use for it
+        except Exception as error:  # the child may not need it
             warnings.warn(f"adamops.deepspeed cannot patch DeepSpeed in this child process: {error}", stacklevel=2)
 
     when_imported("deepspeed", patch)

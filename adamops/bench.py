@@ -1,10 +1,11 @@
 """Times the optimizers against their peers and against merely moving the bytes: `python -m adamops.bench`.
 
-All implementations work on the same memory, as it can matter by a tenth where large tensors happen to lie. And ratios
-are taken within a round, as the memory of a shared machine may be twice as fast in one second as in the next.
+All implementations work on the same memory, because where large tensors happen to lie can change times by a tenth.
+Ratios are taken within a round, because the memory of a shared machine may be twice as fast in one second as in the
+next.
 
-Must not know how any of them works: it calls what users call. Only the bandwidth probe and the SIMD target are the
-op's own.
+Must not know how any of them works: it calls what users call. Only the bandwidth probe and the SIMD target come from
+the op itself.
 """
 
 from __future__ import annotations
@@ -43,10 +44,10 @@ OURS, PROBE = "adamops", "bandwidth probe"
 PREFETCH_BYTES = (0, 256, 512, 1024, 2048, 4096)
 HYPER: dict[str, Any] = {"lr": 1e-3, "betas": (0.9, 0.999), "eps": 1e-8, "weight_decay": 0.01}
 
-# Rounds that are not counted: the first makes the states, the second finds them in memory.
+# Rounds that are not counted: the first creates the states, the second finds them in memory.
 WARMUP_ROUNDS = 2
 
-# Elements of the work that comes before each call and is not counted; see _as_after_a_backward_pass().
+# Elements in the untimed work before each call; see _as_after_a_backward_pass().
 WARM_ELEMENTS = 2_000_000
 
 
@@ -56,7 +57,7 @@ class Unavailable(Exception):
 
 @dataclasses.dataclass(frozen=True)
 class Options:
-    """What the command line asks for; `repeat` is None where each case has its own number of rounds."""
+    """The options of the command line. If `repeat` is None, each case uses its own number of rounds."""
 
     elements: int
     repeat: int | None
@@ -66,7 +67,7 @@ class Options:
 
 @dataclasses.dataclass(frozen=True)
 class Work:
-    """The tensors of a case: their sizes in elements, the dtype of params and grads, and that of the states."""
+    """The tensors of a case: their sizes in elements, the dtype of params and grads, and the dtype of the states."""
 
     numels: list[int]
     dtype: torch.dtype
@@ -75,10 +76,10 @@ class Work:
 
 @dataclasses.dataclass
 class Result:
-    """The times of a case in milliseconds, by implementation, in the order of their calls.
+    """The times of a case in milliseconds, for each implementation in call order.
 
-    `ours` is the implementation that the others are compared with; `skipped` maps names to reasons; `probe` has the
-    times of all prefetch distances, of which `times` has the best.
+    `ours` is the implementation that the others are compared with. `skipped` maps names to reasons. `probe` has the
+    bandwidth probe's times for every prefetch distance; `times` has only the best of them.
     """
 
     title: str
@@ -92,12 +93,12 @@ class Result:
         return statistics.median(self.times[name])
 
     def speed(self, other: str) -> float:
-        """Our speed relative to the other's, the median over the rounds: above 1, ours is faster."""
+        """Our speed relative to the other's, as the median over the rounds. Above 1, ours is faster."""
         rounds = zip(self.times[other], self.times[self.ours], strict=True)
         return statistics.median(theirs / ours for theirs, ours in rounds)
 
     def as_json(self) -> dict[str, Any]:
-        """All that was measured, and what follows from it."""
+        """All measurements, and the figures derived from them."""
         implementations = {
             name: {
                 "median_ms": self.median(name),
@@ -120,7 +121,7 @@ class Result:
 
 
 def new_params(numels: Sequence[int], dtype: torch.dtype) -> list[Parameter]:
-    """Params with grads, all of random normal values."""
+    """Params with grads, filled with normally distributed random values."""
     params = [Parameter(torch.randn(numel, dtype=dtype)) for numel in numels]
     for param in params:
         param.grad = torch.randn_like(param)
@@ -128,7 +129,7 @@ def new_params(numels: Sequence[int], dtype: torch.dtype) -> list[Parameter]:
 
 
 def share_states(leader: Optimizer, other: Optimizer) -> None:
-    """Has `other` keep its averages in the memory where `leader`, an optimizer of the same params, has its own."""
+    """Makes `other` use the averages of `leader`, an optimizer of the same params, as its own."""
     for param in leader.state:
         for key in ("exp_avg", "exp_avg_sq"):
             other.state[param][key] = leader.state[param][key]
@@ -152,21 +153,21 @@ def deepspeed_adam() -> type[Optimizer]:
     """DeepSpeed's class. Raises Unavailable if it cannot be imported."""
     os.environ.setdefault("DS_ACCELERATOR", "cpu")
     os.environ.setdefault("DS_SKIP_CUDA_CHECK", "1")
-    # Its build at first use looks for ninja on the PATH, which may lack this environment.
+    # Its build at first use looks for ninja on the PATH, which may not include this environment.
     os.environ["PATH"] = os.pathsep.join([str(Path(sys.executable).parent), os.environ.get("PATH", "")])
     try:
         from deepspeed.ops.adam import DeepSpeedCPUAdam as DeepSpeeds
-    except Exception as error:  # its import runs much code
+    except Exception as error:  # its import runs a lot of code
         raise Unavailable(f"cannot be imported: {last_line(error)}") from error
     return DeepSpeeds
 
 
 def deepspeed_optimizer(params: list[Parameter], state_dtype: torch.dtype) -> Optimizer:
-    """DeepSpeed's, which is compiled here at first use, in a minute or so."""
+    """DeepSpeed's. Its op is compiled at first use, in a minute or so."""
     deepspeeds: Callable[..., Optimizer] = deepspeed_adam()
     try:
         return deepspeeds(params, **HYPER, adamw_mode=True, fp32_optimizer_states=state_dtype == torch.float32)
-    except Exception as error:  # its build does
+    except Exception as error:  # so does its build
         raise Unavailable(f"cannot be built: {last_line(error)}") from error
 
 
@@ -184,7 +185,7 @@ def eight_bit_optimizer(params: list[Parameter], _: torch.dtype) -> Optimizer:
 
 
 def peers_eight_bit_optimizer(module: str, params: list[Parameter], _: torch.dtype) -> Optimizer:
-    """AdamW8bit of a package that has one: bitsandbytes, with a CPU path since 0.46, or torchao, which compiles it."""
+    """AdamW8bit from bitsandbytes, which has a CPU path since 0.46, or from torchao, which compiles its step."""
     try:
         peer = importlib.import_module(module)
     except ImportError as error:
@@ -203,18 +204,18 @@ EIGHT_BIT_OPTIMIZERS: dict[str, Callable[[list[Parameter], torch.dtype], Optimiz
 
 
 def chosen_implementations(options: Options) -> list[str]:
-    """The names of the optimizers that take part."""
+    """The names of the optimizers to time."""
     return list(OPTIMIZERS) if options.peers else [OURS]
 
 
 def last_line(error: Exception) -> str:
-    """An error in one line: a compiler's log ends with what matters."""
+    """An error as one line: the end of a compiler's log is what matters."""
     lines = str(error).strip().splitlines()
     return f"{type(error).__name__}: {lines[-1]}" if lines else type(error).__name__
 
 
 class BandwidthProbe:
-    """Moves the bytes that an optimizer's step would, and computes and changes nothing."""
+    """Moves the bytes that an optimizer's step would, without computing or changing anything."""
 
     def __init__(self, optimizer: Optimizer) -> None:
         self.module = op_builder.get("cpu_adam").load()
@@ -226,7 +227,7 @@ class BandwidthProbe:
             [state["exp_avg"] for state in states],
             [state["exp_avg_sq"] for state in states],
         ]
-        self.tensors = columns  # the table owns nothing
+        self.tensors = columns  # kept alive here, as the table owns nothing
         codes = [DTYPES.index(column[0].dtype) for column in columns]
         self.table = self.module.table_of_addresses(
             *([tensor.data_ptr() for tensor in column] for column in columns),
@@ -237,7 +238,7 @@ class BandwidthProbe:
         )
 
     def __call__(self, prefetch_bytes: int) -> None:
-        """Moves all bytes once, with this prefetch distance; 0 for none."""
+        """Moves all bytes once with this prefetch distance in bytes; 0 means no prefetch."""
         self.module.bandwidth_probe(self.table, prefetch_bytes, torch.get_num_threads())
 
 
@@ -245,9 +246,9 @@ class BandwidthProbe:
 
 
 def time_in_rounds(calls: Mapping[str, Callable[[], object]], rounds: int) -> dict[str, list[float]]:
-    """Milliseconds of each call, over so many rounds in which each is called, each round in another order.
+    """Times every call once per round, in milliseconds. Each round has a different order.
 
-    The order is random, and the same for every run: nobody profits from what its predecessor leaves in the caches.
+    The order is random but the same for every run. No call profits from what a fixed predecessor leaves in the caches.
     """
     order = random.Random(0)
     times: dict[str, list[float]] = {name: [] for name in calls}
@@ -263,16 +264,16 @@ def time_in_rounds(calls: Mapping[str, Callable[[], object]], rounds: int) -> di
 
 
 def _as_after_a_backward_pass() -> None:
-    """Has torch's threads work for a moment, so that every call finds them awake, as a step in training does.
+    """Keeps torch's threads busy for a moment, so that every call finds them awake, as a step in training does.
 
-    To wake them from a longer sleep may take ticks of the scheduler: 8 ms were measured after a pause of 20 ms. And
-    where a peer brings its own OpenMP runtime, whose idle threads spin for a while, that is over when the call begins.
+    Waking them from a longer sleep may take scheduler ticks: 8 ms were measured after a pause of 20 ms. Also, a peer
+    may bring its own OpenMP runtime, whose idle threads spin for a while; they have stopped when the call begins.
     """
     torch.linspace(0, 1, WARM_ELEMENTS).sin_()
 
 
 def time_work(title: str, work: Work, options: Options, rounds: int, shared: bool = True) -> Result:
-    """Steps of all optimizers over the work, and the bandwidth probe; `shared` if all are to use the same memory."""
+    """Times the steps of all optimizers, and the bandwidth probe. With `shared`, all use the same memory."""
     params = new_params(work.numels, work.dtype)
     ours = OPTIMIZERS[OURS](params, work.state_dtype)
     ours.step()
@@ -298,7 +299,7 @@ def time_work(title: str, work: Work, options: Options, rounds: int, shared: boo
     return Result(title, times, skipped=skipped, probe=by_distance)
 
 
-# How a training script gets each.
+# How a training script imports each.
 IMPORTS = {
     OURS: "from adamops import DeepSpeedCPUAdam",
     "torch fused": "from torch.optim import AdamW",
@@ -310,30 +311,30 @@ IMPORTS = {
 
 
 def human(count: int) -> str:
-    """A count for a title, as in "100 M"."""
+    """A count for a title, such as "100 M"."""
     return f"{count / 1e6:g} M" if count >= 1_000_000 else str(count)
 
 
 def one_fp32_tensor(options: Options) -> Result:
-    """One large tensor of fp32."""
+    """One large fp32 tensor."""
     work = Work([options.elements], torch.float32, torch.float32)
     return time_work(f"{human(options.elements)} fp32", work, options, rounds=15)
 
 
 def one_bf16_tensor_with_fp32_states(options: Options) -> Result:
-    """One large tensor, params and grads bf16, states fp32."""
+    """One large tensor, with bf16 params and grads and fp32 states."""
     work = Work([options.elements], torch.bfloat16, torch.float32)
     return time_work(f"{human(options.elements)} bf16 params+grads, fp32 states", work, options, rounds=15)
 
 
 def one_bf16_tensor(options: Options) -> Result:
-    """One large tensor, params, grads and states bf16."""
+    """One large tensor, with bf16 params, grads and states."""
     work = Work([options.elements], torch.bfloat16, torch.bfloat16)
     return time_work(f"{human(options.elements)} bf16 everything", work, options, rounds=15)
 
 
 def eight_bit_states(options: Options) -> Result:
-    """One large tensor of fp32 with 8-bit states; and what fp32 states take."""
+    """One large fp32 tensor with 8-bit states, and with fp32 states for comparison."""
     params = new_params([options.elements], torch.float32)
     optimizers: dict[str, Optimizer] = {}
     skipped = {}
@@ -343,7 +344,7 @@ def eight_bit_states(options: Options) -> Result:
         try:
             optimizer = make(params, torch.float32)
             optimizer.step()
-        except Exception as reason:  # a peer's step may need a compiler, or a GPU
+        except Exception as reason:  # a peer's step may need a compiler or a GPU
             skipped[name] = str(reason) if isinstance(reason, Unavailable) else f"cannot step: {last_line(reason)}"
         else:
             optimizers[name] = optimizer
@@ -355,7 +356,7 @@ def eight_bit_states(options: Options) -> Result:
 
 
 def clip_step_and_zero(options: Options) -> Result:
-    """Clipping to a norm, a step and zeroed grads, for 200 tensors."""
+    """Clipping to a maximum norm, a step, and zeroing the grads, for 200 tensors."""
     sizes = [max(1, options.elements // 200)] * 200
     params = new_params(sizes, torch.float32)
     ours = adamops_optimizer(params, torch.float32)
@@ -383,14 +384,14 @@ def clip_step_and_zero(options: Options) -> Result:
 
 
 def many_tensors(options: Options) -> Result:
-    """A thousand small tensors, where what surrounds the arithmetic counts; not shared, as the caches hold many."""
+    """A thousand small tensors, where overhead counts. Memory is not shared, as the caches hold many of them."""
     numel = max(1, min(4000, options.elements // 1000))
     work = Work([numel] * 1000, torch.float32, torch.float32)
     return time_work(f"1000 x {numel} fp32", work, options, rounds=50, shared=False)
 
 
 def forced_avx2(options: Options) -> Result:
-    """AVX2 on a CPU that has better: one optimizer and its tensors, its SIMD target switched between steps."""
+    """AVX2 on a CPU that supports more: one optimizer, with its SIMD target switched between steps."""
     module = op_builder.get("cpu_adam").load()
     best, title = module.target(), f"{human(options.elements)} fp32, AVX2 forced"
     ours, other = f"{OURS} avx2", f"{OURS} {best}"
@@ -410,21 +411,21 @@ def forced_avx2(options: Options) -> Result:
 
 
 def import_after_torch(options: Options) -> Result:
-    """Importing the optimizer where torch is imported already, each time in a new process."""
+    """Importing the optimizer after torch, each time in a new process."""
     code = "import time, torch; start = time.perf_counter(); {}; print(1e3 * (time.perf_counter() - start))"
     codes = {name: code.format(IMPORTS[name]) for name in chosen_implementations(options) if name in IMPORTS}
     return time_processes("import after torch, in a new process", codes, options)
 
 
 def first_step(options: Options) -> Result:
-    """Constructing the optimizer and its first step on a small model, each time in a new process."""
+    """Constructing the optimizer and taking its first step on a small model, each time in a new process."""
     code = "from adamops import bench; print(bench.first_step_ms({!r}, {}))"
     codes = {name: code.format(name, options.threads) for name in chosen_implementations(options)}
     return time_processes("first step of a small model, in a new process", codes, options)
 
 
 def time_processes(title: str, codes: Mapping[str, str], options: Options) -> Result:
-    """Runs each implementation's code in new processes, in rounds; what it prints last is its time in milliseconds."""
+    """Runs each implementation's code in new processes, in rounds. The last word it prints is its milliseconds."""
     result = Result(title, {})
     for _ in range(options.repeat or 3):
         for name, code in codes.items():
@@ -441,7 +442,7 @@ def time_processes(title: str, codes: Mapping[str, str], options: Options) -> Re
 
 
 def first_step_ms(name: str, threads: int) -> float:
-    """Milliseconds, after all imports and a backward pass, to construct the optimizer of this name and take a step."""
+    """Milliseconds to construct the named optimizer and take a step, after all imports and a backward pass."""
     torch.set_num_threads(threads)
     if name == "DeepSpeed":
         deepspeed_adam()
@@ -487,14 +488,14 @@ def environment() -> dict[str, Any]:
 
 
 def print_environment(console: Console, facts: dict[str, Any]) -> None:
-    """The line or two above the table."""
+    """Prints the lines above the table."""
     console.print(f"[bold]{facts['cpu']}[/], {facts['cores']} cores; SIMD target {facts['simd_target']}")
     versions = f"adamops {facts['adamops']}, torch {facts['torch']}, DeepSpeed {facts['deepspeed'] or 'not installed'}"
     console.print(f"{versions}; {facts['threads']} threads; medians of optimizer.step(), in rounds\n")
 
 
 def table_of(results: dict[str, Result], terminal: bool) -> Table:
-    """A line for each case and implementation. The last column is our speed relative to that implementation's."""
+    """A row for each case and implementation. The last column is our speed relative to that implementation's."""
     table = Table(box=box.ROUNDED if terminal else None, header_style="bold", pad_edge=terminal)
     table.add_column("case", no_wrap=True)
     table.add_column("implementation", no_wrap=True)
@@ -523,7 +524,7 @@ def _row(result: Result, name: str) -> tuple[str, str, str, str]:
 
 
 def print_skipped(console: Console, results: dict[str, Result]) -> None:
-    """Who did not take part, and why; each reason once."""
+    """Prints which implementations were skipped and why, each reason once."""
     reasons: dict[tuple[str, str], list[str]] = {}
     for case, result in results.items():
         for name, reason in result.skipped.items():
@@ -536,7 +537,7 @@ def print_skipped(console: Console, results: dict[str, Result]) -> None:
 
 
 def positive(text: str) -> int:
-    """A whole number from 1, from the command line."""
+    """Parses a whole number from 1, for argparse."""
     value = int(text) if text.isdigit() else 0
     if value < 1:
         raise argparse.ArgumentTypeError(f"{text!r} is not a whole number from 1")
@@ -544,7 +545,7 @@ def positive(text: str) -> int:
 
 
 def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
-    """The command line."""
+    """Parses the command line."""
     parser = argparse.ArgumentParser(prog="python -m adamops.bench", description=(__doc__ or "").partition(":")[0])
     parser.add_argument("--cases", nargs="+", choices=list(CASES), default=list(CASES), metavar="CASE",
                         help=f"which to run: {', '.join(CASES)} (default: all)")  # fmt: skip
@@ -575,7 +576,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     for name in dict.fromkeys(args.cases):
         with Console(stderr=True).status(f"{name} ..."):
             results[name] = CASES[name](options)
-        gc.collect()  # an optimizer may hold itself, and gigabytes, in a cycle of references
+        gc.collect()  # a reference cycle may keep an optimizer alive, and gigabytes with it
     console.print(table_of(results, terminal))
     print_skipped(console, results)
     if args.json:

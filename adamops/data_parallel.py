@@ -1,7 +1,7 @@
-"""Finds wrappers of modules that average grads over processes after autograd has put them into the params.
+"""Finds module wrappers that average grads over processes after autograd has accumulated them into the params.
 
-Wrappers leave no sign on the params, or one too late, so they are looked for. fully_shard() is none of them: it calls
-the hooks of its params once their grads are averaged. Must not know what the grads are needed for.
+Wrappers do not mark the params, or mark them too late, so this searches for the wrappers. fully_shard() is not one of
+them: it calls the hooks of its params once their grads are averaged. Must not know what the grads are needed for.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ _WRAPPERS = (
 
 
 def wrapper_of(modules: Iterable[nn.Module], params: Iterable[Tensor]) -> str | None:
-    """The name of the class that averages grads of the params: among the modules of a model, or around some of them."""
+    """The class name of a wrapper that averages the params' grads: among a model's modules, or around some of them."""
     params = list(params)
     if any(getattr(p, "_is_flat_param", False) or getattr(p, "_fsdp_flattened", False) for p in params):
         return "FullyShardedDataParallel"
@@ -37,7 +37,7 @@ def wrapper_of(modules: Iterable[nn.Module], params: Iterable[Tensor]) -> str | 
 
 
 def runs_no_hooks(model: nn.Module) -> bool:
-    """Whether fully_shard() has cut the model, and is that of torch 2.4, which runs no hooks of its params."""
+    """Whether the model was sharded by fully_shard() of torch 2.4, which does not run the hooks of its params."""
     if _torch_version() >= (2, 5):
         return False
     modules = ("torch.distributed._composable.fsdp.", "torch.distributed.fsdp._fully_shard.")
@@ -45,9 +45,9 @@ def runs_no_hooks(model: nn.Module) -> bool:
 
 
 def watch_new_wrappers(check: Callable[[str, Iterable[nn.Module], Iterable[Tensor]], None]) -> None:
-    """Has ``check(name of the class, modules, params)`` called, once a process, whenever a wrapper is being made.
+    """Registers, once per process, ``check(class name, modules, params)`` to be called while a wrapper is constructed.
 
-    What it raises is raised by the wrapper's constructor.
+    The wrapper's constructor raises what `check` raises.
     """
     _watch(check)
 
@@ -67,19 +67,19 @@ def _torch_version() -> tuple[int, int]:
 
 
 def _wrapper_classes() -> tuple[type, ...]:
-    """Those of _WRAPPERS that have been imported: importing them here would take seconds."""
+    """The classes of _WRAPPERS that are already imported; importing them here would take seconds."""
     found = (getattr(sys.modules.get(module), name, None) for module, name in _WRAPPERS)
     return tuple(cls for cls in found if isinstance(cls, type))
 
 
 def _averaged(wrapper: nn.Module) -> Iterable[Tensor]:
-    """The params whose grads a wrapper averages. DistributedDataParallel can leave some out."""
+    """The params whose grads a wrapper averages; DistributedDataParallel can leave some out."""
     averaged = wrapper.__dict__.get("_module_parameters")
     return wrapper.parameters() if averaged is None else averaged
 
 
 def _wrappers_elsewhere(classes: tuple[type, ...]) -> list[nn.Module]:
-    """All wrappers of this process: a module does not know who has wrapped it."""
+    """All wrappers in this process, because a module does not know what wraps it."""
     if not (torch.distributed.is_available() and torch.distributed.is_initialized()):
         return []
     return [found for found in gc.get_objects() if issubclass(type(found), classes)]

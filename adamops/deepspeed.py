@@ -1,12 +1,12 @@
-"""Has DeepSpeed use the prebuilt ops in place of those that it compiles at first use: patch(), unpatch().
+"""Makes DeepSpeed use the prebuilt ops instead of those that it compiles at first use: patch(), unpatch().
 
     import adamops.deepspeed
     adamops.deepspeed.patch()  # before deepspeed.initialize()
 
-or, without a change to the script, `python -m adamops.deepspeed train.py`. DeepSpeed's optimizers stay its own: only
-what their builders load is another; and optimizers of adamops stay what they are. Must not know how an update is
-computed, nor change what DeepSpeed computes, but for one thing: averages in bfloat16 are rounded with noise, as all of
-ours (csrc/adam/average_rounding.h).
+or, without a change to the script, `python -m adamops.deepspeed train.py`. DeepSpeed's optimizers remain its own
+classes; only the op that their builders load is replaced. Optimizers of adamops are kept as they are. Must not know how
+an update is computed. Must not change what DeepSpeed computes, with one exception: bfloat16 averages are rounded with
+noise, as everywhere in adamops (csrc/adam/average_rounding.h).
 """
 
 from __future__ import annotations
@@ -35,11 +35,11 @@ from .ops.adam.rollback import undo_step
 __all__ = ["TESTED_VERSION", "Patch", "UnknownDeepSpeedError", "patch", "unpatch"]
 
 TESTED_VERSION = "0.19.8"
-SHM_COMM = "deepspeed_shm_comm"  # the op by which ranks on CPUs add up activations when a model serves
+SHM_COMM = "deepspeed_shm_comm"  # the op with which CPU ranks all-reduce activations in inference
 
 
 class UnknownDeepSpeedError(RuntimeError):
-    """DeepSpeed is not as patch() knows it. Nothing has been changed."""
+    """DeepSpeed differs from what patch() expects. Nothing has been changed."""
 
 
 @functools.lru_cache(maxsize=256)
@@ -64,7 +64,7 @@ def _hyper_of_numbers(
 def _hyper(
     lr: Any, beta1: Any, beta2: Any, eps: Any, weight_decay: Any, bias_correction: Any, adamw_mode: Any
 ) -> AdamHyper:
-    """From what DeepSpeed hands over, which may be 0-dim tensors or numbers in the place of truth values."""
+    """From DeepSpeed's arguments, which may be 0-dim tensors, or numbers instead of bools."""
     rates = (float(rate) for rate in (lr, beta1, beta2, eps, weight_decay))
     return _hyper_of_numbers(*rates, bias_correction=bool(bias_correction), adamw_mode=bool(adamw_mode))
 
@@ -77,27 +77,27 @@ def _update(
     grads: Sequence[Tensor],
     states: list[dict[str, Any]],
 ) -> None:
-    """Adam's update of some params, in place; states hold the step counts from before the step."""
+    """Updates params with Adam, in place. The states hold the step counts from before the step."""
     batch = AdamBatch(names, hyper, list(params), list(grads), states, list(range(len(names))))
     try:
         for i, (param, grad) in enumerate(zip(params, grads, strict=True)):
-            if param.grad is not grad:  # where the op looks for grads
+            if param.grad is not grad:  # the op reads grads from param.grad
                 batch.params[i] = alias = param.detach()
                 alias.grad = grad
-    except RuntimeError:  # torch refuses: a shape or device is wrong, or the grad is float32 beside a 16-bit param
-        batch.lowp_outs = [None] * len(names)  # the batch then has more to say than its params
+    except RuntimeError:  # torch refuses a wrong shape or device, or a float32 grad for a 16-bit param
+        batch.lowp_outs = [None] * len(names)  # no longer has_all_defaults: batch.grads is used
     backend.prepare(batch)()
 
 
 class _Op:
-    """What a builder of DeepSpeed loads, with functions of the same names and arguments as DeepSpeed's own op."""
+    """What a builder of DeepSpeed loads. Its functions have the names and arguments of DeepSpeed's own op."""
 
     def __init__(self, builder: Any, registry: dict[str, Any]) -> None:
         self._builder = builder
         self._registry = registry
 
     def __getattr__(self, name: str) -> Any:
-        """A function that is not here, such as ZenFlow's: that of DeepSpeed's own op, which is then compiled."""
+        """A function that is missing here, such as ZenFlow's, from DeepSpeed's own op, which is then compiled."""
         if name.startswith("_"):
             raise AttributeError(name)
         patched = self._registry.get(self._builder.NAME) is self
@@ -119,15 +119,15 @@ class _Op:
 
 
 class CPUAdamOp(_Op):
-    """DeepSpeed's op cpu_adam: what its DeepSpeedCPUAdam calls for each param."""
+    """Replaces DeepSpeed's op cpu_adam, which its DeepSpeedCPUAdam calls for each param."""
 
     def __init__(self, builder: Any, registry: dict[str, Any], backend: Backend) -> None:
         super().__init__(builder, registry)
         self._backend = backend
-        self._adamw_modes: dict[int, bool] = {}  # by optimizer
+        self._adamw_modes: dict[int, bool] = {}  # by optimizer id
 
     def create_adam(self, *arguments: Any) -> int:
-        """(optimizer_id, lr, beta1, beta2, eps, weight_decay, adamw_mode, should_log), of which the mode counts."""
+        """(optimizer_id, lr, beta1, beta2, eps, weight_decay, adamw_mode, should_log): only id and mode are used."""
         self._check_arguments("create_adam", arguments, 8)
         self._adamw_modes[arguments[0]] = bool(arguments[6])
         return 0
@@ -138,7 +138,7 @@ class CPUAdamOp(_Op):
         return 0
 
     def adam_update(self, *arguments: Any) -> int:
-        """Takes the arguments of _unpacked(), and updates param, exp_avg and exp_avg_sq."""
+        """Takes the arguments of _unpacked() and updates param, exp_avg and exp_avg_sq."""
         self._check_arguments("adam_update", arguments, 12)
         hyper, step, param, grad, state = self._unpacked(*arguments)
         state["step"] = step - 1
@@ -146,7 +146,7 @@ class CPUAdamOp(_Op):
         return 0
 
     def adam_rollback(self, *arguments: Any) -> int:
-        """Undoes an adam_update() with the same arguments."""
+        """Undoes the adam_update() that had the same arguments."""
         self._check_arguments("adam_rollback", arguments, 12)
         hyper, step, param, grad, state = self._unpacked(*arguments)
         state["step"] = step
@@ -176,7 +176,7 @@ class CPUAdamOp(_Op):
 
 
 class FusedAdamOp(_Op):
-    """DeepSpeed's op fused_adam: what its FusedAdam calls once for each param group and dtype."""
+    """Replaces DeepSpeed's op fused_adam, which its FusedAdam calls once for each param group and dtype."""
 
     def __init__(self, builder: Any, registry: dict[str, Any], backend_of: Callable[[torch.device], Backend]) -> None:
         super().__init__(builder, registry)
@@ -197,14 +197,14 @@ class FusedAdamOp(_Op):
 
 
 class Patch:
-    """What a patch() has changed, to be undone by undo(), or at the end of a `with` block.
+    """What a patch() has changed. undo(), or the end of a `with` block, reverts it.
 
     Attributes
     ----------
     replaced
-        The names of DeepSpeed's ops that adamops stands in for.
+        The names of DeepSpeed's ops that adamops replaces.
     left
-        Those that DeepSpeed still compiles, with the reason.
+        Those that DeepSpeed still compiles, each with the reason.
     """
 
     def __init__(self) -> None:
@@ -213,7 +213,7 @@ class Patch:
         self._undo: list[Callable[[], object]] = []
 
     def undo(self) -> None:
-        """Puts everything back. Optimizers that exist keep the op that they have."""
+        """Restores everything. Existing optimizers keep the op that they were created with."""
         global _patch
         while self._undo:
             self._undo.pop()()
@@ -229,7 +229,7 @@ class Patch:
     # For patch() ------------------------------------------------------------------------------------------------------
 
     def set_entry(self, mapping: dict[Any, Any], key: Any, value: Any) -> None:
-        """Sets an entry of a dict, until it is undone."""
+        """Sets an entry of a dict; undo() reverts it."""
         if key in mapping:
             self._undo.append(functools.partial(mapping.__setitem__, key, mapping[key]))
         else:
@@ -237,20 +237,20 @@ class Patch:
         mapping[key] = value
 
     def set_attribute(self, owner: Any, name: str, value: Any) -> Any:
-        """Sets an attribute, until it is undone. Returns what it was."""
+        """Sets an attribute; undo() reverts it. Returns the former value."""
         former = getattr(owner, name)
         self._undo.append(functools.partial(setattr, owner, name, former))
         setattr(owner, name, value)
         return former
 
     def add(self, sequence: list[Any], value: Any) -> None:
-        """Adds to a list, until it is undone."""
+        """Adds a value to a list, unless it is there already; undo() reverts it."""
         if value not in sequence:
             sequence.append(value)
             self._undo.append(functools.partial(sequence.remove, value))
 
     def enable(self, thing: PatchesChildren) -> None:
-        """Enables something, until it is undone."""
+        """Enables something; undo() disables it."""
         self._undo.append(thing.disable)
         thing.enable()
 
@@ -259,30 +259,30 @@ _patch: Patch | None = None
 
 
 def patch(*, shm_comm: bool | None = None) -> Patch:
-    """Has DeepSpeed's DeepSpeedCPUAdam and FusedAdam use the ops of adamops, in this process, until unpatch().
+    """Makes DeepSpeed's DeepSpeedCPUAdam and FusedAdam use the ops of adamops, in this process, until unpatch().
 
-    They stay DeepSpeed's classes, so its engine, its config and its checkpoints work as before; no compiler is needed
-    for them. Where params are on GPUs, FusedAdam is left to DeepSpeed unless the CUDA op is there.
+    They remain DeepSpeed's classes, so its engine, its config and its checkpoints work as before. They no longer need a
+    compiler. If params are on GPUs, FusedAdam keeps DeepSpeed's op unless the CUDA op is available.
 
-    The classes of adamops are accepted as client optimizers by ZeRO, offloaded or not, whatever the config says of
-    untested ones, and are not replaced by Accelerate.
+    ZeRO accepts the classes of adamops as client optimizers, offloaded or not, whatever the config says about untested
+    optimizers. Accelerate does not replace them.
 
-    A second call changes nothing, and undoing its result neither. Call it in each process that trains, before
-    ``deepspeed.initialize()``. Processes that multiprocessing spawns afterwards, SuperOffload's for one, are patched
-    when DeepSpeed is imported there; those that `subprocess` starts are not.
+    A second call changes nothing, and neither does undoing its result. Call it in each process that trains, before
+    ``deepspeed.initialize()``. Processes that multiprocessing spawns afterwards, such as SuperOffload's, are patched
+    when they import DeepSpeed. Those that `subprocess` starts are not.
 
     Parameters
     ----------
     shm_comm
-        Whether DeepSpeed may compile its op for adding up in shared memory, as it does when it starts on CPUs. It
-        serves inference only. None: if there is a compiler, and ninja; without them DeepSpeed could not start.
+        Whether DeepSpeed may compile its op for shared-memory reductions, as it does when it starts on CPUs. Only
+        inference uses it. None: only if a compiler and ninja are found; without them DeepSpeed could not start.
 
     Raises
     ------
     ImportError
         If DeepSpeed cannot be imported.
     UnknownDeepSpeedError
-        If it lacks what this builds on, as may be in another version than TESTED_VERSION.
+        If it lacks what this relies on, as a version other than TESTED_VERSION may.
     adamops.op_builder.OpUnavailableError
         If adamops has no compiled CPU op here.
     """
@@ -334,7 +334,7 @@ def _version() -> str:
 
 
 def _builder_and_registry(builders: Any, class_name: str, op_name: str) -> tuple[Any, dict[str, Any]]:
-    """A builder class, and the dict in which all builders look for a loaded op before they do anything else."""
+    """A builder class, and the dict of loaded ops that all builders check first."""
     builder = getattr(builders, class_name, None)
     registry = getattr(builder, "_loaded_ops", None)
     if builder is None or not isinstance(registry, dict) or getattr(builder, "NAME", None) != op_name:
@@ -356,7 +356,7 @@ def _replace(new: Patch, builder: Any, registry: dict[str, Any], op: _Op) -> Non
 
 
 def _why_not_fused(builder: Any, device_type: str) -> str | None:
-    """Why FusedAdam is left to DeepSpeed; None if adamops has an op for it."""
+    """Why FusedAdam keeps DeepSpeed's op; None if adamops has an op for it."""
     if device_type == "cpu":
         return None
     if device_type != "cuda" or torch.version.hip:
@@ -383,7 +383,7 @@ def _can_compile() -> bool:
 
 
 def _accept_as_client_optimizers(new: Patch) -> None:
-    """ZeRO need not be told by the config that these may be used, nor that they may be offloaded."""
+    """Makes ZeRO accept our classes, offloaded or not, without settings in the config."""
     from deepspeed.runtime.engine import DeepSpeedEngine
     from deepspeed.runtime.zero import utils
 
@@ -400,11 +400,11 @@ def _accept_as_client_optimizers(new: Patch) -> None:
 
 
 def _keep_under_accelerate(new: Patch) -> None:
-    """Accelerate, and so the Trainer, makes a DeepSpeedCPUAdam of DeepSpeed out of each offloaded client optimizer."""
+    """Keeps our offloaded optimizers, which Accelerate, and so the Trainer, would replace by DeepSpeedCPUAdam."""
     try:
         import accelerate.accelerator
         import accelerate.utils.deepspeed
-    except Exception:  # not there, or not in working order, which is no concern of those who do not use it
+    except Exception:  # missing or broken, which does not matter to those who do not use it
         return
     name = "map_pytorch_optim_to_deepspeed"
     replace = getattr(accelerate.utils.deepspeed, name, None)
@@ -421,7 +421,7 @@ def _keep_under_accelerate(new: Patch) -> None:
 
 
 def _convert_quantized_states(new: Patch) -> None:
-    """DeepSpeed's ds_to_universal cuts the states of checkpoints into pieces by name."""
+    """Dequantizes states for DeepSpeed's ds_to_universal, which splits the states of checkpoints by name."""
     try:
         from deepspeed.checkpoint import ds_to_universal
     except ImportError:
@@ -437,7 +437,7 @@ def _convert_quantized_states(new: Patch) -> None:
 
 
 def main(arguments: list[str]) -> None:
-    """Runs a script or module with DeepSpeed patched: what `python -m adamops.deepspeed` does."""
+    """Runs a script or module with DeepSpeed patched, as `python -m adamops.deepspeed` does."""
     from . import _deepspeed_runner
 
     _deepspeed_runner.main(arguments, patch)

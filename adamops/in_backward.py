@@ -1,6 +1,6 @@
-"""Updates each param inside the backward pass, as soon as its grad is there, so that few grads exist at once.
+"""Updates each param during the backward pass, as soon as its grad is ready, so that few grads exist at once.
 
-Knows autograd and who wraps modules; must not know how a param is updated, which is AdamOptimizer.step_param().
+Knows autograd and module wrappers. Must not know how a param is updated: AdamOptimizer.step_param() does that.
 """
 
 from __future__ import annotations
@@ -26,9 +26,9 @@ _ANCHOR = "_adamops_in_backward"  # an attribute of each param that has a hook
 
 
 class _Anchor:
-    """Keeps the handle alive as long as its params, whoever drops it. Copies and pickles of a param have None there.
+    """Keeps the handle alive as long as its params, even if the caller drops it. Copied or pickled, it becomes None.
 
-    The hooks themselves hold the handle weakly: Python's garbage collector does not see what C++ holds, so a cycle
+    The hooks themselves refer to the handle weakly: Python's garbage collector cannot see what C++ holds, so a cycle
     through them would never be freed.
     """
 
@@ -42,9 +42,9 @@ class _Anchor:
 class InBackward:
     """The hooks of step_in_backward().
 
-    A backward pass is a graph task of autograd. Its first grad opens it here, which has autograd call _close() at its
-    end. Reentrant checkpointing runs graph tasks inside of it, in each of which a shared param gets a part of its grad;
-    those grads wait for the end of the outermost.
+    A backward pass is an autograd graph task. Its first grad opens the pass here, and autograd then calls _close() at
+    its end. Reentrant checkpointing runs nested graph tasks, and a shared param gets a part of its grad in each. Those
+    grads are used only at the end of the outermost task.
     """
 
     def __init__(self, model: nn.Module, optimizer: AdamOptimizer) -> None:
@@ -56,10 +56,10 @@ class InBackward:
         _check(model, self._names, self._places, optimizer)
         self._accumulates = self._has_begun = False
         self._lock = threading.Lock()  # autograd has a thread for each GPU
-        self._pass = self._nested = -1  # the graph tasks last seen
+        self._pass = self._nested = -1  # ids of the graph tasks last seen
         self._updated: set[int] = set()  # ids of the params updated in this pass
         self._hooks: dict[Tensor, Any] = {}
-        self._counted = 0  # params of the model in the optimizer
+        self._counted = 0  # how many params of the model are in the optimizer
         self._seen: list[int] = []  # ids of all params in the optimizer
         try:
             self._hook_params()
@@ -71,7 +71,7 @@ class InBackward:
 
     @contextlib.contextmanager
     def accumulate(self) -> Iterator[None]:
-        """Backward passes inside only add to the grads; the next one outside steps with their sum."""
+        """Backward passes inside this context only accumulate grads; the next one outside steps with their sum."""
         before, self._accumulates = self._accumulates, True
         try:
             yield
@@ -79,7 +79,7 @@ class InBackward:
             self._accumulates = before
 
     def remove(self) -> None:
-        """Takes the hooks away: step() is for the caller again. Does nothing the second time."""
+        """Removes the hooks: from then on, the caller calls step(). A second call does nothing."""
         if not self._hooks:
             return
         for param, hook in self._hooks.items():
@@ -90,11 +90,11 @@ class InBackward:
         _handles.discard(self)
 
     def updates(self, modules: Iterable[nn.Module], params: Iterable[Tensor]) -> bool:
-        """Whether this is to update one of the params, or one of a module."""
+        """Whether this updates one of the params, or a param of one of the modules."""
         return any(param in self._hooks for param in params) or any(module in self._modules for module in modules)
 
     def on_grad(self, param: Tensor) -> None:
-        """Updates a param that has got its grad, now or at the end of the backward pass."""
+        """Updates a param whose grad is ready, now or at the end of the backward pass."""
         if self._accumulates:
             return
         task = torch._C._current_graph_task_id()
@@ -102,14 +102,14 @@ class InBackward:
             self._step(param)
 
     def _begins_pass(self, task: int) -> bool:
-        """Opens the pass of this graph task; if it is nested in another, has that opened, and returns False."""
+        """Opens the pass of this graph task. If the task is nested, has the outer pass opened, and returns False."""
         if task == self._nested:
             return False
         outer = _outer_node()
         if outer is None:
             self._open(task)
             return True
-        # What follows the outer node belongs to the outermost pass, which cannot be had from inside of this one.
+        # The nodes after the outer node belong to the outermost pass, which is not accessible from inside this one.
         followers = [node for node, _ in outer.next_functions if node is not None]
         if not followers:
             raise RuntimeError(
@@ -127,9 +127,8 @@ class InBackward:
             if task == self._pass:
                 return
             _refuse_what_needs_all_grads(self._optimizer)
-            if (
-                not self._has_begun
-            ):  # some wrappers do not register the module, and so were not seen when they were made
+            if not self._has_begun:
+                # Some wrappers do not register the module, so they were not seen when they were constructed.
                 _refuse_wrapper_of(self._modules, self._hooks)
                 self._has_begun = True
             if self._seen != _ids_of_params(self._optimizer):
@@ -138,14 +137,14 @@ class InBackward:
             self._pass, self._updated = task, set()
 
     def _close(self) -> None:
-        """Ends a pass: updates the params whose grads have waited, and runs what follows a step."""
+        """Ends a pass: updates the params whose grads were deferred, and runs the step post-hooks."""
         if not self._hooks:  # removed meanwhile
             return
-        for param in self._places:  # grads of nested passes, of accumulate(), of layers that are new
+        for param in self._places:  # grads from nested passes or accumulate(), or of new layers
             if param.grad is not None:
                 self._step(param)
         optimizer = self._optimizer
-        optimizer._opt_called = True  # type: ignore[attr-defined]  # torch's schedulers ask whether step() was called
+        optimizer._opt_called = True  # type: ignore[attr-defined]  # torch's schedulers check whether step() was called
         for hooks in (optimizer._optimizer_step_post_hooks, _global_optimizer_post_hooks):
             for hook in list(hooks.values()):
                 hook(optimizer, (), {})
@@ -164,7 +163,7 @@ class InBackward:
         param.grad = None
 
     def _place(self, param: Tensor) -> tuple[int, int]:
-        """The param's group, and its index there."""
+        """The index of the param's group, and the param's index in it."""
         groups = self._optimizer.param_groups
         for _ in range(2):
             g, i = self._places.get(param, (len(groups), 0))
@@ -177,7 +176,7 @@ class InBackward:
         )
 
     def _hook_params(self) -> None:
-        """Puts hooks on what params of the model have none: frozen ones too, as they may be thawed."""
+        """Registers hooks on the params of the model that have none, also on frozen ones, as they may be unfrozen."""
         model, ref = self._model(), weakref.ref(self)
         if model is not None:
             self._modules.update(model.modules())
@@ -208,7 +207,7 @@ def _on_outer_pass(ref: weakref.ref[InBackward], grads: object) -> None:
 
 
 def _check(model: nn.Module, names: dict[Tensor, str], places: dict[Tensor, Any], optimizer: AdamOptimizer) -> None:
-    """Raises for what step_in_backward() cannot take."""
+    """Raises for what step_in_backward() does not support."""
     trained = [param for param in names if param.requires_grad]
     missing = [names[param] for param in trained if param not in places]
     if missing:
@@ -260,7 +259,7 @@ def _refuse_what_needs_all_grads(optimizer: AdamOptimizer) -> None:
 
 
 def _places_of(names: dict[Tensor, str], optimizer: AdamOptimizer) -> dict[Tensor, tuple[int, int]]:
-    """The group of each of the model's params that the optimizer has, and the index there."""
+    """The group index, and the index in that group, of each of the model's params that the optimizer has."""
     return {
         param: (g, i)
         for g, group in enumerate(optimizer.param_groups)
@@ -274,15 +273,15 @@ def _ids_of_params(optimizer: AdamOptimizer) -> list[int]:
 
 
 def _register_hook(param: Tensor, hook: Any) -> Any:
-    """The hook's handle; None for a frozen param that cannot have one, as it cannot be thawed."""
+    """Registers the hook and returns its handle; None for a frozen param that can never be unfrozen."""
     if param.requires_grad:
         return param.register_post_accumulate_grad_hook(hook)
     if not (param.dtype.is_floating_point or param.dtype.is_complex):
         return None
     try:
-        param.requires_grad_(True)  # torch wants it so; the hook stays when it is frozen again
+        param.requires_grad_(True)  # torch requires it; the hook stays when the param is frozen again
         return param.register_post_accumulate_grad_hook(hook)
-    except (RuntimeError, TypeError, NotImplementedError):  # made in inference mode, or of a quantized subclass
+    except (RuntimeError, TypeError, NotImplementedError):  # created in inference mode, or of a quantized subclass
         return None
     finally:
         param.requires_grad_(False)
@@ -291,8 +290,7 @@ def _register_hook(param: Tensor, hook: Any) -> Any:
 def _wait_for_copy(param: Tensor) -> None:
     """Waits for the grad of a shard on the CPU: before torch 2.13, CPUOffloadPolicy may still be copying it.
 
-    The copy goes by the stream that is current in the hook. Where it is made without non_blocking, there is nothing to
-    wait for.
+    The copy runs on the stream that is current in the hook. A copy without non_blocking is already complete.
     """
     if param.device.type == "cpu" and sharding.is_sharded(param):
         kind = param.device_mesh.device_type  # type: ignore[attr-defined]
@@ -303,8 +301,8 @@ def _wait_for_copy(param: Tensor) -> None:
 def _outer_node() -> Any:
     """The node whose backward() runs this backward pass, as reentrant checkpointing does; None if there is none.
 
-    Autograd tells a nested graph task neither that it is one nor in which: the stack does. The node is one of the
-    outermost graph task, if there are several around this one.
+    Autograd does not tell a nested graph task that it is nested, nor in which task; the call stack does. If several
+    graph tasks surround this one, the node belongs to the outermost.
     """
     found, inside = None, False
     frame = sys._getframe(1)
@@ -323,45 +321,45 @@ _APPLY = {
 
 
 def step_in_backward(model: nn.Module, optimizer: AdamOptimizer) -> InBackward:
-    """Has each backward pass of `model` update its params with `optimizer`, and free each grad once it is used.
+    """Makes each backward pass of `model` update its params with `optimizer`, and free each grad once it is used.
 
-    Results are bit-identical to a backward pass followed by ``optimizer.step()``. That call is then left out, or does
-    nothing, as no grads are left. Params thawed later are updated too, and so are layers added to both the model and
-    the optimizer. Step post-hooks run at the end of each backward pass; a step() that has nothing to do runs none.
+    Results are bit-identical to a backward pass followed by ``optimizer.step()``. Leave that call out; if it stays, it
+    does nothing, as no grads are left. Params unfrozen later are updated too, and so are layers added to both the model
+    and the optimizer. Step post-hooks run at the end of each backward pass; a step() that has nothing to do runs none.
 
-    What needs all grads at once is a RuntimeError: clip_grad_norm_() of the optimizer, torch.amp.GradScaler, step
-    pre-hooks. Grads add up over several backward passes only inside ``handle.accumulate()``. A param used in reentrant
-    checkpoints (``use_reentrant=True``) is updated at the end of the pass, with its whole grad; use_reentrant=False
-    frees grads sooner.
+    Anything that needs all grads at once raises a RuntimeError: clip_grad_norm_() of the optimizer,
+    torch.amp.GradScaler, step pre-hooks. Grads accumulate over several backward passes only inside
+    ``handle.accumulate()``. A param used in reentrant checkpoints (``use_reentrant=True``) is updated at the end of the
+    pass, with its whole grad; use_reentrant=False frees grads sooner.
 
     Shards of fully_shard() are updated once their grads are averaged (torch 2.5 or later). DistributedDataParallel,
-    FullyShardedDataParallel and DeepSpeed's engine average later than that, and are refused, also when they are made
-    between this call and the first backward pass. What else
-    changes grads after the backward pass (torch.nn.utils.clip_grad_norm_, an all-reduce by hand) comes too late, and
-    nothing can tell.
+    FullyShardedDataParallel and DeepSpeed's engine average grads too late for this. They are refused, even if they are
+    constructed between this call and the first backward pass. Anything else that changes grads after the backward pass
+    (torch.nn.utils.clip_grad_norm_, a manual all-reduce) comes too late, and this cannot be detected.
 
     Parameters
     ----------
     model
-        Its params that require grads must all be the optimizer's.
+        All its params that require grads must be in the optimizer.
     optimizer
         A DeepSpeedCPUAdam or FusedAdam.
 
     Returns
     -------
-    A handle: ``accumulate()`` is a context in which grads only add up, ``remove()`` ends it all. It need not be kept.
+    A handle: ``accumulate()`` is a context in which grads only accumulate, ``remove()`` removes the hooks. It need not
+    be kept.
 
     Raises
     ------
     ValueError
-        If a param of the model is not the optimizer's, or has been given to step_in_backward() before.
+        If a param of the model is not in the optimizer, or has been given to step_in_backward() before.
     TypeError
         For another optimizer.
     RuntimeError
         Under a wrapper that averages grads, with a scaled loss, or with step pre-hooks.
 
-    What is wrong with a grad is raised by the backward pass. That param and those whose grads were not there yet are
-    then as they were.
+    The backward pass raises errors about a grad. The param with that grad, and params whose grads were not ready yet,
+    are then unchanged.
     """
     if not isinstance(optimizer, AdamOptimizer):
         raise TypeError(f"step_in_backward() takes DeepSpeedCPUAdam or FusedAdam, not {type(optimizer).__name__}")

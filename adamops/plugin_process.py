@@ -1,4 +1,4 @@
-"""Describes a plugin's op in a process of its own, so that one that crashes, exits or hangs costs a line of the report.
+"""Describes a plugin's op in a separate process, so that one that crashes, exits or hangs costs a line of the report.
 
 python -m adamops.plugin_process NAME VALUE OUTPUT    # of an entry point; writes JSON to the file
 """
@@ -20,7 +20,7 @@ from . import op_builder
 
 
 def describe(entry_point: importlib.metadata.EntryPoint, seconds: float) -> dict[str, Any]:
-    """What report.describe_plugin() says of a plugin, or what became of the process that asked it."""
+    """The result of report.describe_plugin(), or an entry that says how its process ended."""
     with tempfile.TemporaryDirectory(prefix="adamops-report-") as folder:
         output = Path(folder) / "plugin.json"  # not a pipe, which a child of the plugin could keep open
         outcome = _run([entry_point.name, entry_point.value, str(output)], seconds)
@@ -32,7 +32,7 @@ def describe(entry_point: importlib.metadata.EntryPoint, seconds: float) -> dict
 
 
 def _run(arguments: list[str], seconds: float) -> str:
-    """Runs this module; returns how the process ended, in words. What it prints goes to standard error."""
+    """Runs this module in a process and says in words how that ended. Its output goes to standard error."""
     environment = {**os.environ, "PYTHONPATH": os.pathsep.join(filter(None, sys.path))}
     command = [sys.executable, "-m", __name__, *arguments]
     process = subprocess.Popen(
@@ -44,7 +44,7 @@ def _run(arguments: list[str], seconds: float) -> str:
         return f"the plugin did not answer within {seconds:g} s, while it was imported, loaded or described"
     finally:
         with contextlib.suppress(OSError):
-            os.killpg(process.pid, signal.SIGKILL)  # what it may have started, too
+            os.killpg(process.pid, signal.SIGKILL)  # and whatever it has started
         process.wait()
     if status < 0:
         return f"the plugin crashed: its process was ended by {signal.Signals(-status).name}"

@@ -1,6 +1,6 @@
 """Shows which ops are built, usable and in use on this machine, and why not: python -m adamops.report [--json].
 
-Builds nothing and imports what it must; must work without torch and whatever state the installation is in.
+Builds nothing and imports only what it must. Must work without torch, whatever state the installation is in.
 """
 
 from __future__ import annotations
@@ -28,15 +28,15 @@ from .op_builder.cpu import targets_of
 from .op_builder.cuda import covers, visible_gpus
 
 FALLBACK = "torch_adam"
-PLUGIN_SECONDS = 60.0  # that a plugin may take to be imported, loaded and described
+PLUGIN_SECONDS = 60.0  # time limit for importing, loading and describing a plugin
 OTHER_VARIABLES = ("CUDA_HOME", "CXX", "CXXFLAGS", "LDFLAGS", "MAX_JOBS", "TORCH_CUDA_ARCH_LIST")
 
 
 def collect() -> dict[str, Any]:
     """Everything the report shows, as JSON types.
 
-    `ok` says whether torch is there, every op loads natively or is not meant to (the fallback), no plugin is broken,
-    and no environment variable has a value that is not valid.
+    `ok` says whether torch is available, every op loads natively or is not meant to (the fallback), no plugin is
+    broken, and no environment variable has an invalid value.
     """
     machine = _machine()  # first: it imports torch, whose OpenMP runtime the ops then find
     ops = [_describe(op) for op in op_builder.builtin_ops()]
@@ -47,9 +47,9 @@ def collect() -> dict[str, Any]:
 
 
 def _environment(ops: list[str]) -> dict[str, Any]:
-    """The variables that steer adamops, as far as they are set, and what is wrong with them.
+    """The environment variables for adamops that are set, and the errors in them.
 
-    ADAMOPS_SIMD depends on the binary, so the op that reads it has that error.
+    Which values of ADAMOPS_SIMD are valid depends on the binary, so the op that reads it reports that error.
     """
     targets = [target.name for target in targets_of(platform.machine())]
     errors = []
@@ -76,7 +76,7 @@ def _describe(op: op_builder.RegisteredOp) -> dict[str, Any]:
         return {**entry, "error": op.error}
     try:
         described = json.loads(json.dumps({**entry, **_describe_builder(op.builder)}, default=str))
-        rows_of_op(described)  # so that what cannot be shown is found here
+        rows_of_op(described)  # so that what cannot be shown fails here
     except KeyboardInterrupt:
         raise
     except BaseException as error:  # a plugin's builder may do anything
@@ -85,7 +85,7 @@ def _describe(op: op_builder.RegisteredOp) -> dict[str, Any]:
 
 
 def _describe_plugins(origins: dict[str, str]) -> list[dict[str, Any]]:
-    """The ops of other packages, by entry point; `origins` are those of the names that are taken already."""
+    """The ops of other packages, by entry point. `origins` maps names that are already taken to their origins."""
     entries = []
     for entry_point in op_builder.plugins():
         entry = plugin_process.describe(entry_point, PLUGIN_SECONDS)
@@ -100,7 +100,7 @@ def _describe_plugins(origins: dict[str, str]) -> list[dict[str, Any]]:
 
 
 def describe_plugin(entry_point: importlib.metadata.EntryPoint) -> dict[str, Any]:
-    """What the report says of a plugin. Runs its code: plugin_process.py calls this in a process of its own."""
+    """The report's entry for a plugin. Runs the plugin's code, so plugin_process.py calls this in another process."""
     _torch()  # first, as in collect()
     return _describe(op_builder.load_plugin(entry_point))
 
@@ -123,13 +123,13 @@ def _describe_builder(builder: OpBuilder) -> dict[str, Any]:
     if not_applicable_reason:
         entry["not_applicable_reason"] = not_applicable_reason
         entry["ok"] = entry["ok"] or not entry.get("error")
-    elif problem := entry.get("cuda", {}).get("problem"):  # there is a GPU, and this build cannot use it
+    elif problem := entry.get("cuda", {}).get("problem"):  # there is a GPU that this build cannot use
         entry.update(ok=False, in_use=f"a build at first use, else {FALLBACK} (pure PyTorch)", error=problem)
     return entry
 
 
 def _check_record(record: Any) -> None:
-    """Raises TypeError or ValueError for what is no build record, as a plugin may return."""
+    """Raises TypeError or ValueError for an invalid build record, which a plugin may return."""
     if record is None:
         return
     if not isinstance(record, dict):
@@ -145,7 +145,7 @@ def _check_record(record: Any) -> None:
 
 
 def _usable(builder: OpBuilder, compatible: bool, prebuilt: bool) -> dict[str, Any]:
-    """What would be used if the op were loaded now. Loads it if that takes no build."""
+    """What would be used if the op were loaded now. Loads the op if that needs no build."""
     if builder.NAME == FALLBACK:
         return {"ok": compatible, "in_use": "pure PyTorch, where nothing compiled can be used"}
     own = builder.NAME in [known.NAME for known in op_builder.builtin_builders()]
@@ -154,9 +154,9 @@ def _usable(builder: OpBuilder, compatible: bool, prebuilt: bool) -> dict[str, A
     if prebuilt:
         try:
             if isinstance(builder, OpBuilder) and compatible:
-                builder.load_prebuilt()  # on its own first: load() would go on to build the op
+                builder.load_prebuilt()  # first on its own: where it fails, load() would build the op
             return {"ok": True, "in_use": "prebuilt extension", **_of_module(builder.load())}
-        except ValueError as error:  # of an environment variable
+        except ValueError as error:  # from an environment variable
             return {"ok": False, "in_use": "nothing", "error": str(error)}
         except Exception as error:
             why = f"the prebuilt extension does not load: {_in_words(error)}"
@@ -175,7 +175,7 @@ def _usable(builder: OpBuilder, compatible: bool, prebuilt: bool) -> dict[str, A
 
 
 def _of_module(module: Any) -> dict[str, Any]:
-    """What a loaded op says of itself: its SIMD targets, or what its CUDA runtime finds."""
+    """What a loaded op reports about itself: its SIMD targets, or what its CUDA runtime finds."""
     if hasattr(module, "status"):
         return {"cuda": module.status()}
     if not hasattr(module, "supported_targets"):
@@ -222,7 +222,7 @@ def _torch() -> dict[str, Any]:
 
 
 def cpu_name() -> str:
-    """The CPU's name for people."""
+    """The CPU's human-readable name."""
     try:
         found = re.search(r"model name\s*:\s*(.*)", Path("/proc/cpuinfo").read_text())
     except OSError:
@@ -255,7 +255,7 @@ def _output_of(*command: str) -> str:
 
 
 def rows_of_op(op: dict[str, Any]) -> list[tuple[str, str]]:
-    """What the report says of one op, as pairs of label and text."""
+    """What the report says about one op, as pairs of label and text."""
     rows = [("origin", op["origin"])]
     if "prebuilt" in op:
         rows.append(("prebuilt", _yes_no(op["prebuilt"])))
@@ -300,7 +300,7 @@ def _rows_of_build(build: dict[str, Any]) -> list[tuple[str, str]]:
 
 
 def rows_of_machine(machine: dict[str, Any]) -> list[tuple[str, str]]:
-    """What the report says of versions and hardware, as pairs of label and text."""
+    """What the report says about versions and hardware, as pairs of label and text."""
     labels = {
         "adamops": "adamops",
         "python": "Python",
@@ -320,7 +320,7 @@ def rows_of_machine(machine: dict[str, Any]) -> list[tuple[str, str]]:
 
 
 def rows_of_environment(variables: dict[str, Any]) -> list[tuple[str, str]]:
-    """What the report says of environment variables, as pairs of label and text."""
+    """What the report says about environment variables, as pairs of label and text."""
     return [*variables["set"].items(), *(("error", error) for error in variables["errors"])]
 
 
@@ -338,7 +338,7 @@ def _verdict(report: dict[str, Any]) -> str:
     bad = [op["name"] for op in report["ops"] if not op["ok"]]
     if report["environment"]["errors"]:
         bad.append("environment variables")
-    if report["machine"]["threads"] is None:  # torch did not tell them
+    if report["machine"]["threads"] is None:  # torch is missing or broken
         bad.append("torch")
     return f"Missing or broken: {', '.join(bad)}."
 
@@ -390,7 +390,7 @@ def main(arguments: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(prog="python -m adamops.report", description=__doc__.splitlines()[0])
     parser.add_argument("--json", action="store_true", help="print JSON, for machines")
     options = parser.parse_args(arguments)
-    with contextlib.redirect_stdout(sys.stderr):  # a plugin may print what it likes
+    with contextlib.redirect_stdout(sys.stderr):  # a plugin may print anything
         report = collect()
     if options.json:
         print(json.dumps(report, indent=2))

@@ -1,6 +1,6 @@
 """Checks release wheels as files, before anything is installed: python ci/check_wheel.py WHEEL ...
 
-Name and tags, size, metadata, what lies inside, and what the extensions ask of the system. Needs binutils.
+Checks name and tags, size, metadata, contents, and what the extensions require of the system. Needs binutils.
 """
 
 import email.parser
@@ -13,15 +13,15 @@ import zipfile
 from pathlib import Path
 
 MOST_BYTES = 5_000_000
-NEWEST_GLIBC = (2, 28)  # of the oldest system in wide use: RHEL 8
-# All that an extension may need: no OpenMP runtime, no CUDA library, no libstdc++.
+NEWEST_GLIBC = (2, 28)  # that of the oldest system in wide use, RHEL 8
+# The only libraries that an extension may need: no OpenMP runtime, no CUDA library, no libstdc++.
 SYSTEM_LIBRARIES = re.compile(r"lib(c|m|dl|rt|pthread|gcc_s)\.so\.\d+|ld-linux-[\w-]+\.so\.\d+")
 BEST_TARGETS = {"x86_64": "avx512", "aarch64": "neon"}
 OPS = ("cpu_adam", "fused_adam")
 
 
 class Failure(Exception):
-    """A wheel is not what it should be; the message says how."""
+    """A wheel failed a check; the message says which."""
 
 
 def require(fact: object, message: str) -> None:

@@ -1,10 +1,11 @@
-"""Compares codes of 8 bits for Adam's states, ours and others', on the states of a model that is being trained.
+"""Compares 8-bit formats for Adam's states, ours and others', on the states of a model that is being trained.
 
     python ci/codes.py
 
-Two tables: how far a state, and the update that it leads to, is off after one conversion to the nearest code; and how
-many elements of exp_avg_sq become zero, after which an update divides by eps alone. All codes have a scale for each
-256 elements, their largest magnitude, so that only the codes differ. bitsandbytes' row needs that package.
+Prints one table per state: the errors of the state and of the resulting update after quantizing once, to nearest; and
+how many elements of exp_avg_sq become zero, after which the update divides by eps alone. Every format has one scale per
+quantization block of 256 elements, their largest magnitude (ours rounds it up to bfloat16), so that only the formats
+differ. The row of bitsandbytes needs that package.
 """
 
 from __future__ import annotations
@@ -29,7 +30,7 @@ RoundTrip = Callable[[Tensor], Tensor]
 
 
 def by_values(values: Tensor) -> RoundTrip:
-    """Rounds to the nearest of the values that a code has, which lie within -1 and 1 and are times a block's scale."""
+    """Rounds to the nearest of a format's values, in [-1, 1], which are multiplied by a quantization block's scale."""
     values = values.sort().values
     middles = (values[1:] + values[:-1]) / 2
 
@@ -43,19 +44,19 @@ def by_values(values: Tensor) -> RoundTrip:
 
 
 def companded(signed: bool, expand: Callable[[Tensor], Tensor]) -> RoundTrip:
-    """The code whose values are those of `expand` at even steps from 0 to 1, with a sign or without."""
+    """The format whose values are `expand` at evenly spaced points from 0 to 1, signed or unsigned."""
     positive = expand(torch.linspace(0, 1, 128 if signed else 256, dtype=torch.float64)).float()
     return by_values(torch.cat([-positive[1:], positive]) if signed else positive)
 
 
 def ours(signed: bool) -> RoundTrip:
-    """What this package keeps."""
+    """This package's own format."""
     code = SIGNED if signed else UNSIGNED
     return lambda line: dequantize(*quantize(line, code), code)
 
 
 def floats_of_8_bits(signed: bool) -> RoundTrip:
-    """Floats with three bits of significand, and as many exponents as are left."""
+    """8-bit floats: a sign bit if `signed`, three significand bits, and the remaining bits for the exponent."""
     exponents = 16 if signed else 32
     steps = torch.arange(8, dtype=torch.float64) / 8
     normal = torch.cat([(1 + steps) * 2.0**-e for e in range(exponents - 1)])
@@ -64,7 +65,7 @@ def floats_of_8_bits(signed: bool) -> RoundTrip:
 
 
 def bitsandbytes(signed: bool) -> RoundTrip:
-    """The dynamic code (arXiv 2110.02861), from the package itself."""
+    """The dynamic quantization map (arXiv 2110.02861), from the package itself."""
     from bitsandbytes.functional import create_dynamic_map
 
     return by_values(create_dynamic_map(signed=signed).float())
@@ -72,14 +73,14 @@ def bitsandbytes(signed: bool) -> RoundTrip:
 
 @dataclasses.dataclass(frozen=True)
 class Format:
-    """A code for each state; None where it has none for it."""
+    """A format for each state; None if there is none for that state."""
 
     exp_avg: Callable[[bool], RoundTrip] | None
     exp_avg_sq: Callable[[bool], RoundTrip] | None
 
 
 def power(exponent: int) -> Callable[[bool], RoundTrip]:
-    """Values that are powers of even steps, so that a code is a root of its value."""
+    """Values that are powers of evenly spaced points, so that the stored integer is a root of the value."""
     return lambda signed: companded(signed, lambda x: x**exponent)
 
 
@@ -96,7 +97,7 @@ CODES = {
 
 
 def states_of_training(stops: list[int], seed: int) -> dict[int, tuple[Tensor, Tensor]]:
-    """exp_avg and exp_avg_sq of all large params of a character transformer, in a line, after so many steps."""
+    """exp_avg and exp_avg_sq of all large params of a character transformer, concatenated, at each of the `stops`."""
     torch.manual_seed(seed)
     text = Text()
     model = CharTransformer(text.vocabulary, SIZE)
@@ -119,14 +120,14 @@ def rms(values: Tensor) -> float:
     return values.double().square().mean().sqrt().item()
 
 
-def error_of_update(states: tuple[Tensor, Tensor], coded: tuple[Tensor, Tensor]) -> float:
-    """How far the updates are off, root mean square, in parts of their own root mean square."""
-    exact, found = (m / (v.sqrt() + EPS) for m, v in (states, coded))
+def error_of_update(states: tuple[Tensor, Tensor], quantized: tuple[Tensor, Tensor]) -> float:
+    """The root mean square error of the updates, relative to their own root mean square."""
+    exact, found = (m / (v.sqrt() + EPS) for m, v in (states, quantized))
     return rms(found - exact) / rms(exact)
 
 
 def table_of(name: str, kept: dict[int, tuple[Tensor, Tensor]]) -> Table:
-    """The errors of one state in each code, the other one exact."""
+    """The errors of one state in each format, with the other state exact."""
     which = STATES.index(name)
     columns = [f"{what}, step {step}" for what in ("state", "update") for step in kept]
     if which:
@@ -143,17 +144,17 @@ def table_of(name: str, kept: dict[int, tuple[Tensor, Tensor]]) -> Table:
             continue
         own, update, zeros = [], [], []
         for states in kept.values():
-            coded = round_trip(states[which])
-            pair = (coded, states[1]) if which == 0 else (states[0], coded)
-            own.append(f"{rms(coded - states[which]) / rms(states[which]):.4f}")
+            quantized = round_trip(states[which])
+            pair = (quantized, states[1]) if which == 0 else (states[0], quantized)
+            own.append(f"{rms(quantized - states[which]) / rms(states[which]):.4f}")
             update.append(f"{error_of_update(states, pair):.4g}")
-            zeros.append(str(int(((coded == 0) & (states[which] != 0)).sum())))
+            zeros.append(str(int(((quantized == 0) & (states[which] != 0)).sum())))
         table.add_row(title, *own, *update, *(zeros if which else []))
     return table
 
 
 def main() -> None:
-    """Trains, and prints a table for each state."""
+    """Trains, and prints one table per state."""
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
     parser.add_argument("--steps", type=int, nargs="+", default=[20, 200, 800], help="after which to look")
     parser.add_argument("--seed", type=int, default=1)

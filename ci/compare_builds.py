@@ -1,8 +1,8 @@
 """Times two builds of adamops against each other: python ci/compare_builds.py BEFORE AFTER [--cases CASE ...]
 
-BEFORE and AFTER are checkouts whose op was built in place. Each has a process of its own, and they take turns step by
-step, so what else the machine does falls on both alike; the ratio of a case is the median of those of its rounds. Must
-not use more of adamops than its public names, as BEFORE may be old.
+BEFORE and AFTER are checkouts whose op was built in place. Each runs in its own process, and they alternate round by
+round, so that other load on the machine affects both alike. The ratio of a case is the median of its rounds' ratios.
+Must use only adamops' public names, because BEFORE may be old.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 LARGE = 50_000_000  # elements
-# By case: numbers of elements, dtypes of params and states, how often a round takes a step, and how many rounds.
+# Per case: sizes in elements, dtypes of params and states, steps per round, and number of rounds.
 STEADY = {
     "fp32": ([LARGE], "float32", "float32", 1, 41),
     "bf16-params": ([LARGE], "bfloat16", "float32", 1, 41),
@@ -42,7 +42,7 @@ DeepSpeedCPUAdam(model.parameters(), 1e-3).step()
 """
 START, STOP = "start = time.perf_counter()", "print(1e3 * (time.perf_counter() - start), flush=True); raise SystemExit"
 NOTHING = dict.fromkeys(("before_import", "after_import", "before_step", "after_step"), "")
-# What is measured in processes that are new each time.
+# The cases that are measured in a new process each time.
 FRESH = {
     "import": MODEL.format(**NOTHING | {"before_import": START, "after_import": STOP}),
     "first-step": MODEL.format(**NOTHING | {"before_step": START, "after_step": STOP}),
@@ -51,7 +51,7 @@ FRESH_ROUNDS = 41
 
 
 def worker(case: str) -> None:
-    """Takes the steps of a round for each line on stdin, and prints how many milliseconds one took."""
+    """Runs one round of steps for each line on stdin, and prints the milliseconds per step."""
     import torch
 
     from adamops import DeepSpeedCPUAdam
@@ -82,7 +82,7 @@ def worker(case: str) -> None:
 
 
 def environment(tree: Path) -> dict[str, str]:
-    """That of this process, but with the tree's modules, compiled once as an installed package's are."""
+    """This process's environment, but with the tree's modules, whose bytecode is cached as for an installed package."""
     own = {key: value for key, value in os.environ.items() if key != "PYTHONDONTWRITEBYTECODE"}
     return {**own, "PYTHONPATH": str(tree)}
 
@@ -120,20 +120,20 @@ def steady_rounds(trees: list[Path], case: str) -> list[list[float]]:
 
 
 def fresh_rounds(trees: list[Path], case: str) -> list[list[float]]:
-    """As steady_rounds(), each time in a new process."""
+    """As steady_rounds(), but in a new process each time."""
 
     def run(i: int) -> float:
         command = [sys.executable, "-c", FRESH[case]]
         done = subprocess.run(command, env=environment(trees[i]), cwd="/", capture_output=True, text=True, check=True)
         return float(done.stdout)
 
-    for i in range(2):  # so that files are in memory
+    for i in range(2):  # so that the files are in the page cache
         run(i)
     return rounds(run, FRESH_ROUNDS)
 
 
 def rounds(run: Callable[[int], float], count: int) -> list[list[float]]:
-    """Runs both, in an order that is drawn for each round."""
+    """Runs both in every round, in a random order."""
     times = []
     for _ in range(count):
         pair = [0.0, 0.0]
@@ -144,7 +144,7 @@ def rounds(run: Callable[[int], float], count: int) -> list[list[float]]:
 
 
 def main() -> None:
-    """Prints a line for each case."""
+    """Prints one line per case."""
     if sys.argv[1:2] == ["--worker"]:
         worker(sys.argv[2])
         return

@@ -1,6 +1,7 @@
 """Trains a character-level transformer on Python's own documentation, with torch.optim.AdamW and with DeepSpeedCPUAdam.
 
-Must not know anything of adamops but its optimizer. Exit status 1 if the two loss curves do not agree.
+Must know nothing of adamops but its optimizer. Exits with status 1 if the loss curves disagree or a model learnt too
+little.
 """
 
 from __future__ import annotations
@@ -29,15 +30,16 @@ from adamops import DeepSpeedCPUAdam
 SEED = 20240607
 LEARNING_RATE, WEIGHT_DECAY, WARMUP_STEPS = 2e-3, 0.01, 40
 
-# Both runs do the same arithmetic but for roundings in the optimizer, which training amplifies. Over the last tenth of
-# the steps the losses may differ by this much of their size, on average; and both must have learnt this much.
+# Both runs do the same arithmetic except for rounding in the optimizer, which training amplifies. Over the last tenth
+# of the steps, the losses may differ by this relative amount on average, and each must fall below this part of its
+# first value.
 AGREEMENT = 0.02
 LEARNT = 0.75
 
 
 @dataclasses.dataclass(frozen=True)
 class Size:
-    """Of a model: characters that it sees at a time, its width, attention heads and blocks; and windows in a batch."""
+    """A model's context in characters, width, attention heads and transformer blocks; and the windows in a batch."""
 
     context: int
     batch: int
@@ -56,7 +58,7 @@ OPTIMIZERS: Optimizers = {
 
 
 class Block(nn.Module):
-    """Causal self-attention, then an MLP, each on the normalised sum of what came before."""
+    """A pre-norm transformer block: causal self-attention, then an MLP, each with a residual connection."""
 
     def __init__(self, width: int, heads: int) -> None:
         super().__init__()
@@ -76,7 +78,7 @@ class Block(nn.Module):
 
 
 class CharTransformer(nn.Module):
-    """A GPT over characters: from each position, the logits of the character that follows."""
+    """A character-level GPT: for each position, the logits of the next character."""
 
     def __init__(self, characters: int, size: Size = SIZE) -> None:
         super().__init__()
@@ -100,7 +102,7 @@ class CharTransformer(nn.Module):
 
 
 class Text:
-    """The documentation behind help(), as numbers."""
+    """The documentation behind help(), as token ids, one per character."""
 
     def __init__(self) -> None:
         text = "\n\n".join(topics[name] for name in sorted(topics))
@@ -110,7 +112,7 @@ class Text:
         self.data = torch.tensor([number[character] for character in text])
 
     def batch(self, generator: torch.Generator, size: Size = SIZE) -> tuple[Tensor, Tensor]:
-        """Random windows of the text, and the same windows one character on."""
+        """Random windows of the text, and the same windows shifted by one character."""
         starts = torch.randint(len(self.data) - size.context, (size.batch, 1), generator=generator)
         windows = self.data[starts + torch.arange(size.context + 1)]
         return windows[:, :-1], windows[:, 1:]
@@ -118,7 +120,7 @@ class Text:
 
 @dataclasses.dataclass
 class Run:
-    """What one training run leaves: the loss of each step, and the milliseconds of each optimizer.step()."""
+    """The results of one training run: the loss of each step, and the milliseconds of each optimizer.step()."""
 
     losses: list[float] = dataclasses.field(default_factory=list)
     step_ms: list[float] = dataclasses.field(default_factory=list)
@@ -133,7 +135,7 @@ class Run:
 
 
 def rate_factor(step: int, steps: int) -> float:
-    """A linear warm-up, then half a cosine down to a tenth."""
+    """The factor on the learning rate: a linear warm-up, and half a cosine down to a tenth."""
     warm = min(1.0, (step + 1) / WARMUP_STEPS)
     return warm * (0.55 + 0.45 * math.cos(math.pi * step / steps))
 
@@ -144,7 +146,7 @@ def train(
     steps: int,
     on_step: Callable[[float], None],
 ) -> Run:
-    """Trains a new model; its start and its batches depend on SEED only. `on_step` is told each step's loss."""
+    """Trains a new model, whose initial weights and batches depend only on SEED. `on_step` gets each step's loss."""
     torch.manual_seed(SEED)
     model = CharTransformer(text.vocabulary)
     batches = torch.Generator().manual_seed(SEED)
@@ -167,7 +169,7 @@ def train(
 
 
 def train_all(text: Text, steps: int, console: Console) -> dict[str, Run]:
-    """A run with each optimizer, with a progress bar each."""
+    """One run per optimizer, each with a progress bar."""
     columns = (TextColumn("{task.description:18}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
     with Progress(*columns, TextColumn("loss {task.fields[loss]:.3f}"), console=console) as progress:
         tasks = {name: progress.add_task(name, total=steps, loss=math.nan, start=False) for name in OPTIMIZERS}
@@ -181,13 +183,13 @@ def train_all(text: Text, steps: int, console: Console) -> dict[str, Run]:
 
 
 def disagreement(runs: dict[str, Run]) -> float:
-    """The mean difference of the losses over the last tenth of the steps, relative to their size."""
+    """The mean relative difference between the losses over the last tenth of the steps."""
     first, second = (run.end() for run in runs.values())
     return statistics.fmean(abs(a - b) / max(abs(a), 1e-9) for a, b in zip(first, second, strict=True))
 
 
 def print_summary(runs: dict[str, Run], console: Console) -> None:
-    """Both runs side by side."""
+    """Prints both runs side by side."""
     table = Table("", *runs, title="Loss and time of optimizer.step()", title_justify="left")
     rows: dict[str, Callable[[Run], str]] = {
         "first loss": lambda run: f"{run.losses[0]:.4f}",
@@ -203,14 +205,14 @@ def print_summary(runs: dict[str, Run], console: Console) -> None:
 
 
 def smoothed(values: list[float]) -> list[float]:
-    """Means over windows centred on each step, narrower near the ends: unlike a running average, these do not lag."""
+    """Means over windows centered on each step, narrower near the ends. Unlike a running average, they do not lag."""
     half = len(values) // 50
     reach = (min(half, i, len(values) - 1 - i) for i in range(len(values)))
     return [statistics.fmean(values[i - r : i + r + 1]) for i, r in enumerate(reach)]
 
 
 def plot(runs: dict[str, Run], path: Path) -> None:
-    """Both loss curves, and beside them the optimizers' step times."""
+    """Plots both loss curves and, next to them, the optimizers' step times."""
     import matplotlib
 
     matplotlib.use("Agg")
@@ -240,7 +242,7 @@ def plot(runs: dict[str, Run], path: Path) -> None:
 
 
 def verdict(runs: dict[str, Run], console: Console) -> bool:
-    """Prints whether the curves agree and the models learnt; returns whether both is so."""
+    """Prints whether the curves agree and the models learnt; returns whether both hold."""
     difference = disagreement(runs)
     agree = difference < AGREEMENT
     console.print(

@@ -1,9 +1,9 @@
 #!/usr/bin/env bash
-# Shows adamops at work on a fresh machine (Python 3.10+ with venv, a C++ compiler): installs it from this checkout into an
-# environment of its own, prints the report, and trains a small transformer with it and with torch.optim.AdamW.
+# Demonstrates adamops on a fresh machine (Python 3.10+ with venv, a C++ compiler): installs it from this checkout into
+# a separate environment, prints the report, and trains a small transformer with it and with torch.optim.AdamW.
 #
-#   PYTHON             the interpreter to make the environment with (default: python3)
-#   ADAMOPS_DEMO_VENV  the environment's folder (default: .venv-demo in the checkout); it is kept and used again
+#   PYTHON             the interpreter that creates the environment (default: python3)
+#   ADAMOPS_DEMO_VENV  the environment's folder (default: .venv-demo in the checkout); it is kept and reused
 #
 # Arguments are passed to ci/demo.py, for example --steps 100.
 set -euo pipefail
@@ -25,8 +25,8 @@ if [[ ! -x "$venv/bin/python" ]]; then
 fi
 venv="$(cd "$venv" && pwd)"
 
-# A CPU build of torch suffices. On Linux the plain wheel brings some gigabytes of CUDA libraries along; whoever has put
-# another build of torch 2.4 or later into the environment, from the index for CPU builds say, keeps it.
+# A CPU build of torch is enough. On Linux the default wheel brings several gigabytes of CUDA libraries. A torch that is
+# already in the environment (2.4 or later, from the CPU index for example) is kept.
 if ! "$venv/bin/python" -c 'import torch' 2>/dev/null; then
   echo "== Installing torch"
   "$venv/bin/pip" install --quiet "torch==2.13.0"
@@ -35,7 +35,7 @@ fi
 echo "== Installing adamops from $root"
 "$venv/bin/pip" install --quiet "$root[demo]"
 
-# Not from the checkout, where Python would find the sources and not what was installed.
+# Leave the checkout: there Python would import the sources instead of the installed package.
 cd "$venv"
 
 echo "== Report"

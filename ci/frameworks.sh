@@ -1,7 +1,7 @@
 #!/usr/bin/env bash
-# Runs the tests with the training frameworks (tests/frameworks), in an environment of its own that has them all. Needs what
-# ci/test.sh needs. ADAMOPS_FRAMEWORKS_ENV names the folder of the environment (.venv-frameworks unless set), PYTHON the
-# interpreter. Arguments go to pytest; "times" alone prints step times instead.
+# Runs the tests with the training frameworks (tests/frameworks), in a separate environment that has them all. Needs the
+# same as ci/test.sh. ADAMOPS_FRAMEWORKS_ENV names the environment's folder (default: .venv-frameworks), PYTHON the
+# interpreter. Arguments are passed to pytest; the argument "times" prints step times instead.
 set -euo pipefail
 cd "$(dirname "$0")/.."
 environment=${ADAMOPS_FRAMEWORKS_ENV:-.venv-frameworks}
@@ -11,7 +11,7 @@ python=$PWD/$environment/bin/python
 [[ $environment = /* ]] && python=$environment/bin/python
 "$python" -m pip install --quiet --upgrade pip setuptools wheel
 
-# The CPU build of torch suffices. DeepSpeed's build asks for the torch that it is to run with.
+# The CPU build of torch is enough. DeepSpeed's build needs the torch that it will run with.
 "$python" -m pip install --quiet torch==2.13.0
 "$python" -m pip install --quiet ninja packaging psutil py-cpuinfo
 "$python" -m pip install --quiet --no-build-isolation "deepspeed>=0.19"
@@ -21,4 +21,4 @@ export PATH=$(dirname "$python"):$PATH  # DeepSpeed and torch.compile look for n
 if [[ ${1:-} = times ]]; then
     exec "$python" ci/framework_times
 fi
-exec pytest -m frameworks "$@"  # not python -m pytest, which would import the checkout and not what is installed
+exec pytest -m frameworks "$@"  # not python -m pytest, which would import the checkout instead of the package

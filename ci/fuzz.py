@@ -3,8 +3,8 @@
     python ci/fuzz.py --minutes 10
     python ci/fuzz.py --seed 123456     # replays one session and prints its calls
 
-A session is one optimizer and some dozens of calls, all drawn from one seed. Sessions run in a child process, so that a
-crash is a finding too. Needs nothing but torch and adamops; must not know how a step is computed.
+A session is one optimizer and a few dozen calls, all drawn from one seed. Sessions run in a child process, so that a
+crash is a finding too. Needs only torch and adamops; must not know how a step is computed.
 """
 
 from __future__ import annotations
@@ -37,7 +37,7 @@ from adamops.ops.adam.clipping import ClippedGrads
 
 HOST = torch.device("cpu")
 CLASSES: list[Any] = [DeepSpeedCPUAdam, FusedAdam]
-EMULATED: list[Any] = []  # those of CLASSES on the CUDA op
+EMULATED: list[Any] = []  # those of CLASSES that use the emulated CUDA op
 FLOATS = (torch.float32, torch.bfloat16, torch.float16)
 DTYPES = (*FLOATS, torch.float64, torch.int8, torch.uint8, torch.int16, torch.int32, torch.bool, torch.complex64)
 STATE_KEYS = ("exp_avg", "exp_avg_sq", "max_exp_avg_sq", "block_scales", "master_param", "param_remainder")
@@ -47,19 +47,19 @@ IN_WORDS = (ValueError, TypeError, RuntimeError)  # what a call may raise
 
 
 class Finding(Exception):
-    """Something that no call may do."""
+    """A call did something that no call may do."""
 
 
 class Unreadable(RuntimeError):
-    """A tensor without numbers in memory: a step that needs it has to raise."""
+    """A tensor has no elements in memory: a step that needs it must raise."""
 
 
 class Subclass(torch.Tensor):
-    """A subclass whose elements are its own."""
+    """A tensor subclass that holds its own elements."""
 
 
 class Arena:
-    """One buffer that tensors lie in; between them are guard bytes, which nothing may write."""
+    """One buffer that holds tensors, with guard bytes between them that nothing may write."""
 
     def __init__(self, size: int) -> None:
         self.bytes = torch.full((size,), PATTERN, dtype=torch.uint8)
@@ -67,7 +67,7 @@ class Arena:
         self._used = 64
 
     def place(self, values: Tensor) -> Tensor:
-        """The values, with their strides, in the arena; a plain clone where there is no room left."""
+        """Copies the values, with their strides, into the arena; returns a plain clone if the arena is full."""
         item = values.element_size()
         begin = -(-self._used // item) * item + item * random.randrange(4)
         span = 1 + sum((n - 1) * s for n, s in zip(values.shape, values.stride(), strict=True)) if values.numel() else 0
@@ -97,12 +97,12 @@ def spanned(tensor: Tensor) -> int:
 
 
 def held(tensor: Any) -> Any:
-    """What this process holds of a DTensor; anything else as it is."""
+    """The local tensor of a DTensor; anything else unchanged."""
     return getattr(tensor, "_local_tensor", tensor)
 
 
 def readable(tensor: Any) -> Tensor:
-    """A plain tensor of the same numbers and strides. Raises Unreadable if there are none in memory."""
+    """A plain tensor with the same elements and strides. Raises Unreadable if the elements are not in memory."""
     tensor = held(tensor)
     if not isinstance(tensor, Tensor) or tensor.layout != torch.strided or tensor.device.type != "cpu":
         raise Unreadable
@@ -118,19 +118,19 @@ def readable(tensor: Any) -> Tensor:
     plain = plain.resolve_conj().resolve_neg()
     try:
         plain.view_as(plain)
-    except RuntimeError:  # of inference mode: there are no views of it outside
+    except RuntimeError:  # an inference tensor cannot be viewed outside inference mode
         plain = torch.empty_strided(plain.shape, plain.stride(), dtype=plain.dtype).copy_(plain)
     return plain
 
 
 def in_memory_order(tensor: Tensor, like: Tensor) -> Tensor:
-    """A contiguous copy whose elements are in the order that those of `like` have in memory."""
+    """A contiguous copy, with the elements in the memory order of `like`."""
     order = sorted(range(like.dim()), key=lambda d: -like.stride(d))
     return tensor.permute(order).clone(memory_format=torch.contiguous_format)
 
 
 def same_bits(a: Tensor, b: Tensor) -> bool:
-    """Whether two tensors are equal bit for bit, the payload of NaN aside."""
+    """Whether two tensors are bit-identical, except for NaN payloads."""
     if a.dtype != b.dtype or a.shape != b.shape:
         return False
     integer = INTEGERS[a.element_size()]
@@ -141,7 +141,7 @@ def same_bits(a: Tensor, b: Tensor) -> bool:
 
 
 def whole_storage(tensor: Any) -> Tensor | None:
-    """All bytes of a tensor's storage, whatever became of the tensor; None where there are none."""
+    """All bytes of a tensor's storage, whatever was done to the tensor; None if there are none."""
     try:
         storage = held(tensor).untyped_storage()
         if storage.device.type != "cpu" or not storage.nbytes() or not storage.data_ptr():
@@ -152,14 +152,14 @@ def whole_storage(tensor: Any) -> Tensor | None:
 
 
 class Snapshot:
-    """Everything that a failed call must leave as it was: bytes of all tensors, states, step counts, settings."""
+    """Everything that a failed call must leave unchanged: bytes of all tensors, states, step counts, settings."""
 
     def __init__(self, optimizer: Any, params: list[Tensor]) -> None:
         self._optimizer, self._params = optimizer, params
         self._objects, tensors = self._now()
         storages = {bytes_.data_ptr(): bytes_ for bytes_ in map(whole_storage, tensors) if bytes_ is not None}
         self._bytes = [(bytes_, bytes_.clone()) for bytes_ in storages.values()]
-        self._may_be_clipped = optimizer._clipped is not None  # then a step may multiply grads by the factor first
+        self._may_be_clipped = optimizer._clipped is not None  # a step may then multiply grads by the factor first
 
     def _now(self) -> tuple[Any, list[Any]]:
         objects: list[Any] = []
@@ -184,7 +184,7 @@ class Snapshot:
 
 
 def leave_out(tensor: Any, bytes_: Tensor, before: Tensor) -> None:
-    """Makes `before` equal to `bytes_` where the tensor lies, if it lies there."""
+    """Excludes the tensor from the comparison: copies its bytes from `bytes_` to `before`, if that is its storage."""
     tensor = held(tensor)
     storage = whole_storage(tensor)
     if storage is not None and storage.data_ptr() == bytes_.data_ptr() and isinstance(tensor, Tensor):
@@ -194,7 +194,7 @@ def leave_out(tensor: Any, bytes_: Tensor, before: Tensor) -> None:
 
 
 class Reference:
-    """A second optimizer over clean, contiguous copies, which takes the same step on the other path."""
+    """A second optimizer on clean, contiguous copies, which takes the same step, mostly on the slow path."""
 
     def __init__(self, session: Session) -> None:
         self.session, optimizer = session, session.optimizer
@@ -215,7 +215,7 @@ class Reference:
         clipped = optimizer._clipped
         if clipped is not None and clipped.are([held(p.grad) for p in session.params if p.grad is not None]):
             self.optimizer._clipped = ClippedGrads(clipped.factor, self.grads)
-        elif clipped is not None:  # some have been replaced since: the factor goes with those that are left
+        elif clipped is not None:  # some grads were replaced since: the factor applies to the remaining ones
             for param in session.params:
                 if self.params[param].grad is not None and clipped._has(held(param.grad)):
                     self.params[param].grad.mul_(clipped.factor)
@@ -223,7 +223,7 @@ class Reference:
             self.optimizer._backends[HOST]._reader = None  # tensors are then checked and read from Python
 
     def _copy_of(self, param: Tensor) -> Tensor:
-        """The param with its grad; of one that has none, which a step leaves alone, something to hold its place."""
+        """A copy of the param and its grad; a placeholder if it has no grad, since a step then leaves it alone."""
         if param.grad is None:
             return nn.Parameter(torch.zeros(1))
         try:
@@ -259,18 +259,18 @@ class Reference:
         return state
 
     def _names_of(self, param: Tensor, group: dict[str, Any]) -> set[str]:
-        """The tensors in the state that a step may read; it leaves others alone, whatever they are."""
+        """The state tensors that a step may read; it ignores all others, whatever they are."""
         precision = self.session.optimizer._precision_of(group, "")
         names = {*precision.state_dtypes(param, bool(group["amsgrad"])), "block_scales"}
         begins = "master_param" in names and "master_param" not in self.session.optimizer.state.get(param, {})
-        return names | {"param_remainder"} if begins else names  # of which a master begins
+        return names | {"param_remainder"} if begins else names  # from which a new master starts
 
     def _is_needed(self, key: str, param: Tensor) -> bool:
-        """Whether a step surely reads this: others may be left from other settings."""
+        """Whether every step reads this tensor; others may be left over from other settings."""
         return key in ("step", "exp_avg", "exp_avg_sq")
 
     def check(self, arguments: dict[str, Any], outs: list[Tensor | None] | None) -> None:
-        """Raises Finding unless the session's step, which has returned, has the bits that a step here gives."""
+        """Raises Finding unless the session's step, which has returned, is bit-identical to a step here."""
         session = self.session
         if getattr(session.optimizer, "found_inf", None):
             return
@@ -313,7 +313,7 @@ class Reference:
 
 
 def lazy_sums(tensor: Tensor) -> Tensor:
-    """The tensor lazily negated, with the same values."""
+    """The same values as a lazily negated tensor."""
     return torch._neg_view(-tensor)
 
 
@@ -327,7 +327,7 @@ def free_its_grad(param: Tensor) -> None:
 
 
 def freed_if_plain(value: Any, r: random.Random) -> Any:
-    """The value with a storage that is too short, where it has one that can be resized."""
+    """The value with a storage that is too short, if its storage can be resized."""
     if isinstance(value, Tensor) and value.layout == torch.strided and not value._is_zerotensor():
         is_plain = type(value) is Tensor and not (value.is_quantized or value.is_nested or value.is_shared())
         if is_plain and not torch._is_functional_tensor(value) and value.device.type == "cpu":
@@ -336,14 +336,14 @@ def freed_if_plain(value: Any, r: random.Random) -> Any:
 
 
 def misaligned(tensor: Tensor) -> Tensor:
-    """At an address that is not a multiple of the element size."""
+    """A copy at an address that is not a multiple of the element size."""
     memory = bytearray(tensor.numel() * tensor.element_size() + 1)
     if not tensor.numel():
         return tensor
     return torch.frombuffer(memory, dtype=tensor.dtype, offset=1).view(tensor.shape).copy_(tensor)
 
 
-# What becomes of a tensor, by name. The first ones keep its numbers in memory, so that a step may take them.
+# Mutations of a tensor, by name. The harmless ones keep its elements in memory, so that a step may accept them.
 HARMLESS: dict[str, Callable[[Tensor, random.Random], Any]] = {
     "clone": lambda t, r: t.clone(),
     "negated": lambda t, r: lazy_sums(t),
@@ -418,7 +418,7 @@ def inference_copy(tensor: Tensor) -> Tensor:
 
 
 def surroundings(kind: str) -> contextlib.AbstractContextManager[Any]:
-    """What a call is made under."""
+    """The context in which a call is made."""
     if kind == "fake":
         return FakeTensorMode(allow_non_fake_inputs=True)
     if kind == "inference":
@@ -430,13 +430,13 @@ def surroundings(kind: str) -> contextlib.AbstractContextManager[Any]:
 
 @functools.cache
 def mesh_of_one() -> Any:
-    """A mesh of this process alone."""
+    """A device mesh of this process alone."""
     torch.distributed.init_process_group("gloo", store=torch.distributed.HashStore(), rank=0, world_size=1)
     return torch.distributed.init_device_mesh("cpu", (1,))
 
 
 def check_what_cpp_takes(optimizer: Any) -> int:
-    """What the op's own reader takes, the checks in Python have to take too; how many params it takes."""
+    """Raises Finding if the op's own reader accepts what Python's checks refuse; returns how many params it accepts."""
     taken = 0
     for i, group in enumerate(optimizer.param_groups):
         if not group["params"]:
@@ -479,7 +479,7 @@ class Session:
         self._mesh = mesh_of_one() if self.random.random() < 0.15 else None
         self._is_clean = True  # nothing was done that a step may refuse
         self._has_failed_in_backward = False
-        self._is_aliased = False  # tensors share memory that threads race for: no bits to expect
+        self._is_aliased = False  # tensors share memory, so threads race and the bits are undefined
         self._arguments = self._drawn_arguments()
         self.params = [self._new_param() for _ in range(self.random.randint(1, 4))]
         cut = self.random.randint(0, len(self.params) - 1)
@@ -534,7 +534,7 @@ class Session:
         return nn.Parameter(self._placed(self.arena.place(values) if r.random() < 0.7 else values))
 
     def _placed(self, values: Any) -> Any:
-        """The tensor, or in a session over a mesh a DTensor that holds all of it."""
+        """The tensor; in a session on a mesh, a DTensor that holds all of it."""
         if self._mesh is None or not isinstance(values, Tensor):
             return values
         from torch.distributed.tensor import DTensor, Replicate, Shard
@@ -550,10 +550,10 @@ class Session:
             grad = torch.randn(param.shape).to(self.random.choice([param.dtype, torch.float32]))
             param.grad = self._placed(self.arena.place(grad) if self.random.random() < 0.3 else grad)
 
-    # What is done to tensors, states and settings -----------------------------------------------------------------
+    # Mutations of tensors, states and settings --------------------------------------------------------------------
 
     def mutate(self) -> None:
-        """Replaces something. Torch itself refuses many of these; the next call then sees the old tensor."""
+        """Applies one mutation. Torch itself refuses many of them; the next call then sees the old tensor."""
         action = self.random.choice(
             [self._change_grad, self._change_grad, self._change_state, self._change_state, self._change_param,
              self._change_step, self._change_setting, self._move_states, self._drop, self._alias, self._change_scale]
@@ -586,7 +586,7 @@ class Session:
         name, change = self._kind()
         if self._mesh is not None or name.startswith(
             "functional"
-        ):  # torch crashes when such a param is given other data again
+        ):  # torch crashes if such a param's data is replaced again
             return
         self.say(f"the data of param {self._index(param)} becomes: {name}")
         values = change(readable(param), self.random)
@@ -608,7 +608,7 @@ class Session:
             state[key] = self._placed(value) if key != "block_scales" else value
 
     def _step_count(self) -> Any:
-        """Nobody looks at counts on a device, so there the steps on two paths may differ: only plain ones."""
+        """A random step count. Counts on a device are not validated, and the two paths may differ: plain ones only."""
         return self.random.choice(STEP_COUNTS[:3] if self._class in EMULATED else STEP_COUNTS)()
 
     def _change_step(self) -> None:
@@ -629,7 +629,7 @@ class Session:
         group[name] = value
 
     def _move_states(self) -> None:
-        """Into the arena, where bytes written beyond them are seen."""
+        """Moves the states into the arena, which detects writes beyond their ends."""
         self.say("states move into the arena")
         for state in self.optimizer.state.values():
             for key in STATE_KEYS:
@@ -649,7 +649,7 @@ class Session:
         del state[key]
 
     def _alias(self) -> None:
-        """Lets tensors of two params, or of one, share memory."""
+        """Makes tensors of two params, or of one, share memory."""
         one, other = self.random.choice(self.params), self.random.choice(self.params)
         kinds = ["grads", "grad and param", "params", "states"]
         what = self.random.choice(kinds if self._mesh is None else kinds[:1])
@@ -684,7 +684,7 @@ class Session:
     # Calls --------------------------------------------------------------------------------------------------------
 
     def run(self, calls: int) -> None:
-        """Raises Finding, with the log kept, at the first thing that must not be."""
+        """Mutates and calls until `calls` are made. Raises Finding at the first violation, and keeps the log."""
         methods = [self._step] * 10 + [
             self._step_async, self._clip, self._zero_grad, self._save, self._load, self._load_other, self._fp32_params,
             self._load_fp32_params, self._add_group, self._subgroup, self._in_backward, self._construct,
@@ -697,14 +697,14 @@ class Session:
             if not self._is_clean and self.random.random() < 0.5:
                 try:
                     self._repair()
-                except (RuntimeError, TypeError):  # torch lets nothing be put in the place of such a param
+                except (RuntimeError, TypeError):  # torch does not let such a param's data be replaced
                     return
             elif self.random.random() < 0.3:
                 with contextlib.suppress(RuntimeError, TypeError):
                     self._new_grads()
 
     def _repair(self) -> None:
-        """Puts plain tensors everywhere and drops all states."""
+        """Replaces everything with plain tensors, and drops all states."""
         self.say("all is put right")
         for param in self.params:
             param.grad = None
@@ -728,7 +728,7 @@ class Session:
             yield {**{name: self.optimizer.defaults[name] for name in names}, "stochastic_rounding_seed": 0, **before}
 
     def call(self, what: str, function: Callable[[], Any], all_or_nothing: bool = True, must: bool = False) -> bool:
-        """Makes a call; whether it returned. Raises Finding if it raised what it may not, or wrote before it did."""
+        """Makes a call; returns whether it succeeded. Raises Finding if it raised a wrong error or wrote before it."""
         self.calls += 1
         self.say(what)
         before = Snapshot(self.optimizer, self.params) if all_or_nothing else None
@@ -780,7 +780,7 @@ class Session:
             return None
         try:
             return Reference(self)
-        except IN_WORDS:  # settings that the constructor refuses: step() has to do so as well
+        except IN_WORDS:  # the constructor refuses these settings: step() must refuse them too
             return None
 
     def _step_async(self) -> None:
@@ -796,7 +796,7 @@ class Session:
         if waiter == "wait":
             if self.call("step_async().wait()", step, must=self._is_clean) and reference:
                 reference.check({}, None)
-        else:  # which may raise for reasons of its own, after the step
+        else:  # the other call may raise for its own reasons, after the step
             self.call(f"step_async(), {waiter}()", step, all_or_nothing=False)
             with contextlib.suppress(*IN_WORDS):
                 self.optimizer._settle()
@@ -810,7 +810,7 @@ class Session:
 
     def _zero_grad(self) -> None:
         to_none = self.random.random() < 0.5
-        # Torch's own zero_() raises for some grads, after it has zeroed others.
+        # Torch's own zero_() raises for some grads, after others have been zeroed.
         self.call(f"zero_grad({to_none})", lambda: self.optimizer.zero_grad(to_none), all_or_nothing=False)
         with contextlib.suppress(RuntimeError, TypeError):
             self._new_grads()
@@ -820,7 +820,7 @@ class Session:
         self.call(f"state_dict({dequantize})", lambda: self.optimizer.state_dict(dequantize))
 
     def _load(self) -> None:
-        """Its own state dict, whole or mutilated."""
+        """Loads the optimizer's own state dict, intact or mutilated."""
         try:
             saved = self.optimizer.state_dict(self.random.random() < 0.3)
             saved = copy.deepcopy(saved)
@@ -860,7 +860,7 @@ class Session:
             state[key] = change(readable(value), self.random)
 
     def _load_other(self) -> None:
-        """The state of an optimizer of other precision."""
+        """Loads the state of an optimizer with other precision settings."""
         try:
             params = [nn.Parameter(readable(param).clone()) for param in self.params]
             arguments = self._drawn_arguments()
@@ -925,7 +925,7 @@ class Session:
             self._new_grads()
 
     def _in_backward(self) -> None:
-        """A backward pass that updates all params; a grad hook gives one of them another grad."""
+        """A backward pass that updates all params. A hook may change the grad of one of them."""
         if not self._is_clean or not all(type(p) is nn.Parameter and p.requires_grad for p in self.params):
             return
         module = nn.ParameterList(self.params)
@@ -950,8 +950,8 @@ class Session:
                 if remove:
                     remove()
 
-        # A pass is not all or nothing: a param is updated before the grad of the next is known. One that has failed
-        # leaves nodes behind, with which autograd takes a param for what it was then.
+        # A pass is not all or nothing: each param is updated before the next grad is known. A failed pass leaves nodes
+        # behind, through which autograd still sees a param as it was then.
         must = remove is None and not self._has_failed_in_backward
         if not self.call(f"step_in_backward(), a grad is {name if remove else 'plain'}", backward,
                          all_or_nothing=False, must=must):  # fmt: skip
@@ -962,7 +962,7 @@ class Session:
             self._new_grads()
 
     def _construct(self) -> None:
-        """Another optimizer, of arguments of all kinds."""
+        """Constructs another optimizer, with arguments of all kinds."""
         arguments: dict[str, Any] = {}
         for _ in range(self.random.randint(1, 3)):
             name = self.random.choice(list(SETTINGS))
@@ -977,7 +977,7 @@ class Session:
 
 
 def describe(value: Any) -> str:
-    """A value in the log; a tensor is not read, as its memory may be gone."""
+    """A value as the log shows it. A tensor is not read, because its memory may be gone."""
     if isinstance(value, Tensor):
         return f"a {type(value).__name__} of {value.dtype}, shape {tuple(value.shape)}, {value.device}"
     return repr(value)
@@ -987,7 +987,7 @@ CALLS_IN_A_SESSION = 40
 
 
 def run_session(seed: int, calls: int = CALLS_IN_A_SESSION, trace: Callable[[str], None] | None = None) -> int:
-    """Runs the session of a seed; the number of its calls. Raises Finding with the seed and the list of calls."""
+    """Runs the session of a seed; returns its number of calls. Raises Finding with the seed and the list of calls."""
     session = None
     try:
         session = Session(seed, trace)
@@ -999,7 +999,7 @@ def run_session(seed: int, calls: int = CALLS_IN_A_SESSION, trace: Callable[[str
 
 
 def run_many(seed: int, minutes: float, calls: int, report: Path | None = None) -> int:
-    """Runs sessions until the time or the number of calls is reached; the number of calls. Raises Finding."""
+    """Runs sessions until the time or the number of calls is reached; returns the calls made. Raises Finding."""
     end, done = time.monotonic() + 60 * minutes, 0
     while done < calls and time.monotonic() < end:
         if report:
@@ -1012,7 +1012,7 @@ def run_many(seed: int, minutes: float, calls: int, report: Path | None = None) 
 
 
 def add_emulated_cuda(op: Path) -> None:
-    """Has sessions take FusedAdam on the CUDA op that runs on the host too; built first if it is not there."""
+    """Adds FusedAdam on the emulated CUDA op, which runs on the CPU, to CLASSES. Builds the op if it is missing."""
     sys.path.insert(0, str(Path(__file__).resolve().parent.parent / "tests"))
     import cuda_emulation
     from optimizers import EmulatedFusedAdam
@@ -1028,7 +1028,7 @@ def add_emulated_cuda(op: Path) -> None:
 
 
 def child(options: argparse.Namespace) -> int:
-    """Runs sessions in this process; 1 after a finding."""
+    """Runs sessions in this process; returns 1 after a finding."""
     faulthandler.enable()
     warnings.simplefilter("ignore")
     torch.set_num_threads(options.threads)
@@ -1046,7 +1046,7 @@ def child(options: argparse.Namespace) -> int:
 
 
 def main(argv: list[str] | None = None, command: tuple[str, ...] = (sys.executable, __file__)) -> int:
-    """Runs sessions in child processes, made by `command`; 0 if there was no finding."""
+    """Runs sessions in child processes, started with `command`; returns 0 if there was no finding."""
     parser = argparse.ArgumentParser(description="Fuzzes the optimizers through their public API.")
     parser.add_argument("--minutes", type=float, default=math.inf, help="how long to run")
     parser.add_argument("--calls", type=float, default=math.inf, help="how many calls to make")

@@ -1,12 +1,12 @@
 #!/usr/bin/env bash
-# One command for a machine with an NVIDIA GPU: builds for it, runs all tests, the GPU's among them, watches some under
-# compute-sanitizer, benchmarks, and ends with a short table. Exit status 0 if all is well.
+# One command for a machine with an NVIDIA GPU: builds for it, runs all tests including those on the GPU, some of them
+# also under compute-sanitizer, benchmarks, and ends with a short table. Exits with status 0 if everything passed.
 #
-# Needs python3 with torch (a CUDA build) and pytest, nvcc and a C++ compiler; no network. Tests that need more than that
-# are left out, as pytest then says. Everything is built in a folder of its own, and nothing is installed.
+# Needs python3 with torch (a CUDA build) and pytest, nvcc and a C++ compiler; no network. Tests that need more are
+# skipped, and pytest says so. Everything is built in a separate folder, and nothing is installed.
 #
 #   PYTHON        the interpreter (default: python3)
-#   ADAMOPS_WORK  the folder to work in (default: a new one below /tmp, removed at the end)
+#   ADAMOPS_WORK  the working folder (default: a new one in /tmp, removed at the end)
 #   PARTS         which of "gpu-tests benchmark sanitizer all-tests" to run after the build (default: all, in this order)
 #
 # Arguments are passed to ci/gpu_bench.py, for example --elements 10000000.
@@ -26,7 +26,7 @@ fi
 
 table=()
 failed=0
-# run NAME COMMAND...: runs it, shows its output, and notes for the table how it ended and what its last line was.
+# run NAME COMMAND...: runs the command, shows its output, and notes its status and last line for the table.
 run() {
   local name=$1 start=$SECONDS status
   shift

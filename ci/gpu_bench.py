@@ -1,7 +1,7 @@
-"""Times FusedAdam on a GPU, in rounds, against torch's, apex' and DeepSpeed's, and against copying memory.
+"""Times FusedAdam on a GPU, in rounds, against the Adam of torch, apex and DeepSpeed, and against copying memory.
 
-Part of ci/gpu.sh. Needs torch only; peers take part where they are installed. Times are medians between two events on
-the GPU's stream, so they hold what the host takes where the GPU waits for it.
+Part of ci/gpu.sh. Needs torch only; peers are included if they are installed. Times are medians between two events on
+the GPU's stream, so they include host time whenever the GPU waits for the host.
 """
 
 from __future__ import annotations
@@ -21,14 +21,14 @@ GPU = "cuda"
 
 
 def gpt2_sizes(layers: int = 12, width: int = 768) -> list[int]:
-    """The sizes of a GPT-2's tensors: 124 M elements in 148 tensors as they stand here."""
+    """The tensor sizes of a GPT-2; by default 124 M elements in 148 tensors."""
     block = [width, width, 3 * width * width, 3 * width, width * width, width, width, width]
     block += [4 * width * width, 4 * width, 4 * width * width, width]
     return [50257 * width, 1024 * width, *(block * layers), width, width]
 
 
 def peers() -> dict[str, Callable]:
-    """Makers of the peers' optimizers: functions of params and whether masters are wanted, None if they cannot."""
+    """Factories of the peers' optimizers: they take the params and whether to keep masters; None if unsupported."""
     found: dict[str, Callable] = {
         "torch fused": lambda params, masters: None if masters else torch.optim.AdamW(params, **HYPER, fused=True),
         "torch foreach": lambda params, masters: None if masters else torch.optim.AdamW(params, **HYPER, foreach=True),
@@ -42,7 +42,7 @@ def peers() -> dict[str, Callable]:
     try:
         from deepspeed.ops.adam import FusedAdam as DeepSpeeds
 
-        DeepSpeeds([torch.nn.Parameter(torch.zeros(1, device=GPU))])  # its build at first use
+        DeepSpeeds([torch.nn.Parameter(torch.zeros(1, device=GPU))])  # triggers its build at first use
         found["DeepSpeed"] = lambda params, masters: None if masters else DeepSpeeds(params, **HYPER)
     except Exception as error:
         print(f"DeepSpeed does not take part: {type(error).__name__}: {str(error).strip().splitlines()[-1:]}")
@@ -60,7 +60,7 @@ def milliseconds(work: Callable[[], object]) -> float:
 
 
 def medians(calls: dict[str, Callable[[], object]], rounds: int) -> dict[str, float]:
-    """Each round has another order, the same in every run; the first three are not counted."""
+    """Each round has its own random order, the same in every run; the first three rounds are warm-up."""
     order = random.Random(0)
     times: dict[str, list[float]] = {name: [] for name in calls}
     for i in range(rounds + 3):
@@ -72,7 +72,7 @@ def medians(calls: dict[str, Callable[[], object]], rounds: int) -> dict[str, fl
 
 
 def copy_bandwidth(elements: int) -> float:
-    """Bytes a second of a copy from device memory to device memory, counting what is read and what is written."""
+    """The bandwidth of a device-to-device copy in bytes per second, counting both reads and writes."""
     source = torch.zeros(min(elements, 2**28), device=GPU)
     target = torch.empty_like(source)
     return 2 * source.nbytes / (medians({"copy": lambda: target.copy_(source)}, 20)["copy"] * 1e-3)
@@ -93,7 +93,7 @@ def case(title: str, sizes: list[int], dtype: torch.dtype, masters: bool, bandwi
             continue  # its states would be 16-bit
         try:
             optimizer = make(params, masters)
-        except Exception as error:  # a peer's own
+        except Exception as error:  # raised by a peer
             print(f"{name} does not take part in {title}: {type(error).__name__}: {error}")
             continue
         if optimizer is None:
@@ -113,7 +113,7 @@ def case(title: str, sizes: list[int], dtype: torch.dtype, masters: bool, bandwi
 
 
 def graph_of(optimizer: FusedAdam) -> Callable[[], None]:
-    """The optimizer's step as a CUDA graph."""
+    """The optimizer's step, captured in a CUDA graph."""
     optimizer.step()
     torch.cuda.synchronize()
     graph = torch.cuda.CUDAGraph()
@@ -123,12 +123,12 @@ def graph_of(optimizer: FusedAdam) -> Callable[[], None]:
 
 
 def less_precision(elements: int, bandwidth: float, rounds: int) -> None:
-    """A tensor in bfloat16, with 8-bit states and 24-bit masters; and clipping, step and zeroing beside torch's."""
+    """Times a bfloat16 tensor with 8-bit states and 24-bit masters; and clip, step and zeroing against torch's."""
     param = torch.nn.Parameter(torch.randn(elements, device=GPU, dtype=torch.bfloat16))
     param.grad = torch.randn_like(param)
     small = FusedAdam([param], **HYPER, state_dtype="8bit", master_weight_bits=24)
     took = medians({"step": small.step}, rounds)["step"]
-    each = 2 + 2 * 2 + 2 * 1 + 2 * 2 + 2 / 64  # grad in; param, rest and states in and out; scales
+    each = 2 + 2 * 2 + 2 * 1 + 2 * 2 + 2 / 64  # grad in; param, remainder and states in and out; scales
     part = each * elements / (took * 1e-3) / bandwidth
     print(
         f"\n8-bit states, 24-bit masters: {took:.3f} ms, {each:.2f} bytes an element, {part:.2f} of a copy's bandwidth"

@@ -2,8 +2,8 @@
 
     python ci/memory.py
 
-Every figure is a process' own memory, resident and at its peak (VmRSS, VmHWM), less what it had before the params were
-made. Each is measured in a new process, and nothing is computed from sizes.
+Every figure is a process's own memory, resident and peak (VmRSS, VmHWM), minus what it had before the params were
+created. Each is measured in a new process; none is computed from sizes.
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ STEPS = 3
 
 @dataclasses.dataclass(frozen=True)
 class Kind:
-    """The dtype of params and grads, and what is given to DeepSpeedCPUAdam (None: torch.optim.AdamW, fused)."""
+    """The dtype of params and grads, and the arguments of DeepSpeedCPUAdam (None: torch.optim.AdamW, fused)."""
 
     dtype: torch.dtype
     settings: dict[str, Any] | None
@@ -49,7 +49,7 @@ KINDS = {
 
 
 def memory(name: str) -> int:
-    """A figure of /proc/self/status in bytes."""
+    """A figure from /proc/self/status, in bytes."""
     lines = Path("/proc/self/status").read_text().splitlines()
     return next(int(line.split()[1]) * 1024 for line in lines if line.startswith(name))
 
@@ -62,9 +62,9 @@ def new_optimizer(kind: Kind, params: Any) -> Any:
 
 
 def of_a_step(name: str, elements: int) -> tuple[int, int]:
-    """Bytes for a param with its grad and what a step keeps, and at the peak."""
+    """Bytes kept for a param, its grad and its states, and bytes at the peak."""
     kind = KINDS[name]
-    warm = nn.Parameter(torch.ones(64, dtype=kind.dtype))  # what a first step loads is not the params'
+    warm = nn.Parameter(torch.ones(64, dtype=kind.dtype))  # what a first step loads must not count
     warm.grad = torch.ones_like(warm)
     new_optimizer(kind, [warm]).step()
     before = memory("VmRSS")
@@ -77,7 +77,7 @@ def of_a_step(name: str, elements: int) -> tuple[int, int]:
 
 
 def of_a_backward_pass(name: str, elements: int) -> tuple[int, int]:
-    """Bytes for training a model of many layers, with steps after or inside the backward pass."""
+    """Bytes kept and at the peak, for training a model of many layers with steps after or inside the backward pass."""
     width, layers = 1024, max(1, elements // 1024**2)
     torch.ones(8, 8).matmul(torch.ones(8, 8))
     before = memory("VmRSS")
@@ -96,14 +96,14 @@ MEASURES: dict[str, Callable[[str, int], tuple[int, int]]] = {"step": of_a_step,
 
 
 def measure(what: str, name: str, elements: int) -> tuple[float, float]:
-    """Bytes a param in a new process, kept and at the peak."""
+    """Bytes per param, kept and at the peak, measured in a new process."""
     command = [sys.executable, __file__, "--measure", what, name, "--elements", str(elements)]
     kept, peak = json.loads(subprocess.run(command, check=True, capture_output=True, text=True).stdout)
     return kept / elements, peak / elements
 
 
 def main() -> None:
-    """Measures all, and prints a table."""
+    """Measures every case, and prints a table."""
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
     parser.add_argument("--elements", type=int, default=100 * 1024**2, help="params (default: 100 Mi)")
     parser.add_argument("--measure", nargs=2, metavar=("WHAT", "NAME"), help=argparse.SUPPRESS)

@@ -1,12 +1,12 @@
-"""Makes what a release wheel is linked with, so that it runs on older systems than the one it was built on.
+"""Creates stub libraries for linking release wheels, so that they run on older systems than the one they are built on.
 
     LDFLAGS=$(python ci/old_glibc.py FOLDER)
 
-Since glibc 2.34 the functions of libpthread, libdl and librt lie in libc, each under a new symbol version beside the
-old one, and a linker takes the new. FOLDER gets a stand-in for each of the former libraries whose symbols have the
-newest version before 2.34; linked in front of libc, they make the linker take those. Printed are the flags for that,
-which also link libstdc++ into the extension and keep what nobody calls out of it. On an older glibc there is nothing to
-stand in for, and only the latter is left. Needs GCC and binutils.
+In glibc 2.34, the functions of libpthread, libdl and librt moved into libc. There each has a new symbol version next to
+the old one, and linkers choose the new one. FOLDER receives a stub for each former library, whose symbols have their
+newest version before 2.34. Linked ahead of libc, the stubs make the linker choose those versions. The script prints
+the linker flags, which also link libstdc++ statically and drop unused sections. With an older glibc there is nothing to
+stub, and only those two remain. Needs GCC and binutils.
 """
 
 import re
@@ -16,7 +16,7 @@ from collections import defaultdict
 from pathlib import Path
 
 MOVED = (2, 34)
-# Where functions were before that; all others, as far as they moved, were in libpthread.
+# Where the functions were before that; moved functions that match no other pattern were in libpthread.
 FORMER_LIBRARIES = {
     "libdl.so.2": r"dl\w+",
     "librt.so.1": r"(aio|lio|mq|shm|timer)_\w+",
@@ -24,7 +24,7 @@ FORMER_LIBRARIES = {
     "libanl.so.1": r"gai_\w+|getaddrinfo_a",
     "libpthread.so.0": r"(?!__libc_start_main)\w+",
 }
-# libstdc++ asks libc (2.32) whether there are other threads, to save atomic operations if not. There are.
+# libstdc++ asks libc (since 2.32) whether the process is single-threaded, to skip atomic operations. It is not.
 THREADS = '__attribute__((visibility("hidden"))) char __libc_single_threaded = 0;\n'
 
 
@@ -33,7 +33,7 @@ def output(*command: str) -> str:
 
 
 def moved_functions(libc: str) -> dict[str, str]:
-    """The functions that were in another library once, each with its newest symbol version from that time."""
+    """The functions that moved into libc, each with its newest symbol version from before the move."""
     versions: dict[str, set[tuple[int, ...]]] = defaultdict(set)
     for number, name in re.findall(r"\s\(?GLIBC_([\d.]+)\)?\s+(\w+)$", output("objdump", "-T", libc), re.MULTILINE):
         versions[name].add(tuple(map(int, number.split("."))))
@@ -45,7 +45,7 @@ def moved_functions(libc: str) -> dict[str, str]:
 
 
 def write_stand_in(library: Path, functions: dict[str, str]) -> None:
-    """A shared library of that name which has these functions under these versions, and does nothing."""
+    """Writes a shared library of that name, with these functions under these versions and with empty bodies."""
     source, script = library.with_suffix(".c"), library.with_suffix(".map")
     source.write_text("".join(f"void {name}(void) {{}}\n" for name in functions))
     script.write_text(
@@ -71,7 +71,7 @@ def main(folder: Path) -> None:
     (folder / "threads.c").write_text(THREADS)
     output("gcc", "-fPIC", "-c", str(folder / "threads.c"), "-o", str(folder / "threads.o"))
     output("ar", "rcsD", str(folder / "libthreads.a"), str(folder / "threads.o"))
-    # The stand-ins come after libstdc++, which needs them too.
+    # The stubs come after libstdc++, which needs them too.
     static = ["-Wl,-Bstatic", "-lstdc++", "-lthreads", "-Wl,-Bdynamic"]
     print("-Wl,--gc-sections", f"-L{folder.resolve()}", *static, *stand_ins)
 

@@ -1,10 +1,10 @@
-"""Trains a small transformer with the states and params of less precision, and compares the losses with float32's.
+"""Trains a small transformer with low-precision states and params, and compares the losses with float32's.
 
     python ci/quality.py --json quality.json --plot docs/quality.png
 
-Text, model and schedule are the demo's (ci/demo.py), the model smaller. A seed decides the start and the batches of a
-run, so each run has its like in float32. Params of 16 bits are updated under grads of 16 bits, and the model computes
-with their values in float32: what differs is what the optimizer keeps. The loss of a run is the mean over its last
+Text, model and schedule are those of ci/demo.py, with a smaller model. The seed determines a run's initial weights and
+batches, so each run has a counterpart in float32. 16-bit params are updated with 16-bit grads, and the model computes
+with their values in float32, so that only what the optimizer keeps differs. The loss of a run is the mean over its last
 tenth.
 """
 
@@ -34,7 +34,7 @@ SIZE = Size(context=64, batch=16, width=96, heads=4, blocks=2)
 
 @dataclasses.dataclass(frozen=True)
 class Kind:
-    """The dtype of params, and what is given to DeepSpeedCPUAdam (None: torch.optim.AdamW)."""
+    """The dtype of params, and the arguments of DeepSpeedCPUAdam (None: torch.optim.AdamW)."""
 
     param: torch.dtype
     settings: dict[str, Any] | None
@@ -58,7 +58,7 @@ KINDS = {
 
 
 def train(job: tuple[str, int, int]) -> tuple[str, int, list[float]]:
-    """A run of a kind with a seed, for so many steps: its losses."""
+    """Trains one job (kind, seed, number of steps); returns the kind, the seed and the losses."""
     name, seed, steps = job
     kind = KINDS[name]
     torch.set_num_threads(1)
@@ -94,7 +94,7 @@ def train(job: tuple[str, int, int]) -> tuple[str, int, list[float]]:
 
 
 def train_all(names: list[str], seeds: list[int], steps: int, jobs: int) -> dict[str, dict[int, Run]]:
-    """The runs of each kind, by seed, `jobs` at a time in processes of one thread."""
+    """The runs of each kind, by seed; `jobs` runs at a time, in single-threaded processes."""
     todo = [(name, seed, steps) for seed in seeds for name in names]
     runs: dict[str, dict[int, Run]] = {name: {} for name in names}
     with multiprocessing.get_context("spawn").Pool(jobs) as pool, Progress() as progress:
@@ -106,12 +106,12 @@ def train_all(names: list[str], seeds: list[int], steps: int, jobs: int) -> dict
 
 
 def mean_loss(runs: dict[int, Run]) -> float:
-    """The mean over the seeds."""
+    """The mean final loss over the seeds."""
     return statistics.fmean(run.final_loss() for run in runs.values())
 
 
 def print_table(runs: dict[str, dict[int, Run]], console: Console) -> None:
-    """The loss of each kind, by seed and on average, and how it compares."""
+    """Prints each kind's loss, by seed and on average, and how it compares with float32's."""
     reference = mean_loss(runs[FP32])
     seeds = sorted(runs[FP32])
     table = Table("params and states", *(f"seed {seed}" for seed in seeds), "mean", "to float32")
@@ -124,7 +124,7 @@ def print_table(runs: dict[str, dict[int, Run]], console: Console) -> None:
 
 
 def plot(runs: dict[str, dict[int, Run]], path: Path) -> None:
-    """The loss over the steps, and beside it the losses at the end, against float32's of the same seed."""
+    """Plots the loss over the steps and, next to it, the final losses relative to float32's with the same seed."""
     import matplotlib
 
     matplotlib.use("Agg")
@@ -136,7 +136,7 @@ def plot(runs: dict[str, dict[int, Run]], path: Path) -> None:
         mean = smoothed(
             [statistics.fmean(losses) for losses in zip(*(run.losses for run in own.values()), strict=True)]
         )
-        shown = len(mean) - len(mean) // 50  # after that a mean is of few steps
+        shown = len(mean) - len(mean) // 50  # beyond that, a mean covers only a few steps
         curves.plot(range(1, shown + 1), mean[:shown], color=KINDS[name].color, linewidth=1.4, label=name)
         relative = [100 * (run.final_loss() / runs[FP32][seed].final_loss() - 1) for seed, run in own.items()]
         ends.plot(relative, [-i] * len(relative), "o", color=KINDS[name].color, alpha=0.6)

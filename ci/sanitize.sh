@@ -1,8 +1,8 @@
 #!/usr/bin/env bash
-# Builds the CPU op with the address and undefined-behaviour sanitizers, in a folder of its own, and fuzzes it.
-# Arguments go to ci/fuzz.py (--minutes 5 unless given); PYTHON names an interpreter with torch, setuptools, pybind11 and
-# py-cpuinfo. SANITIZED_BUILD names the folder, build/sanitized unless set; an op that is there already is used unless its
-# sources are newer.
+# Builds the CPU op with the address and undefined-behaviour sanitizers, in a separate folder, and fuzzes it.
+# Arguments are passed to ci/fuzz.py (default: --minutes 5). PYTHON names an interpreter with torch, setuptools,
+# pybind11 and py-cpuinfo. SANITIZED_BUILD names the folder (default: build/sanitized). An op built there before is
+# reused unless its sources are newer.
 set -euo pipefail
 cd "$(dirname "$0")/.."
 python=${PYTHON:-python3}
@@ -10,7 +10,7 @@ folder=${SANITIZED_BUILD:-$PWD/build/sanitized}
 # Without recovery, undefined behaviour ends the process, which is a finding.
 sanitizers="-fsanitize=address,undefined -fno-sanitize-recover=undefined"
 
-"$python" setup.py -q build_py --build-lib "$folder/lib"  # Python's part is copied each time
+"$python" setup.py -q build_py --build-lib "$folder/lib"  # the Python files are copied every time
 op=$(compgen -G "$folder/lib/adamops/_native/cpu_adam*.so" || true)
 if [[ -z $op || -n $(find csrc op_builder -type f ! -name '*.pyc' -newer "$op" -print -quit) ]]; then
     CXX=${CXX:-g++} CXXFLAGS="$sanitizers -fno-omit-frame-pointer -g1" LDFLAGS="$sanitizers" \
@@ -19,7 +19,7 @@ if [[ -z $op || -n $(find csrc op_builder -type f ! -name '*.pyc' -newer "$op" -
 fi
 
 (($#)) || set -- --minutes 5
-# Python itself is not built with the sanitizers, so their runtimes have to be there first.
+# Python itself is not built with the sanitizers, so their runtimes must be preloaded.
 preload="$("${CXX:-g++}" -print-file-name=libasan.so) $("${CXX:-g++}" -print-file-name=libubsan.so)"
 exec env LD_PRELOAD="$preload" ASAN_OPTIONS="detect_leaks=0:allocator_may_return_null=1" UBSAN_OPTIONS=print_stacktrace=1 \
     PYTHONPATH="$folder/lib" "$python" ci/fuzz.py "$@"

@@ -1,10 +1,10 @@
-"""Tries an installed wheel with whatever torch there is, in half a minute; prints a row for docs/wheels.md.
+"""Smoke-tests an installed wheel with the torch that is installed, in half a minute; prints a row for docs/wheels.md.
 
     python ci/smoke.py
 
-Both optimizers train params on the CPU to the bits that they have everywhere, save and load; every SIMD target of
-this CPU has the right bits; the report finds both ops prebuilt; and the process holds one OpenMP runtime. Needs adamops
-and torch, and no tool on PATH.
+Checks that both optimizers train params on the CPU to the recorded bits, also after saving and loading; that every SIMD
+target of this CPU gives the recorded bits; that the report finds both ops prebuilt; and that the process has a single
+OpenMP runtime. Needs adamops and torch, and no tools on PATH.
 """
 
 import hashlib
@@ -26,18 +26,18 @@ import kernel_check  # noqa: E402
 
 SHAPES = ((1,), (31,), (64, 33), (20_001,))
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
-# Of the params after training; see kernel_check.DIGEST for when it may change.
+# The digest of the params after training; see kernel_check.DIGEST for when it may change.
 TRAINED = "83a35ab9e6988a00cec23cc3de50599ccab7d9cc844d755fc25e6dfd7414436f"
 
 
 def drawn(rng: random.Random, shape: tuple[int, ...]) -> torch.Tensor:
-    """Values that every release of Python and torch draws the same."""
+    """Random values that are the same in every release of Python and torch."""
     count = torch.Size(shape).numel()
     return torch.tensor([rng.randrange(-(2**23), 2**23) for _ in range(count)]).div(2.0**20).reshape(shape)
 
 
 class Training:
-    """Params of all dtypes with an optimizer, fed grads that only the step determines."""
+    """Params of all dtypes with an optimizer, and grads that depend only on the step."""
 
     def __init__(self, make):
         rng = random.Random(1)

@@ -1,7 +1,7 @@
-"""Lays the package out in a folder as an installation would, its ops built for this machine: `stage.py FOLDER`.
+"""Lays out the package in a folder as an installation would, with its ops built for this machine: `stage.py FOLDER`.
 
-For machines without pip's build tools: needs a C++ compiler, nvcc for the CUDA op, and pybind11's headers, of which
-torch brings a copy. The folder is to be put on PYTHONPATH.
+For machines without pip's build tools. Needs a C++ compiler, nvcc for the CUDA op, and pybind11's headers, of which
+torch bundles a copy. Put the folder on PYTHONPATH to use it.
 """
 
 import importlib
@@ -19,7 +19,7 @@ def main(folder: Path) -> int:
     for source, target in (("adamops", package), ("op_builder", package / "op_builder"), ("csrc", package / "csrc")):
         shutil.copytree(ROOT / source, target, ignore=ignore)
     sys.path.insert(0, str(folder))
-    importlib.invalidate_caches()  # the folder may have been on the path before it was there
+    importlib.invalidate_caches()  # the folder may have been on sys.path before it existed
     op_builder = importlib.import_module("adamops.op_builder")
     compile_module = importlib.import_module("adamops.op_builder.compile")
     status = 0

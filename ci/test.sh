@@ -1,7 +1,7 @@
 #!/usr/bin/env bash
-# Runs all tests against the installed package, in an environment of its own. Needs Python 3.10+ with venv and a C++ compiler.
-# ADAMOPS_TEST_ENV names the folder of the environment (.venv-test unless set), PYTHON the interpreter, and arguments go to
-# pytest.
+# Runs the linters, and the tests against the installed package, in a separate environment. Needs Python 3.10+ with venv
+# and a C++ compiler. ADAMOPS_TEST_ENV names the environment's folder (default: .venv-test), PYTHON the interpreter.
+# Arguments are passed to pytest.
 set -euo pipefail
 cd "$(dirname "$0")/.."
 environment=${ADAMOPS_TEST_ENV:-.venv-test}
@@ -11,11 +11,11 @@ python=$PWD/$environment/bin/python
 [[ $environment = /* ]] && python=$environment/bin/python
 "$python" -m pip install --quiet --upgrade pip
 
-# The CPU build of torch suffices; a plain `torch` may bring several GB of CUDA libraries.
+# The CPU build of torch is enough; a plain `torch` may bring several GB of CUDA libraries.
 "$python" -m pip install --quiet torch==2.13.0
 "$python" -m pip install --quiet ".[test,demo]"
 
-# The tests on other CPUs need QEMU's user emulation and a cross compiler; without them they are skipped, and say so.
+# The tests on other CPUs need QEMU's user emulation and a cross compiler; without them they are skipped with a message.
 packages=()
 command -v qemu-x86_64 >/dev/null || packages+=(qemu-user)
 command -v aarch64-linux-gnu-g++ >/dev/null || packages+=(g++-aarch64-linux-gnu)
@@ -32,5 +32,5 @@ git ls-files 'csrc/*.cpp' 'csrc/*.h' 'csrc/*.cu' 'csrc/*.cuh' 'tests/*.h' 'tests
   xargs "$bin/clang-format" --dry-run --Werror
 
 (cd / && "$python" -m adamops.report)
-# What takes long under frameworks, and frameworks that are not torch's, are for ci/frameworks.sh.
+# Slow framework tests, and tests with frameworks other than torch, are left to ci/frameworks.sh.
 exec "$bin/pytest" -n auto --dist worksteal -m "not (frameworks and slow)" "$@"

@@ -1,11 +1,11 @@
 #!/usr/bin/env bash
-# Tries release wheels with several releases of torch: installs each into a fresh environment and runs ci/smoke.py there,
-# with nothing on PATH.
+# Tries release wheels with several releases of torch: installs each into a fresh environment and runs ci/smoke.py
+# there, with nothing else on PATH.
 #
 #     bash ci/torch_matrix.sh [FOLDER [PYTHON=TORCH ...]]
 #
-# FOLDER (dist) has the wheels, of ci/wheel.sh, and its runs.md gets a row for each run. Takes some GB and minutes for
-# each torch built for CUDA.
+# FOLDER (default: dist) holds the wheels from ci/wheel.sh. Each run appends a row to its runs.md. Every CUDA build of
+# torch takes several GB and minutes.
 set -euo pipefail
 cd "$(dirname "$0")/.."
 out=$(cd "${1:-dist}" && pwd)
@@ -21,7 +21,7 @@ for run in "${runs[@]}"; do
     printf '\n== %s with torch %s\n' "$tag" "$torch"
     "$python" -m venv --clear "$work/environment"
     "$work/environment/bin/pip" install -q --upgrade pip
-    # setuptools: some releases of torch import it without saying so.
+    # setuptools: some releases of torch import it without declaring it.
     "$work/environment/bin/pip" install -q setuptools "torch==$torch" "$(ls "$out"/adamops-*-"$tag"-*.whl)"
     env -i HOME="$work" PATH="$work/environment/bin" "$work/environment/bin/python" ci/smoke.py | tee -a "$out/runs.md"
 done

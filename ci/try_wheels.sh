@@ -1,13 +1,13 @@
 #!/usr/bin/env bash
-# Tries release wheels as a user has them: installs each into a fresh environment without network, compiler or nvcc, shows
-# the report, and runs the kernels of every SIMD target, on this CPU and on others that QEMU plays.
+# Tries release wheels as a user would: installs each into a fresh environment without network, compiler or nvcc, shows
+# the report, and runs the kernels of every SIMD target, on this CPU and on others that QEMU emulates.
 #
 #     PYTHONS="python3.11 python3.12" bash ci/try_wheels.sh [FOLDER]
 #
-# FOLDER (dist) has the wheels, of ci/wheel.sh, and its runs.md gets a row for each run, for docs/wheels.md.
-#   PYTHONS        the interpreters, separated by spaces: python3 unless set
-#   WHEEL_TORCH    what the environments get for torch: torch==2.13.0 unless set, which for most Pythons brings some GB of
-#                  CUDA libraries. Empty for none: then only what needs no torch is tried
+# FOLDER (default: dist) holds the wheels from ci/wheel.sh. Each run appends a row for docs/wheels.md to its runs.md.
+#   PYTHONS        the interpreters, separated by spaces (default: python3)
+#   WHEEL_TORCH    the torch to install (default: torch==2.13.0, which for most Pythons brings several GB of CUDA
+#                  libraries). Empty for none: then only what needs no torch is tried
 set -euo pipefail
 cd "$(dirname "$0")/.."
 here=$PWD
@@ -25,7 +25,7 @@ if unshare -rn true 2>/dev/null; then
 else
     echo "this system does not allow a process without network; pip has no index all the same"
 fi
-# Runs a command of the fresh environment: nothing else on PATH, no index for pip, and no network.
+# Runs a command in the fresh environment, with nothing else on PATH, no index for pip, and no network.
 alone() {
     (cd "$work/home" && env -i HOME="$PWD" PATH="$fresh/bin" PIP_NO_INDEX=1 PIP_CONFIG_FILE=/dev/null "${offline[@]}" "$@")
 }

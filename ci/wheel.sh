@@ -1,14 +1,15 @@
 #!/usr/bin/env bash
-# Builds what is released, and tries it: the sdist, and for each CPython from 3.10 to 3.14 that it finds a wheel with all
-# SIMD targets and CUDA architectures for manylinux. Each wheel is built twice, to the same bytes, and then tried by
-# ci/try_wheels.sh.
+# Builds a release and tries it: the sdist, and a manylinux wheel with all SIMD targets and CUDA architectures for each
+# CPython from 3.10 to 3.14 that it finds. Each wheel is built twice, which must give the same bytes, and is then tried
+# by ci/try_wheels.sh.
 #
 #     bash ci/wheel.sh [FOLDER]
 #
-# FOLDER (dist) gets the files and runs.md, the rows of the table in docs/wheels.md. Needs GCC, binutils and nvcc on PATH.
+# FOLDER (default: dist) receives the files, and runs.md with the rows of the table in docs/wheels.md. Needs GCC,
+# binutils and nvcc on PATH.
 #   PYTHONS        the interpreters, separated by spaces, instead of those it finds
-#   WHEEL_TORCH    for ci/try_wheels.sh
-#   ADAMOPS_CUDA_ARCHS   fewer architectures, for a quick look; check_wheel.py then refuses the wheel
+#   WHEEL_TORCH    passed on to ci/try_wheels.sh
+#   ADAMOPS_CUDA_ARCHS   fewer architectures, for a quick trial; check_wheel.py then refuses the wheel
 set -euo pipefail
 cd "$(dirname "$0")/.."
 mkdir -p "${1:-dist}"
@@ -18,7 +19,7 @@ trap 'rm -rf "$work"' EXIT
 
 say() { printf '\n== %s\n' "$*"; }
 
-# Whether an interpreter runs, is of a version that is released for, and can build extensions.
+# Whether an interpreter runs, has a version that we release for, and can build extensions.
 usable() {
     "$1" - 2>/dev/null <<'PY'
 import pathlib, sys, sysconfig, venv
@@ -68,14 +69,14 @@ tar --sort=name --mtime="@$SOURCE_DATE_EPOCH" --owner=0 --group=0 --numeric-owne
     -C "$work/unpacked" -c "$(ls "$work/unpacked")" | gzip -9n >"$sdist"
 sha256sum "$sdist"
 
-# Builds the wheel of an interpreter's environment into a folder, from the sdist alone.
+# Builds the wheel for an interpreter's environment into a folder, from the sdist alone.
 build() {
     "$1/bin/pip" wheel -q --no-deps -w "$2/raw" "$sdist"
     PATH="$work/tools/bin:$PATH" auditwheel repair --plat auto --strip -w "$2" "$2"/raw/*.whl 2>"$2/log" ||
         { cat "$2/log" >&2; return 1; }
 }
 
-# Whether two wheels are the same file; what differs in them if not.
+# Whether two wheels are byte-identical; if not, prints what differs.
 same() {
     cmp -s "$@" && { echo "two builds, the same bytes"; return; }
     "$work/tools/bin/python" - "$@" <<'PY'

@@ -1,4 +1,5 @@
-// A column of a table that Python hands over: a list of ints, read without the cost of a generic conversion.
+// One column of a table passed from Python: a list of ints, read without the cost of a generic conversion. Must not
+// know what the numbers mean.
 #pragma once
 
 #include <pybind11/pybind11.h>
@@ -28,7 +29,7 @@ class Column {
   const pybind11::list& values_;
 };
 
-// A column that may be left out: None, and all its entries are 0.
+// An optional column: if it is None, all its entries are 0.
 class OptionalColumn {
  public:
   OptionalColumn(const pybind11::object& values, size_t expected, const char* name)

@@ -1,5 +1,5 @@
-// What the Python modules of CPU ops have in common: the choice among the SIMD targets in the binary, and the split of
-// tensors over torch's threads. It must not know what an op computes.
+// What the Python modules of the CPU ops share: selecting one of the SIMD targets in the binary, and splitting tensors
+// over torch's threads. Must not know what an op computes.
 #pragma once
 
 #include <pybind11/pybind11.h>
@@ -17,8 +17,8 @@
 #include "simd/cpu_features.h"
 
 // Declares `const Target target` in the namespace of each SIMD target of the build, to be defined by the kernel's
-// source, and the list of them. ADAMOPS_TARGETS(X) comes from the build (op_builder/cpu.py): X(avx512) X(avx2)
-// X(baseline), say, best first. Use in namespace adamops, with ADAMOPS_TARGET_TYPE defined.
+// source, and lists the targets. The build (op_builder/cpu.py) supplies ADAMOPS_TARGETS(X), best target first:
+// X(avx512) X(avx2) X(baseline), for example. Use in namespace adamops, with ADAMOPS_TARGET_TYPE defined.
 #define ADAMOPS_DECLARE_TARGET(name)       \
   namespace name {                         \
   extern const ADAMOPS_TARGET_TYPE target; \
@@ -27,7 +27,7 @@
 
 namespace adamops {
 
-// The SIMD targets of an op, and the one in use. A Target has a `name` and `required_features`, of cpu_features.h.
+// The SIMD targets of an op, and the one in use. A Target has a `name` and its `required_features` (cpu_features.h).
 template <class Target>
 class SimdTargets {
  public:
@@ -35,7 +35,7 @@ class SimdTargets {
 
   const Target& in_use() const { return *in_use_.load(); }
 
-  // Takes the best target for this CPU, and makes Python know of the targets.
+  // Selects the best target for this CPU, and binds the functions that list and change targets.
   void bind(pybind11::module_& module) {
     in_use_ = best();
     if (!in_use_.load()) throw pybind11::import_error("this op was built without a SIMD target that this CPU can run");
@@ -88,8 +88,8 @@ class SimdTargets {
 // Below this, waking a thread costs more than it saves (measured: docs/dev/decisions.md).
 constexpr int64_t kLeastElementsPerPart = 8192;
 
-// Runs visit(tensor index, begin, end) over all elements of tensors of these sizes, on at most `threads` threads,
-// without the GIL.
+// Calls visit(tensor index, begin, end) until it has covered all elements of tensors of these sizes, on at most
+// `threads` threads and without the GIL.
 template <class Visit>
 void for_each_piece(const std::vector<int64_t>& sizes, int threads, const Visit& visit) {
   const GilRelease release;

@@ -1,6 +1,7 @@
-// Reads torch tensors from C++ without torch's headers: the part of the DLPack C exchange ABI that this takes, declared
+// Reads torch tensors from C++ without torch's headers. Declares the part of the DLPack C exchange ABI that this takes,
 // from its published layout (dlpack.h, version 1.3, DLPackExchangeAPI). torch offers it since 2.10, as
-// Tensor.__dlpack_c_exchange_api__; it describes a tensor in some 20 ns, where each of its Python attributes costs 50.
+// Tensor.__dlpack_c_exchange_api__. It describes a tensor in some 20 ns, while a single Python attribute of a tensor
+// costs 50.
 #pragma once
 
 #include <cstdint>
@@ -20,7 +21,7 @@ struct DlTensor {
   uint64_t byte_offset;
 };
 
-constexpr int32_t kDlCpu = 1;  // the default; Python names other devices
+constexpr int32_t kDlCpu = 1;  // the default; Python passes the types of other devices
 constexpr uint8_t kDlInt = 0, kDlUInt = 1, kDlFloat = 2, kDlBfloat = 4;
 
 struct DlExchangeApi {
@@ -30,7 +31,7 @@ struct DlExchangeApi {
   void* managed_tensor_allocator;
   void* managed_tensor_from_py_object;
   void* managed_tensor_to_py_object;
-  // Describes a tensor without owning it; 0, or -1 with a Python exception set.
+  // Describes a tensor without taking ownership. Returns 0, or -1 with a Python exception set.
   int (*tensor_from_py_object)(void* py_object, DlTensor* out);
   void* current_work_stream;
 };

@@ -1,5 +1,5 @@
-// The floating-point control register of the calling thread. A program may have turned on flushing of subnormals, or
-// another rounding mode, in one thread only (torch.set_flush_denormal does); results must not depend on it.
+// The floating-point control register of the calling thread. A program may flush subnormals to zero
+// (torch.set_flush_denormal does), or change the rounding mode, in one thread only. Results must not depend on it.
 #pragma once
 
 #include <cstdint>
@@ -10,14 +10,14 @@
 
 namespace adamops {
 
-// Nearest-even, subnormals kept, no traps.
+// Round to nearest even, subnormals kept, no traps.
 #if defined(__SSE2__)
 constexpr uint64_t kDefaultFloatControl = 0x1F80;
 #else
 constexpr uint64_t kDefaultFloatControl = 0;
 #endif
 
-// Sets the control register and returns what it was. Does nothing on other architectures than x86-64 and AArch64.
+// Sets the control register and returns its former value. Does nothing on architectures other than x86-64 and AArch64.
 inline uint64_t set_float_control([[maybe_unused]] uint64_t value) {
 #if defined(__SSE2__)
   const unsigned before = _mm_getcsr();
@@ -32,8 +32,9 @@ inline uint64_t set_float_control([[maybe_unused]] uint64_t value) {
 #endif
 }
 
-// The default environment while an object lives. For code behind a call that the compiler cannot look into, as
-// arithmetic in the same function may be moved past the change: otherwise use in_default_float_environment().
+// Sets the default environment for the lifetime of the object. Only safe if the arithmetic is behind a call that the
+// compiler cannot look into, since it may move arithmetic in the same function past the change. Otherwise use
+// in_default_float_environment().
 class DefaultFloatEnvironment {
  public:
   DefaultFloatEnvironment() : saved_(set_float_control(kDefaultFloatControl)) {}

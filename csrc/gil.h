@@ -1,4 +1,4 @@
-// Releases the GIL while C++ works. Must not know what the work is.
+// Releases the GIL while C++ code runs. Must not know what that code does.
 #pragma once
 
 #include <Python.h>
@@ -6,17 +6,18 @@
 
 namespace adamops {
 
-// Releases the GIL while an object lives, as pybind11::gil_scoped_release does, but for a daemon thread that comes back
-// when the interpreter is being finalized. Python before 3.14 ends such a thread with pthread_exit(), which unwinds the
-// stack through this destructor, and so through functions that are noexcept: std::terminate(). And objects on the way
-// would drop references without the GIL. So the thread stays here until the process ends, as Python 3.14 does itself.
+// Releases the GIL for the lifetime of the object, like pybind11::gil_scoped_release, except in a daemon thread that
+// returns while the interpreter is being finalized. Python before 3.14 ends such a thread with pthread_exit(), which
+// unwinds the stack through this destructor and other noexcept functions: std::terminate(). Objects on the way would
+// also release their references without the GIL. So the thread stays here until the process ends, as Python 3.14 does
+// itself.
 class GilRelease {
  public:
   GilRelease() : thread_(PyEval_SaveThread()) {}
   ~GilRelease() {
     try {
       PyEval_RestoreThread(thread_);
-    } catch (...) {  // the unwinding by pthread_exit(); leaving this block would go on with it
+    } catch (...) {  // the unwinding of pthread_exit(); leaving this handler would continue it
       for (;;) pause();
     }
   }

@@ -1,4 +1,4 @@
-// OpenMP found at run time, the fork case, and the cutting of a list of tensors. Knows nothing of what the parts do.
+// Finds OpenMP at run time, handles fork(), and splits a list of tensors. Must not know what the parts do.
 #include "parallel.h"
 
 #include <dlfcn.h>
@@ -22,7 +22,7 @@ namespace adamops {
 
 namespace {
 
-// libgomp's entry points; LLVM's and Intel's libomp have them too.
+// libgomp's entry points, which LLVM's and Intel's libomp have too.
 struct OpenMp {
   void (*parallel)(void (*)(void*), void*, unsigned threads, unsigned flags);
   int (*thread_num)();
@@ -31,7 +31,7 @@ struct OpenMp {
   explicit operator bool() const { return parallel && thread_num && num_threads; }
 };
 
-// A function of the process by name, looked up until it is found. Without a lock, which a fork could leave locked.
+// A function of the process, looked up by name until it is found. Takes no lock, which a fork could leave locked.
 template <class Function>
 Function symbol(std::atomic<Function>& kept, const char* name) {
   Function found = kept.load(std::memory_order_relaxed);
@@ -42,8 +42,8 @@ Function symbol(std::atomic<Function>& kept, const char* name) {
   return found;
 }
 
-// torch loads its runtime with global visibility, under a file name that differs between releases, so it is asked for
-// by symbol. Asked again until it is found, since this code may be loaded before torch.
+// torch loads its runtime with global visibility, under a file name that differs between releases, so look it up by
+// symbol. Repeat until it is found, since this code may be loaded before torch.
 OpenMp find_openmp() {
   static std::atomic<decltype(OpenMp::parallel)> parallel;
   static std::atomic<decltype(OpenMp::thread_num)> thread_num;
@@ -64,20 +64,20 @@ void run_parts(const Region& region, int first, int stride) {
   for (int part = first; part < region.parts; part += stride) region.body(region.context, part);
 }
 
-// The runtime may grant fewer threads than asked for, so parts are dealt out by what there is.
+// The runtime may grant fewer threads than requested, so distribute the parts over the actual team.
 void run_in_team(void* argument) {
   const Region& region = *static_cast<const Region*>(argument);
   run_parts(region, region.openmp.thread_num(), region.openmp.num_threads());
 }
 
-// As many as there are cores for this process: more only wait for each other, and the runtime ends the process where
-// the system refuses it one.
+// The number of cores available to this process. More threads would only wait for each other, and the runtime ends the
+// process if the system refuses it a thread.
 unsigned most_threads() {
   static const unsigned most = std::max(1u, std::thread::hardware_concurrency());
   return most;
 }
 
-// Whether the system grants so many threads at once.
+// Whether the system can start this many threads at once.
 bool grants(unsigned count) {
   std::vector<std::thread> threads;
   bool granted = true;
@@ -92,16 +92,16 @@ bool grants(unsigned count) {
 
 void run_region(Region& region) {
   const unsigned threads = std::min(static_cast<unsigned>(region.parts), most_threads());
-  // Where far more are wanted than there are cores, torch may have taken all that there are: torch.set_num_threads()
-  // starts some for pools of its own.
+  // If the caller wants far more threads than there are cores, torch may have used up all that the system allows:
+  // torch.set_num_threads() starts threads for torch's own pools.
   constexpr unsigned kAbsurd = 16;
   if (static_cast<unsigned>(region.parts) > kAbsurd * threads && !grants(threads)) return run_parts(region, 0, 1);
   region.openmp.parallel(run_in_team, &region, threads, 0);
 }
 
-// Whether this process came from fork() without an exec() since, however long before this code was loaded; false where
-// the system does not tell. Linux marks it in the flags of /proc/self/stat, the seventh field after the name in
-// parentheses (proc(5); PF_FORKNOEXEC of linux/sched.h).
+// Whether this process came from fork() without an exec() since, however long before this code was loaded; false if the
+// system does not tell. On Linux, the flags in /proc/self/stat say so: the seventh field after the name in parentheses
+// (proc(5); PF_FORKNOEXEC of linux/sched.h).
 bool is_forked_child() {
   constexpr unsigned kForkedWithoutExec = 0x40;
   char text[512];
@@ -119,8 +119,8 @@ bool is_forked_child() {
 const pid_t process_at_load = getpid();
 const bool loaded_in_a_forked_child = is_forked_child();
 
-// Whether the calling thread is the one that survived a fork. Its team did not, but libgomp still believes in it, if
-// there was one, and would wait for it forever. Threads started since have none but their own.
+// Whether the calling thread is the one that survived a fork. Its OpenMP team, if it had one, did not survive, but
+// libgomp does not know that and would wait for it forever. Threads started after the fork get teams of their own.
 bool has_survived_a_fork() {
   const pid_t process = getpid();
   if (process == process_at_load && !loaded_in_a_forked_child) return false;

@@ -1,5 +1,5 @@
-// Splits work over the threads that torch already has. Knows of OpenMP only the three entry points of the GNU ABI,
-// which it looks up in the running process: adamops never brings an OpenMP runtime of its own.
+// Splits work over the threads that torch already has. Must not know more of OpenMP than the three entry points of the
+// GNU ABI, looked up in the running process: adamops never brings an OpenMP runtime of its own.
 #pragma once
 
 #include <cstddef>
@@ -8,9 +8,9 @@
 
 namespace adamops {
 
-// Calls body(context, part) for every part in [0, parts), on as many of the process' OpenMP threads as it grants, and
-// returns when all are done. Runs everything on the calling thread where the process has no OpenMP runtime. Every part
-// runs with the default floating-point environment (nearest-even, subnormals kept), whatever the thread had set.
+// Calls body(context, part) for every part in [0, parts), and returns when all are done. Uses as many of the process's
+// OpenMP threads as the runtime grants; without an OpenMP runtime, everything runs on the calling thread. Every part
+// runs in the default floating-point environment (nearest-even, subnormals kept), whatever the thread had set.
 void parallel_for(int parts, void (*body)(void* context, int part), void* context);
 
 template <class Body>
@@ -19,12 +19,12 @@ void parallel_for(int parts, const Body& body) {
       parts, [](void* context, int part) { (*static_cast<const Body*>(context))(part); }, const_cast<Body*>(&body));
 }
 
-// The file that holds the OpenMP runtime in use; empty where the process has none.
+// The file of the OpenMP runtime in use; empty if the process has none.
 const char* openmp_runtime();
 
-// Cuts the elements of a list of tensors, laid end to end, into parts of about the same size. A part starts at a
-// multiple of kGrain elements of its tensor, so no two threads write to one cache line of it; and it depends on nothing
-// but the sizes and the number of parts, so that each thread meets the same memory at every step.
+// Splits the elements of a list of tensors, laid end to end, into parts of about equal size. A part starts at a
+// multiple of kGrain elements of its tensor, so that no two threads write to the same cache line of it. The split
+// depends only on the sizes and the number of parts, so that each thread works on the same memory at every step.
 class Partition {
  public:
   static constexpr int64_t kGrain = 256;
@@ -33,7 +33,7 @@ class Partition {
 
   int parts() const { return parts_; }
 
-  // Calls visit(tensor index, begin, end) for each piece of a tensor that belongs to the part, in order.
+  // Calls visit(tensor index, begin, end), in order, for each piece of a tensor that belongs to the part.
   template <class Visit>
   void for_each(int part, const Visit& visit) const {
     Position from = position(part);
@@ -52,7 +52,7 @@ class Partition {
   };
   Position position(int part) const;
 
-  std::vector<int64_t> starts_;  // of each tensor, in elements from the first; then the total
+  std::vector<int64_t> starts_;  // of each tensor, in elements from the first tensor; then the total
   int parts_;
 };
 

@@ -1,7 +1,7 @@
-// Where torch keeps, in memory, what proves that a tensor's address may be used: which kind of tensor it is, where its
-// storage begins and ends, and its version counter. The places differ between releases of torch, so they are found by
-// experiment when the op is loaded (adamops/ops/adam/tensor_layout.py), which gives up where anything is unclear; then
-// every tensor is checked through torch's Python API, which takes some 300 ns where this takes 3.
+// Where torch keeps, in memory, what proves that a tensor's address may be used: the kind of tensor, where its storage
+// begins and ends, and its version counter. The offsets differ between releases of torch, so
+// adamops/ops/adam/tensor_layout.py finds them by experiment when the op is loaded. It gives up if anything is unclear;
+// every tensor is then checked through torch's Python API, which takes some 300 ns where this takes 3.
 #pragma once
 
 #include <pybind11/pybind11.h>
@@ -14,11 +14,11 @@ namespace adamops {
 
 using VersionCounter = std::atomic<uint32_t>;
 
-// Bumps the version of a tensor, as each operation of torch that writes in place does, so that autograd notices that a
-// value it has saved is gone.
+// Increments a tensor's version, as every in-place operation of torch does, so that autograd notices that a value it
+// has saved was overwritten.
 inline void count_write(VersionCounter& counter) {
-  // Not fetch_add(), which would wait for each counter to come from memory before it asks for the next. Where two
-  // threads write a tensor at once, one of their counts may be lost; the other says enough.
+  // Not fetch_add(), which would wait for each counter to arrive from memory before requesting the next. If two threads
+  // write a tensor at once, one increment may be lost; the other is enough.
   counter.store(counter.load(std::memory_order_relaxed) + 1, std::memory_order_relaxed);
 }
 
@@ -28,12 +28,13 @@ struct TensorLayout {
   int64_t key_set, storage, version_counter;  // in the TensorImpl
   int64_t data, nbytes;                       // in the StorageImpl
   int64_t version;                            // in the version counter
-  // What is found there in a plain tensor: no subclass of TensorImpl or StorageImpl, and neither lazily negated or
-  // conjugated, nor a zero tensor, nor one that a mode or transform of torch has wrapped.
+  // The values found there in a plain tensor. They rule out subclasses of TensorImpl and StorageImpl, tensors that are
+  // lazily negated or conjugated, zero tensors, and tensors that a mode or transform of torch has wrapped.
   uint64_t tensor_type, storage_type, plain_keys;
 
-  // The version counter of this object, of a type whose instances are torch tensors, if it has the `size` bytes at
-  // `address` in its storage; else null. It is there for as long as the object's tensor, or one that shares its memory.
+  // The version counter of `tensor` if its storage contains the `size` bytes at `address`; otherwise null. The type of
+  // `tensor` must be one whose instances are torch tensors. The counter lives as long as this tensor, or one that
+  // shares its memory.
   VersionCounter* proven(const PyObject* tensor, const char* address, int64_t size) const {
     const char* const tensor_impl = at<const char*>(tensor, impl);
     if (!tensor_impl || at<uint64_t>(tensor_impl, 0) != tensor_type || at<uint64_t>(tensor_impl, key_set) != plain_keys)
@@ -41,7 +42,7 @@ struct TensorLayout {
     const char* const storage_impl = at<const char*>(tensor_impl, storage);
     if (!storage_impl || at<uint64_t>(storage_impl, 0) != storage_type) return nullptr;
     char* const counter = at<char*>(tensor_impl, version_counter);
-    if (!counter) return nullptr;    // made in inference mode, and given other data since
+    if (!counter) return nullptr;    // created in inference mode, then given other data
     __builtin_prefetch(counter, 1);  // for count_write()
     auto* const found = reinterpret_cast<VersionCounter*>(counter + version);
     const char* const begin = at<const char*>(storage_impl, data);
@@ -60,7 +61,7 @@ struct TensorLayout {
   }
 };
 
-// Makes Python know TensorLayout, as the module's own.
+// Binds TensorLayout, local to the module.
 inline void bind_tensor_layout(pybind11::module_& module) {
   namespace py = pybind11;
   py::class_<TensorLayout>(module, "TensorLayout", "Where torch keeps what proves a tensor's address; in bytes.",

@@ -1,7 +1,7 @@
-// Reads torch tensors from C++ through torch's DLPack exchange table, and only the plain ones: exactly of one of the
-// given types (not a subclass, whose data may live elsewhere), on the one given device, contiguous, of a dtype that the
-// kernels know, with all elements in their storage; and takes those out of DTensors. What is not plain is left to
-// Python, which also words the errors. It must not know of optimizers.
+// Reads torch tensors from C++ through torch's DLPack exchange table, but only plain ones: exactly one of the given
+// types (not a subclass, whose data may live elsewhere), on the given device, contiguous, of a dtype that the kernels
+// know, with all elements in their storage. Also takes the local tensors out of DTensors. Everything else is left to
+// Python, which also words the errors. Must not know of optimizers.
 #pragma once
 
 #include <pybind11/pybind11.h>
@@ -46,18 +46,18 @@ class TensorReader {
     return type == types_[0].ptr() || type == types_[1].ptr();
   }
 
-  // What DTensor's type is, or None; in whose `_local_tensor` and `_spec` are what this rank holds, and how it was cut.
-  // It comes late, as torch.distributed is slow to import, and most never need it.
+  // DTensor's type, or None. A DTensor's `_local_tensor` is what this rank holds, and its `_spec` is how it was
+  // sharded. The type is set late: torch.distributed is slow to import, and most programs never need it.
   pybind11::object sharded_type = pybind11::none();
 
   bool is_sharded(PyObject* object) const {
     return reinterpret_cast<const PyObject*>(Py_TYPE(object)) == sharded_type.ptr();
   }
 
-  // The tensor that this rank holds of a DTensor.
+  // The local tensor of a DTensor: what this rank holds.
   pybind11::object local(PyObject* sharded) const { return attribute(sharded, names_.local_tensor); }
 
-  // Whether two DTensors are cut alike. Most often one description of it serves both.
+  // Whether two DTensors are sharded the same way. Usually they share one spec.
   bool cut_alike(PyObject* sharded, PyObject* other) const {
     const pybind11::object spec = attribute(sharded, names_.spec), other_spec = attribute(other, names_.spec);
     if (spec.is(other_spec)) return true;
@@ -70,7 +70,7 @@ class TensorReader {
     return true;
   }
 
-  // Reads a plain tensor of a dtype that kernels compute in.
+  // Reads a plain tensor of a dtype that the kernels compute in.
   bool read(PyObject* object, View& view) const {
     if (!read_any(object, view)) return false;
     const DlTensor& tensor = view.tensor;
@@ -86,14 +86,14 @@ class TensorReader {
     return true;
   }
 
-  // Reads a plain tensor of integers, signed or not, of so many bits.
+  // Reads a plain tensor of integers with this signedness and this many bits.
   bool read_integers(PyObject* object, bool is_signed, int bits, View& view) const {
     return read_any(object, view) && view.tensor.dtype_code == (is_signed ? kDlInt : kDlUInt) &&
            view.tensor.dtype_bits == bits;
   }
 
  private:
-  // Reads a plain tensor of any dtype, which is not looked at.
+  // Reads a plain tensor of any dtype, without checking the dtype.
   bool read_any(PyObject* object, View& view) const {
     if (!is_plain(object)) return false;
     if (api_->tensor_from_py_object(object, &view.tensor) != 0) {
@@ -128,7 +128,7 @@ class TensorReader {
     PyObject* mesh = PyUnicode_InternFromString("mesh");
   };
 
-  Names names_;  // never released, as interned names of a program's code are not
+  Names names_;  // never released, like the interned names in a program's code
   pybind11::object capsule_;
   std::array<pybind11::type, 2> types_;
   TensorLayout layout_;

@@ -1,4 +1,4 @@
-"""The registry of ops: those that come with adamops, and those that other packages offer by entry point.
+"""The registry of ops: adamops' own, and those that other packages register as entry points.
 
 Imports neither torch nor adamops, so that setup.py can use it before anything is installed.
 """
@@ -33,14 +33,14 @@ __all__ = [
 
 ENTRY_POINT_GROUP = "adamops.op_builders"
 
-# What an object must have to be used as a builder.
+# The attributes that an object must have to serve as a builder.
 _CONTRACT = ("NAME", "compatibility", "is_prebuilt", "load")
 
 
 class RegisteredOp(NamedTuple):
-    """An op by name, with its builder or what is wrong with it.
+    """An op's name, with its builder or the error that makes it unusable.
 
-    `origin` is "built-in", or the distribution that offers it.
+    `origin` is "built-in", or the distribution that provides the op.
     """
 
     name: str
@@ -50,27 +50,27 @@ class RegisteredOp(NamedTuple):
 
 
 def builtin_builders() -> list[OpBuilder]:
-    """A builder for each op that comes with adamops and has something to compile."""
+    """Builders of the ops that ship with adamops and need compiling."""
     return [CPUAdamBuilder(), FusedAdamBuilder()]
 
 
-# Made at import, once, whichever threads ask for them.
+# Created once, at import, so that all threads share the same builders.
 _BUILTIN: dict[str, OpBuilder] = {builder.NAME: builder for builder in (*builtin_builders(), TorchAdamBuilder())}
 
 
 def builtin_ops() -> list[RegisteredOp]:
-    """The ops that come with adamops, with the builders that get() returns."""
+    """The ops that ship with adamops, with the builders that get() returns."""
     return [RegisteredOp(name, "built-in", builder) for name, builder in _BUILTIN.items()]
 
 
 def plugins() -> list[importlib.metadata.EntryPoint]:
-    """The entry points by which other packages offer ops, none of them loaded."""
+    """The entry points under which other packages register ops. Loads none of them."""
     return list(importlib.metadata.entry_points(group=ENTRY_POINT_GROUP))
 
 
 @functools.cache
 def registered_ops() -> tuple[RegisteredOp, ...]:
-    """All ops, built-in ones first. What is wrong with a plugin is kept in its entry; nothing is raised."""
+    """All ops, built-in ones first. Raises nothing: a plugin's error is stored in its entry."""
     ops = {op.name: op for op in builtin_ops()}
     for entry_point in plugins():
         plugin = load_plugin(entry_point)
@@ -82,17 +82,17 @@ def registered_ops() -> tuple[RegisteredOp, ...]:
 
 
 def name_is_taken(name: str, origin: str) -> str:
-    """What is wrong with a plugin whose op has the name of another."""
+    """The error for a plugin whose op has the same name as another op."""
     return f"the name {name!r} is taken by {origin}"
 
 
 def origin_of(entry_point: importlib.metadata.EntryPoint) -> str:
-    """The distribution that offers a plugin."""
+    """The distribution that provides a plugin."""
     return entry_point.dist.name if entry_point.dist else entry_point.value
 
 
 def load_plugin(entry_point: importlib.metadata.EntryPoint) -> RegisteredOp:
-    """The op of a plugin, with what is wrong with it; nothing is raised but KeyboardInterrupt."""
+    """Loads a plugin's op. An error is stored in the result; only KeyboardInterrupt is raised."""
     origin = origin_of(entry_point)
     try:
         found = entry_point.load()
@@ -104,7 +104,7 @@ def load_plugin(entry_point: importlib.metadata.EntryPoint) -> RegisteredOp:
             raise TypeError(f"{entry_point.value} is not an op builder: its NAME is {builder.NAME!r}")
     except KeyboardInterrupt:
         raise
-    except BaseException as error:  # whatever a third party's code does must not reach the user's import
+    except BaseException as error:  # third-party code must never break the user's import
         return RegisteredOp(entry_point.name, origin, None, f"{type(error).__name__}: {error}")
     return RegisteredOp(builder.NAME, origin, builder)
 
@@ -119,7 +119,7 @@ def get(name: str) -> OpBuilder:
     OpUnavailableError
         If a plugin of this name is broken.
     """
-    if name in _BUILTIN:  # first, since to know the others takes the import of every plugin
+    if name in _BUILTIN:  # first, because looking up other ops imports every plugin
         return _BUILTIN[name]
     for op in registered_ops():
         if op.name == name:

@@ -1,6 +1,6 @@
-"""The glue to setuptools: extensions made of builders, and the build_ext that compiles them.
+"""Glue for setuptools: turns builders into extensions, and provides the build_ext that compiles them.
 
-Used by adamops' own setup.py and by those of packages that add ops. The compiling itself is in compile.py.
+Used by adamops' own setup.py and by those of packages that add ops. compile.py does the actual compiling.
 """
 
 from __future__ import annotations
@@ -21,13 +21,13 @@ _WORDS_OF_ARCHITECTURES = ("architectures_requested", "architectures", "architec
 
 
 class OpExtension(Extension):
-    """The extension module of one op, as setuptools knows it."""
+    """One op's extension module, as setuptools sees it."""
 
     def __init__(self, builder: OpBuilder) -> None:
-        # The sources are listed for the sdist only; what is compiled, and how often, is the builder's business.
+        # No sources: setuptools would use them for the sdist only. The builder decides what is compiled, and how often.
         super().__init__(builder.MODULE, sources=[])
         self.builder = builder
-        # An op that cannot be built is left out, unless build_ext raises because it was asked for by name.
+        # An op that cannot be built is left out, unless the environment requires it: then build_extension() exits.
         self.optional = True
 
 
@@ -37,7 +37,7 @@ def extensions(builders: Iterable[OpBuilder]) -> list[OpExtension]:
 
 
 class build_ext(setuptools_build_ext):
-    """Compiles each op with compile_op, and records beside it what was built, or why it was left out."""
+    """Compiles each op with compile_op, and writes a record next to it: what was built, or why it was left out."""
 
     def build_extension(self, ext: Any) -> None:
         if not isinstance(ext, OpExtension):
@@ -55,7 +55,7 @@ class build_ext(setuptools_build_ext):
             self._say(f"{builder.NAME} is left out: {reason}")
 
     def _build(self, builder: OpBuilder, output: Path, wanted: bool | None, who_says_so: str) -> str:
-        """Builds the op unless it must not or cannot be; returns the reason if it was not built."""
+        """Builds the op if that is allowed and possible; returns why it was not built, else an empty string."""
         if wanted is False:
             return who_says_so
         compatible = builder.compatibility()
@@ -73,7 +73,7 @@ class build_ext(setuptools_build_ext):
         return ""
 
     def copy_extensions_to_source(self) -> None:
-        """For `pip install -e`: the records go where the extensions go."""
+        """For `pip install -e`: copies the records along with the extensions."""
         super().copy_extensions_to_source()
         build_py = self.get_finalized_command("build_py")
         for ext in self.extensions:

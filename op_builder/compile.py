@@ -1,6 +1,6 @@
-"""Runs the C++ compiler: finds it, asks what it can do, and makes one extension out of one builder.
+"""Runs the C++ compiler: finds it, asks what it supports, and builds one extension from one builder.
 
-The only place that starts compilers, for setup.py (through build_ext.py) and for builds at run time (jit.py) alike.
+The only module that compiles anything, both for setup.py (through build_ext.py) and for run-time builds (jit.py).
 Must not know any particular op.
 """
 
@@ -30,15 +30,15 @@ SCRATCH_PREFIX = "adamops-"
 
 
 class BuildError(RuntimeError):
-    """An op could not be compiled; the message holds the compiler's output."""
+    """An op could not be compiled; the message contains the compiler's output."""
 
 
 class CompileUnit(NamedTuple):
-    """One run of the compiler: a source, which the builder locates, and the flags of its own that it needs.
+    """One compiler run: a source, which the builder locates, and its additional flags.
 
-    `label` keeps apart the objects of a source that is compiled more than once (say, once per SIMD target). `command`
-    is another compiler than that of C++ (nvcc), which then gets no flags but the unit's own; "{jobs}" in it stands for
-    how many jobs it may run at once.
+    `label` distinguishes the objects of a source that is compiled more than once (say, once per SIMD target).
+    `command` is a compiler other than the C++ compiler (nvcc). It gets only the unit's own flags and the include
+    paths; "{jobs}" in it is replaced by the number of jobs that it may run at once.
     """
 
     source: str
@@ -48,16 +48,16 @@ class CompileUnit(NamedTuple):
 
     @property
     def object_name(self) -> str:
-        stem = self.source.replace("/", "_").removesuffix(".cpp")  # "x.cu" and "x.cpp" may stand side by side
+        stem = self.source.replace("/", "_").removesuffix(".cpp")  # "x.cu" and "x.cpp" may both exist
         return f"{stem}.{self.label}.o" if self.label else f"{stem}.o"
 
 
 class Compiler:
-    """A C++ compiler that takes GCC's options (GCC, Clang)."""
+    """A C++ compiler that accepts GCC's options (GCC, Clang)."""
 
-    # Order matters: what stands later wins over $CXXFLAGS, which may hold -march=native or -ffast-math.
-    # No fast math and no contraction, on any account: equal bits on every machine are the point of this project.
-    # No debug info and no absolute paths: the same sources give the same bytes.
+    # Order matters: later flags override $CXXFLAGS, which may hold -march=native or -ffast-math.
+    # Never fast math or contraction: bit-identical results on every machine are the point of this project.
+    # No debug info and no absolute paths, so that the same sources compile to the same bytes.
     COMMON_FLAGS = (
         "-std=c++17",
         "-O3",
@@ -67,7 +67,7 @@ class Compiler:
         "-fno-fast-math",
         "-ffp-contract=off",
         "-fno-math-errno",
-        "-fno-trapping-math",  # changes no value, and lets loops with conditions become vectors
+        "-fno-trapping-math",  # changes no value, and lets loops with conditions vectorize
         "-Wall",
         "-Wextra",
     )
@@ -87,7 +87,7 @@ class Compiler:
 
     @functools.cached_property
     def version(self) -> str:
-        """The compiler's own description of itself, one line."""
+        """The compiler's one-line description of itself."""
         return self._ask("--version").splitlines()[0].strip()
 
     @functools.cached_property
@@ -106,7 +106,7 @@ class Compiler:
         return _compiles((*self.command, *flags, "-Werror", "-fsyntax-only", "-x", "c++", os.devnull))
 
     def run(self, arguments: Sequence[str]) -> None:
-        """Runs it with these arguments; BuildError with its output if it fails."""
+        """Runs the compiler with these arguments. Raises BuildError with its output if it fails."""
         command = [*self.command, *arguments]
         result = subprocess.run(command, capture_output=True, text=True, errors="replace", check=False)
         if result.returncode:
@@ -120,19 +120,19 @@ def _compiles(command: tuple[str, ...]) -> bool:
 
 def python_headers() -> Path:
     """The folder of Python.h."""
-    import sysconfig  # takes a millisecond, and most processes compile nothing
+    import sysconfig  # not at the top: it takes a millisecond, and most processes compile nothing
 
     return Path(sysconfig.get_paths()["include"])
 
 
 def extension_suffix() -> str:
-    """How the file name of an extension for this Python ends."""
-    # Not sysconfig's EXT_SUFFIX: that is None for a moment, while another thread asks sysconfig for the first time.
+    """The file-name suffix of extensions for this Python."""
+    # Not sysconfig's EXT_SUFFIX: it is None for a moment while another thread queries sysconfig for the first time.
     return importlib.machinery.EXTENSION_SUFFIXES[0]
 
 
 def pybind11_headers() -> Path | None:
-    """The folder of pybind11's headers: its own package's, else the copy that comes with torch; None without either."""
+    """The folder of pybind11's headers: from its own package, else the copy bundled with torch; None without either."""
     for package in ("pybind11", "torch"):
         spec = importlib.util.find_spec(package)
         for location in (spec.submodule_search_locations or []) if spec else []:
@@ -143,7 +143,7 @@ def pybind11_headers() -> Path | None:
 
 
 def cannot_compile_extensions(what: str) -> str:
-    """Why extension modules in C++ cannot be compiled here; empty if they can. `what` needs them, for the message."""
+    """Why C++ extension modules cannot be compiled here; empty if they can. `what` is the subject of the message."""
     if os.name != "posix":
         return f"{what} need a POSIX system with GCC or Clang, this is {platform.system()}"
     try:
@@ -163,8 +163,8 @@ def cannot_compile_extensions(what: str) -> str:
 def compile_op(builder: OpBuilder, output: Path, scratch_root: Path | None = None) -> dict[str, Any]:
     """Compiles and links the builder's extension into `output`, and returns the record of what was built.
 
-    Works in a new folder in `scratch_root`, by default where temporary files go. Raises BuildError. Nothing is left at
-    `output` on failure.
+    Works in a new folder in `scratch_root`, by default the system's folder for temporary files. On failure it raises
+    BuildError and writes nothing to `output`.
     """
     compiler = Compiler.find()
     if compiler is None:
@@ -172,7 +172,7 @@ def compile_op(builder: OpBuilder, output: Path, scratch_root: Path | None = Non
     environment_flags = environment.words("CXXFLAGS")
     include_paths = [*builder.include_paths(), str(python_headers())]
     includes = [f"-I{path}" for path in include_paths]
-    # Headers have their own names in messages, and an isolated build has pybind11's in another place each time.
+    # Headers embed their own paths in messages, and an isolated build has pybind11's in a new place each time.
     prefix_maps = [f"-ffile-prefix-map={path}=." for path in (*include_paths, *builder.source_roots())]
     flags = [*environment_flags, *Compiler.COMMON_FLAGS, *builder.cxx_args()]
     link_flags = [*builder.extra_ldflags(), *environment.words("LDFLAGS")]
@@ -191,8 +191,8 @@ def compile_op(builder: OpBuilder, output: Path, scratch_root: Path | None = Non
         with ThreadPoolExecutor(environment.max_jobs()) as pool:
             list(pool.map(compile_unit, units))
         linked, exports = Path(scratch) / "linked.so", Path(scratch) / "exports.map"
-        # Nothing but the module's entry: templates of the C++ library would be shared with whoever else has them, and
-        # torch's own CUDA runtime, of another version perhaps, is in the same process.
+        # Export only the module's entry point. Exported templates of the C++ library would be shared with other
+        # libraries that have them, and torch's own CUDA runtime, perhaps of another version, is in the same process.
         exports.write_text(f"{{ global: PyInit_{builder.MODULE.rpartition('.')[2]}; local: *; }};\n")
         objects = [str(Path(scratch) / unit.object_name) for unit in units]
         compiler.run(
@@ -213,7 +213,7 @@ def compile_op(builder: OpBuilder, output: Path, scratch_root: Path | None = Non
 
 
 def record_path(extension: Path) -> Path:
-    """Where the record of an extension lies: beside it, whatever Python it is for."""
+    """The path of an extension's record: next to the extension, with the same name for every Python."""
     return extension.with_name(extension.name.split(".")[0] + ".build.json")
 
 
@@ -224,7 +224,7 @@ def write_record(extension: Path, record: dict[str, Any]) -> None:
 
 
 def read_record(extension: Path) -> dict[str, Any] | None:
-    """The record written when the extension was built or left out; None if there is none, or it is damaged."""
+    """The record written when the extension was built or left out; None if it is missing or damaged."""
     try:
         record = json.loads(record_path(extension).read_text())
     except (OSError, ValueError):

@@ -1,4 +1,4 @@
-"""SIMD targets: which there are, which can be compiled, which this CPU has; and the builder that ops on CPUs share.
+"""SIMD targets: which exist, which the compiler and this CPU support; and the base builder of CPU ops.
 
 Runs at build time. At run time the extension itself asks CPUID, which takes no time; py-cpuinfo takes about a second.
 """
@@ -16,8 +16,8 @@ from .compile import Compiler, CompileUnit, cannot_compile_extensions
 class SimdTarget(NamedTuple):
     """One way to compile the kernels.
 
-    `machine` is the architecture (None: any other), `flags` are the compiler's, `cpu_flags` are py-cpuinfo's names of
-    what a CPU must have, `header` is the vector wrapper in csrc, which states the same for CPUID.
+    `machine` is the architecture (None: any other). `flags` are the compiler flags. `cpu_flags` are the features that
+    a CPU must have, by py-cpuinfo's names. `header` is the vector wrapper in csrc, which states the same for CPUID.
     """
 
     name: str
@@ -28,12 +28,12 @@ class SimdTarget(NamedTuple):
 
 
 def _x86(name: str, header: str, *extensions: str) -> SimdTarget:
-    # -march first: it undoes a -march=native in CXXFLAGS, so that "baseline" means what it says.
+    # -march first: it overrides any -march=native in CXXFLAGS, so that "baseline" means what it says.
     flags = ("-march=x86-64", "-mtune=generic", *(f"-m{extension}" for extension in extensions))
     return SimdTarget(name, "x86_64", flags, frozenset(extensions), header)
 
 
-# Best first. A new target is a row here and the wrapper that it names.
+# Best first. To add a target, add a row here and the wrapper that it names.
 TARGETS = (
     _x86("avx512", "simd/avx512.h", "avx512f", "avx512bw", "avx512dq", "avx512vl", "avx2", "fma", "f16c"),
     _x86("avx2", "simd/avx2.h", "avx2", "fma", "f16c"),
@@ -51,14 +51,14 @@ def targets_of(machine: str) -> list[SimdTarget]:
 
 @functools.cache
 def native_cpu_flags() -> frozenset[str]:
-    """What py-cpuinfo finds in the CPU of this machine."""
+    """The features of this machine's CPU, by py-cpuinfo's names."""
     import cpuinfo
 
     return frozenset(cpuinfo.get_cpu_info().get("flags", ()))
 
 
 class TargetChoice(NamedTuple):
-    """Which targets were asked for, which will be built (best first), and which not, with the reason."""
+    """Which targets were requested, which will be built (best first), and which were dropped and why."""
 
     requested: str
     enabled: tuple[SimdTarget, ...]
@@ -66,9 +66,9 @@ class TargetChoice(NamedTuple):
 
 
 def choose_targets(compiler: Compiler, default: str) -> TargetChoice:
-    """The targets to build with this compiler: those of ADAMOPS_CPU_TARGETS, else of the word `default`.
+    """The targets to build with this compiler: those of ADAMOPS_CPU_TARGETS, or of `default` if that is unset.
 
-    The baseline is always among them, so that a build can run on every CPU of its architecture.
+    The baseline is always included, so that a build runs on every CPU of its architecture.
     """
     available = targets_of(compiler.machine)
     requested = environment.cpu_targets([target.name for target in available]) or default
@@ -88,13 +88,13 @@ def choose_targets(compiler: Compiler, default: str) -> TargetChoice:
 
 
 class CPUOpBuilder(OpBuilder):
-    """An op whose kernels are compiled once per SIMD target and chosen by CPUID when the op is loaded."""
+    """An op whose kernels are compiled once per SIMD target; CPUID selects the target when the op is loaded."""
 
-    # In a build at run time too: "native" would cost a second of py-cpuinfo in each process that loads it from the
-    # cache, and a cache shared by unlike machines would hold a build for each.
+    # For run-time builds too. "native" would cost a second of py-cpuinfo in each process that loads the op from the
+    # cache, and a cache shared by different machines would hold a build for each.
     default_targets = "all"
 
-    # What every CPU op is made of besides its own sources.
+    # Sources that are compiled into every CPU op, in addition to its own.
     SHARED = ("parallel.cpp", "simd/cpu_features.cpp")
 
     def kernel_sources(self) -> list[str]:
@@ -102,7 +102,7 @@ class CPUOpBuilder(OpBuilder):
         raise NotImplementedError
 
     def target_choice(self) -> TargetChoice:
-        """The SIMD targets that a build on this machine takes in, and those it leaves out."""
+        """The SIMD targets that a build on this machine includes, and those that it drops."""
         compiler = Compiler.find()
         if compiler is None:
             raise RuntimeError("no C++ compiler found")
@@ -118,7 +118,7 @@ class CPUOpBuilder(OpBuilder):
                 *target.flags,
                 f"-DADAMOPS_TARGET={target.name}",
                 f'-DADAMOPS_SIMD_HEADER="{target.header}"',
-                # GCC 12 takes its own AVX-512 headers for reading uninitialised values (GCC bug 105593).
+                # GCC 12 warns about uninitialized values in its own AVX-512 headers (GCC bug 105593).
                 "-Wno-uninitialized",
                 "-Wno-maybe-uninitialized",
             )
@@ -141,7 +141,7 @@ class CPUOpBuilder(OpBuilder):
         return Compatibility(True, f"{compiler.version} for {compiler.machine}")
 
     def prepare(self, module: Any) -> Any:
-        """Forces the SIMD target that ADAMOPS_SIMD names, if it does."""
+        """Forces the SIMD target that ADAMOPS_SIMD names, if it is set."""
         wanted = environment.simd(module.supported_targets())
         if wanted:
             module.use_target(wanted)

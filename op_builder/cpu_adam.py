@@ -6,7 +6,7 @@ from .cpu import CPUOpBuilder
 
 
 class CPUAdamBuilder(CPUOpBuilder):
-    """Adam for tensors on the CPU, with csrc/adam."""
+    """Adam for tensors on the CPU, built from csrc/adam."""
 
     NAME = "cpu_adam"
     MODULE = "adamops._native.cpu_adam"

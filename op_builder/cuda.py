@@ -1,4 +1,4 @@
-"""CUDA at build time: the nvcc there is, the architectures to compile for, and the builder that CUDA ops share.
+"""CUDA at build time: finding nvcc, choosing the architectures, and the base builder of CUDA ops.
 
 Must not know any particular op. At run time the extension itself asks the CUDA runtime, which is linked into it.
 """
@@ -19,22 +19,22 @@ from . import environment
 from .builder import Compatibility, OpBuilder, OpUnavailableError
 from .compile import BuildError, Compiler, CompileUnit, cannot_compile_extensions
 
-# What a wheel is built for, as compute capabilities times ten; with PTX, for whatever comes after.
+# The architectures of the wheels, as compute capabilities times ten. PTX is added, for newer GPUs.
 WHEEL_ARCHITECTURES = ("75", "80", "86", "89", "90", "100", "120")
 
 
 class Nvcc(NamedTuple):
-    """A CUDA compiler that has been asked about itself."""
+    """A CUDA compiler, with what it reports about itself."""
 
     path: str
     version: str
     library_folders: tuple[str, ...]
-    known: tuple[str, ...]  # architectures, as in "90" and "90a"
+    known: tuple[str, ...]  # architectures, such as "90" and "90a"
 
     @classmethod
     def find(cls) -> Nvcc | None:
-        """The first that runs, of those in $CUDA_HOME, on PATH and in NVIDIA's wheels; None if there is none."""
-        import sysconfig  # takes a millisecond, and most processes compile nothing
+        """The nvcc in $CUDA_HOME if that is set, else the first on PATH or in NVIDIA's wheels; None if none runs."""
+        import sysconfig  # not at the top: it takes a millisecond, and most processes compile nothing
 
         home = os.environ.get("CUDA_HOME", "").strip()
         wheels = Path(sysconfig.get_paths()["purelib"]) / "nvidia"
@@ -49,7 +49,7 @@ class Nvcc(NamedTuple):
     @functools.cache
     def _ask(cls, path: str) -> Nvcc | None:
         version = re.search(r"release ([\d.]+)", _output(path, "--version"))
-        # A dry run tells where the toolkit lies, even if `path` is a script that stands for it.
+        # A dry run shows where the toolkit is, even if `path` is a wrapper script.
         folders = re.search(r"LIBRARIES=(.*)", _output(path, "--dryrun", "-x", "cu", "-c", os.devnull, "-o", "x.o"))
         known = re.findall(r"sm_(\d+[a-z]?)", _output(path, "--list-gpu-code"))
         if not version or not known:
@@ -60,13 +60,13 @@ class Nvcc(NamedTuple):
         return cls(path, version.group(1), tuple(dict.fromkeys(map(os.path.normpath, found))), tuple(known))
 
     def static_runtime(self) -> str | None:
-        """The folder of the CUDA runtime as a static library."""
+        """The folder of the static CUDA runtime library; None if it is missing."""
         return next(
             (folder for folder in self.library_folders if (Path(folder) / "libcudart_static.a").is_file()), None
         )
 
     def missing(self) -> str:
-        """What the toolkit lacks to build an extension, as NVIDIA's wheels come one by one; empty if nothing."""
+        """What the toolkit lacks to build an extension; empty if nothing. Each of NVIDIA's wheels has only a part."""
         if self.static_runtime() is None:
             return "libcudart_static.a (install cuda-cudart-dev, or the wheel nvidia-cuda-runtime)"
         headers = [Path(folder).parent / "include" for folder in self.library_folders]
@@ -89,23 +89,23 @@ def _output(*command: str) -> str:
 
 
 class ArchitectureChoice(NamedTuple):
-    """Which architectures were asked for and by whom, which will be built, and which not, with the reason.
+    """Which architectures were requested and by what, which will be built, and which were dropped and why.
 
-    `enabled` holds "90" for machine code, and "90+PTX" for that and PTX too.
+    In `enabled`, "90" stands for machine code, and "90+PTX" for machine code and PTX.
     """
 
     requested: str
     enabled: tuple[str, ...]
     dropped: tuple[tuple[str, str], ...]
-    from_one_ptx: bool = False  # the machine code for all is made from the PTX of the oldest
+    from_one_ptx: bool = False  # all machine code is compiled from the PTX of the oldest architecture
 
     def _plain_numbers(self) -> dict[str, str]:
-        """The number of each name, without those of names like "90a", which always have PTX of their own."""
+        """The number of each name, except for names like "90a", which always have their own PTX."""
         numbers = {name: name.removesuffix("+PTX") for name in self.enabled}
         return {name: number for name, number in numbers.items() if number.isdigit()}
 
     def by_one_ptx(self) -> ArchitectureChoice:
-        """The same from one PTX, which also takes the place of any newer PTX: it runs wherever that would."""
+        """The same choice, compiled from one PTX. It also replaces any newer PTX: it runs wherever that would."""
         renamed = self._plain_numbers()
         if any(name != number for name, number in renamed.items()):
             renamed[min(renamed, key=lambda name: int(renamed[name]))] += "+PTX"
@@ -113,10 +113,10 @@ class ArchitectureChoice(NamedTuple):
         return self._replace(enabled=enabled, from_one_ptx=True)
 
     def nvcc_flags(self) -> list[str]:
-        """The flags that make nvcc compile for them."""
+        """The nvcc flags for these architectures."""
         plain = self._plain_numbers()
         oldest = min(plain.values(), key=int, default="")
-        codes: dict[str, list[str]] = {}  # by the PTX that they are made from
+        codes: dict[str, list[str]] = {}  # by the PTX that they are compiled from
         for name in self.enabled:
             number = name.removesuffix("+PTX")
             ptx = oldest if self.from_one_ptx and name in plain else number
@@ -128,16 +128,17 @@ class ArchitectureChoice(NamedTuple):
 
 @functools.cache
 def visible_gpus() -> tuple[str, ...]:
-    """The architectures of this machine's GPUs, as in "90", each once."""
+    """The architectures of this machine's GPUs, such as "90", without duplicates."""
     command = shutil.which("nvidia-smi")
     rows = _output(command, "--query-gpu=compute_cap", "--format=csv,noheader").split() if command else []
     return tuple(sorted({row.replace(".", "") for row in rows if re.fullmatch(r"\d+\.\d", row)}, key=int))
 
 
 def covers(architectures: Sequence[str], gpu: str) -> str:
-    """How a GPU, as in "90", runs a build for these architectures: in words that begin with yes or no.
+    """Whether and how a GPU, such as "90", runs a build for these architectures: a text that begins with yes or no.
 
-    Machine code runs on GPUs of the same major version and an equal or higher minor one; PTX on all that are as new.
+    Machine code runs on GPUs of the same major version and an equal or higher minor version. PTX runs on GPUs of its
+    own version and newer.
     """
     if any(name.removesuffix("+PTX") == gpu for name in architectures):
         return "yes: compiled for it"
@@ -151,9 +152,10 @@ def covers(architectures: Sequence[str], gpu: str) -> str:
 
 
 def choose_architectures(nvcc: Nvcc) -> ArchitectureChoice:
-    """Those of ADAMOPS_CUDA_ARCHS, else of TORCH_CUDA_ARCH_LIST, else of the visible GPUs, else those of the wheel.
+    """Those of ADAMOPS_CUDA_ARCHS, else of TORCH_CUDA_ARCH_LIST, else of the visible GPUs, else of the wheels.
 
-    Raises ValueError for an architecture in a variable that does not exist or that this nvcc does not know.
+    Raises ValueError if a variable names an architecture that does not exist or that this nvcc does not know, or asks
+    for this machine's GPUs where there are none.
     """
     asked = environment.cuda_archs(nvcc.known)
     if asked and asked[1] not in (["native"], ["all"]):
@@ -165,26 +167,26 @@ def choose_architectures(nvcc: Nvcc) -> ArchitectureChoice:
     wanted = gpus or WHEEL_ARCHITECTURES
     enabled = [number for number in wanted if number in nvcc.known]
     dropped = [(number, f"nvcc {nvcc.version} does not know it") for number in wanted if number not in nvcc.known]
-    if enabled:  # PTX of the newest runs, compiled by the driver, on GPUs that are newer still
+    if enabled:  # the driver compiles PTX of the newest for GPUs that are newer still
         enabled[-1] += "+PTX"
     source = asked[0] if asked else "the visible GPUs" if gpus else "the list of the wheel"
     return ArchitectureChoice(source, tuple(enabled), tuple(dropped))
 
 
 class CUDAOpBuilder(OpBuilder):
-    """An op with kernels in CUDA, compiled for several architectures; the CUDA runtime is linked into it.
+    """An op with CUDA kernels, compiled for several architectures and statically linked with the CUDA runtime.
 
-    So the extension needs no CUDA library, and imports where there is neither GPU nor driver.
+    So the extension needs no CUDA library, and can be imported on a machine without a GPU or a driver.
     """
 
     HELP = "Install the CUDA toolkit (nvcc), or a wheel that was built with CUDA."
 
-    # Whether the kernels use nothing that only newer architectures have. Then they are compiled to PTX once, for the
-    # oldest, and from that to the machine code of each, which takes much less time.
+    # Whether the kernels avoid features that only newer architectures have. Then they are compiled once to PTX, for the
+    # oldest architecture, and from that PTX to machine code for each, which takes much less time.
     FROM_ONE_PTX = False
 
-    # IEEE arithmetic and no fusing, so that GPUs give the bits of CPUs. Compressed, as code for many architectures is
-    # large.
+    # IEEE arithmetic without contraction, so that results are bit-identical to the CPU's. Compressed, because code for
+    # many architectures is large.
     NVCC_FLAGS = (
         "-std=c++17",
         "-O3",
@@ -249,13 +251,13 @@ class CUDAOpBuilder(OpBuilder):
     def load_for_device(self, device: int) -> Any:
         """The op's module, with kernels that run on CUDA device number `device`.
 
-        Where the prebuilt one has none, because of the device's architecture or the driver's age, it is built for this
-        machine, and kept for the next time.
+        If the prebuilt one has none, because of the device's architecture or an old driver, the op is built for this
+        machine and cached.
 
         Raises
         ------
         OpUnavailableError
-            If neither works. The outcome is kept, as that of load() is.
+            If neither works. The outcome is remembered, as with load().
         """
         with self._lock:
             if device not in self._for_devices:

@@ -1,6 +1,6 @@
-"""The environment variables that steer building and loading, each read in one place.
+"""The environment variables that control building and loading, each read in one place.
 
-Must not know what they are used for. An unknown value is a ValueError that names the valid ones.
+Must not know what they are used for. An invalid value raises a ValueError that names the valid ones.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ def _switch(name: str) -> bool | None:
 
 
 def build_switch(op: str) -> tuple[bool | None, str]:
-    """Whether the op may be built: False never, True it must succeed, None if it is compatible; and who says so."""
+    """Whether to build the op (False: never; True: it must succeed; None: if compatible), and which setting says so."""
     own = f"ADAMOPS_BUILD_{op.upper()}"
     for variable in (own, "ADAMOPS_BUILD_OPS"):
         decision = _switch(variable)
@@ -58,10 +58,10 @@ _NAMED_ARCHITECTURES = {
 
 
 def cuda_archs(valid: Sequence[str]) -> tuple[str, list[str]] | None:
-    """ADAMOPS_CUDA_ARCHS, or else TORCH_CUDA_ARCH_LIST: "NAME=value" of the variable and what it lists; None if unset.
+    """ADAMOPS_CUDA_ARCHS, else TORCH_CUDA_ARCH_LIST: the variable as "NAME=value", and what it lists; None if unset.
 
-    Torch's syntax: "8.0;9.0+PTX", names such as "Hopper", or one of the words "native" and "all". The result has "90"
-    for 9.0 and "90+PTX" for 9.0+PTX; `valid` is what may stand before the "+PTX".
+    Torch's syntax: "8.0;9.0+PTX", names such as "Hopper", or one of the words "native" and "all". In the result, 9.0
+    is "90" and 9.0+PTX is "90+PTX". `valid` lists what may precede the "+PTX".
     """
     for variable in ("ADAMOPS_CUDA_ARCHS", "TORCH_CUDA_ARCH_LIST"):
         value = os.environ.get(variable, "").strip()
@@ -98,8 +98,8 @@ def simd(valid: Sequence[str]) -> str | None:
 
 
 def words(name: str) -> list[str]:
-    """The words of CXX, CXXFLAGS or LDFLAGS, split as a shell does; none if it is unset."""
-    import shlex  # which most processes do not need
+    """The words of CXX, CXXFLAGS or LDFLAGS, split as a shell would; empty if the variable is unset."""
+    import shlex  # not at the top: most processes do not need it
 
     value = os.environ.get(name, "")
     try:
@@ -109,7 +109,7 @@ def words(name: str) -> list[str]:
 
 
 def quoted(command: Iterable[str]) -> str:
-    """The opposite of words(): a command as one could type it."""
+    """The inverse of words(): a command as one would type it."""
     import shlex
 
     return shlex.join(command)
@@ -126,7 +126,7 @@ def max_jobs() -> int:
 
 
 def cache_dir() -> Path:
-    """ADAMOPS_CACHE_DIR: where ops built at run time are kept; the user's cache folder if unset."""
+    """ADAMOPS_CACHE_DIR: where ops built at run time are cached; the user's cache folder if unset."""
     value = os.environ.get("ADAMOPS_CACHE_DIR", "").strip()
     if value:
         return Path(value).expanduser()

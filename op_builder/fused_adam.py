@@ -6,7 +6,7 @@ from .cuda import CUDAOpBuilder
 
 
 class FusedAdamBuilder(CUDAOpBuilder):
-    """Adam for tensors in device memory, with csrc/adam."""
+    """Adam for tensors in device memory, built from csrc/adam."""
 
     NAME = "fused_adam"
     MODULE = "adamops._native.fused_adam"

@@ -1,7 +1,7 @@
-"""Builds an op on the user's machine at its first use and keeps it in a cache folder.
+"""Builds an op on the user's machine at its first use, and caches it.
 
-One build per content: the file name holds a hash of everything that went into it. Two processes never build the same op
-at once, and a process that dies in the middle leaves nothing that another would load.
+Builds are addressed by content: the folder name holds a hash of everything that went into the build. Two processes
+never build the same op at once, and a process that dies mid-build leaves nothing that another would load.
 """
 
 from __future__ import annotations
@@ -38,23 +38,23 @@ if TYPE_CHECKING:
 
 
 def load(builder: OpBuilder) -> ModuleType:
-    """The op's module from the cache, built first if need be. Raises BuildError or ImportError."""
+    """The op's module from the cache, built first if necessary. Raises BuildError or ImportError."""
     compatible = builder.compatibility()
     if not compatible:
         raise BuildError(compatible.reason)
     extension = cached_path(builder)
     _build_unless_there(builder, extension)
-    # A name of its own, as pybind11 gives back the module that it already made under a name.
+    # A unique name, because pybind11 returns the module that it has already created under a name.
     return _import_file(f"{extension.parent.name}.{builder.MODULE.rpartition('.')[2]}", extension)
 
 
 def is_cached(builder: OpBuilder) -> bool:
-    """Whether load() would find the op in the cache, whole."""
+    """Whether load() would find an intact build of the op in the cache."""
     return _is_whole(cached_path(builder))
 
 
 def cached_path(builder: OpBuilder) -> Path:
-    """Where the build of this op for this machine lies, or would lie, in the cache."""
+    """The path in the cache of this op's build for this machine, whether or not it exists."""
     name = builder.MODULE.rpartition(".")[2]
     return environment.cache_dir() / f"{builder.NAME}-{_fingerprint(builder)}" / f"{name}{extension_suffix()}"
 
@@ -80,7 +80,7 @@ def _build_unless_there(builder: OpBuilder, extension: Path) -> None:
 
 
 def _build(builder: OpBuilder, extension: Path) -> None:
-    """Builds while no other process does, and says so. The extension appears as a whole, after its record."""
+    """Builds the op under the caller's lock, and says so. The extension appears atomically, after its record."""
     started = time.monotonic()
     print(f"adamops: building {builder.NAME} for this machine, once ...", end=" ", file=sys.stderr, flush=True)
     for left_by_a_killed_build in extension.parent.glob("unfinished-*"):
@@ -89,7 +89,7 @@ def _build(builder: OpBuilder, extension: Path) -> None:
         shutil.rmtree(left_by_a_killed_build, ignore_errors=True)
     unfinished = extension.with_name(f"unfinished-{os.getpid()}.so")
     try:
-        # Beside the result, not where temporary files go: there nobody would remove what a killed build leaves.
+        # Next to the result, not in the system's temporary folder, where nobody would clean up after a killed build.
         record = compile_op(builder, unfinished, scratch_root=extension.parent)
         write_record(extension, {**record, "sha256": _digest(unfinished)})
         unfinished.replace(extension)
@@ -129,10 +129,10 @@ def _pybind11_version() -> list[str]:
 
 
 def _make_private_folder(folder: Path) -> None:
-    """Makes the folder; BuildError if someone else could put code there for this user to run."""
+    """Creates the folder. Raises BuildError if another user could put code there for this user to run."""
     try:
         missing = [parent for parent in (folder, *folder.parents) if not parent.exists()]
-        for parent in reversed(missing):  # not mkdir(parents=True), which makes the parents as the umask says
+        for parent in reversed(missing):  # not mkdir(parents=True), whose parents would get the umask's mode
             parent.mkdir(mode=0o700, exist_ok=True)
         status = folder.stat()
     except OSError as error:
@@ -145,7 +145,7 @@ def _make_private_folder(folder: Path) -> None:
 
 
 def _is_whole(extension: Path) -> bool:
-    """Whether it is what was built. Loading one that a full disk or a crash cut short may kill the process."""
+    """Whether the file is what was built. Loading one that a full disk or a crash truncated may kill the process."""
     record = read_record(extension)
     try:
         return record is not None and record.get("sha256") == _digest(extension)

@@ -10,7 +10,7 @@ from .builder import Compatibility, OpBuilder
 
 
 class TorchAdamBuilder(OpBuilder):
-    """Adam in pure PyTorch: slow, but wherever torch runs."""
+    """Adam in pure PyTorch: slow, but it runs wherever torch does."""
 
     NAME = "torch_adam"
     MODULE = "adamops.ops.adam.torch_adam"

@@ -1,8 +1,8 @@
-"""Prints what a step takes under each framework, with ours and with what users have today: `python ci/framework_times`.
+"""Prints step times under each framework, with adamops and with what users have today: `python ci/framework_times`.
 
-Each module beside this one has a function measure(), which times implementations in rounds in a process of its own, and
-returns the median milliseconds of each by case. One that cannot be measured here, because its framework is not
-installed say, is left out with the reason.
+Every other module here has a function measure(), which times implementations in rounds in its own process, and returns
+the median milliseconds of each by case. A framework that cannot be measured here, for example because it is not
+installed, is listed with the reason.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ OURS = "adamops"
 
 
 def main() -> None:
-    """Measures all, and prints a table."""
+    """Measures every framework, and prints a table."""
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
     parser.add_argument("frameworks", nargs="*", default=NAMES, help=f"which to measure: {', '.join(NAMES)}")
     args = parser.parse_args()
@@ -36,7 +36,7 @@ def main() -> None:
             measure = importlib.import_module(f"framework_times.{name}").measure
             with ProcessPoolExecutor(1, multiprocessing.get_context("spawn")) as pool:
                 cases = pool.submit(measure).result()
-        except Exception as error:  # a framework may be missing, need what is not here, or die
+        except Exception as error:  # a framework may be missing, lack a dependency, or crash
             table.add_row(name, f"not measured: {error}")
             continue
         for case, medians in cases.items():

@@ -1,6 +1,6 @@
-"""Times engine.step() of DeepSpeed with its own optimizer as DeepSpeed builds it, on adamops' ops, and with torch's.
+"""Times DeepSpeed's engine.step() with its own optimizer, on DeepSpeed's ops and on adamops' ops, and with torch's.
 
-Compiles DeepSpeed's ops where they are not in its cache, which takes minutes. Must not know how any of them works.
+Compiles DeepSpeed's ops if they are not in its cache, which takes minutes. Must not know how any of them works.
 """
 
 from __future__ import annotations
@@ -69,7 +69,7 @@ def _backward(engine: Any) -> None:
 
 def measure() -> dict[str, dict[str, float]]:
     """Median milliseconds of a step by case and implementation."""
-    deepspeed_adam()  # sets what DeepSpeed wants of the environment
+    deepspeed_adam()  # sets the environment variables that DeepSpeed needs
     os.environ.update(RANK="0", LOCAL_RANK="0", WORLD_SIZE="1", MASTER_ADDR="127.0.0.1", MASTER_PORT="29531")
     import deepspeed
     from deepspeed.utils import logger
@@ -77,7 +77,7 @@ def measure() -> dict[str, dict[str, float]]:
     import adamops.deepspeed
 
     logger.setLevel("ERROR")
-    deepspeed.ops.__dict__["__compatible_ops__"] = {}  # no op for shared memory, which inference alone uses
+    deepspeed.ops.__dict__["__compatible_ops__"] = {}  # skips the op for shared memory, which only inference uses
     results = {}
     for name, case in CASES.items():
         engines = {"DeepSpeed": _engine(case, "config")}
@@ -92,7 +92,7 @@ def measure() -> dict[str, dict[str, float]]:
 
 
 def _medians(engines: dict[str, Any]) -> dict[str, float]:
-    """As adamops.bench.time_in_rounds(), but for what comes before each call: the backward pass that a step needs."""
+    """As adamops.bench.time_in_rounds(), but each call is preceded by the backward pass that a step needs."""
     order = random.Random(0)
     times: dict[str, list[float]] = {name: [] for name in engines}
     for _ in range(WARMUP_ROUNDS + ROUNDS):

@@ -1,6 +1,6 @@
-"""Step times on DTensors: fully_shard() over a mesh of this process alone, so that nothing but the step is timed.
+"""Step times on DTensors: fully_shard() on a mesh of this process alone, so that only the step is timed.
 
-It must not know how any optimizer deals with DTensors.
+Must not know how any optimizer handles DTensors.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ ROUNDS = 20
 
 
 class Params(nn.Module):
-    """Params of given sizes, all of which count."""
+    """Params of the given sizes, all of which contribute to the output."""
 
     def __init__(self, sizes: list[int]) -> None:
         super().__init__()
@@ -43,7 +43,7 @@ def _params(sizes: list[int], sharded: bool) -> list[nn.Parameter]:
 
 
 def measure() -> dict[str, dict[str, float]]:
-    """Median milliseconds of a step, by case and implementation. DeepSpeed's were not tried on DTensors."""
+    """Median milliseconds of a step, by case and implementation. DeepSpeed's optimizers were not tried on DTensors."""
     medians = {}
     with tempfile.TemporaryDirectory() as folder:
         dist.init_process_group("gloo", init_method=f"file://{folder}/store", rank=0, world_size=1)

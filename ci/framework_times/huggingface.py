@@ -1,6 +1,6 @@
-"""Times of a step as the Trainer of transformers does it: Accelerate's clipping, then Accelerate's wrapper's step.
+"""Step times as in the Trainer of transformers: Accelerate's clipping, then the step of Accelerate's wrapper.
 
-The params are those of real models, their grads random.
+The params have the sizes of real models; their grads are random.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ CONTESTANTS: dict[str, Callable[[list[torch.nn.Parameter]], Optimizer]] = {
 
 
 def gpt2(layers: int, width: int) -> PreTrainedModel:
-    """Without memory for its weights."""
+    """A GPT-2 on the meta device, without memory for its weights."""
     with torch.device("meta"):
         return GPT2LMHeadModel(
             GPT2Config(vocab_size=8192, bos_token_id=0, eos_token_id=0, n_embd=width, n_layer=layers, n_head=8)
@@ -41,12 +41,12 @@ def lora() -> torch.nn.Module:
 
 
 def trained_sizes(model: torch.nn.Module) -> list[int]:
-    """Of the params that are trained."""
+    """The sizes of the trainable params."""
     return [param.numel() for param in model.parameters() if param.requires_grad]
 
 
 def median_times(numels: list[int], clip: bool, rounds: int) -> dict[str, float]:
-    """Of a step, in milliseconds, by implementation; with clipping by adamops' optimizer itself too."""
+    """Median milliseconds of a step by implementation. With `clip`, also with clipping by adamops' own optimizer."""
     accelerator = Accelerator(cpu=True)
     calls: dict[str, Callable[[], object]] = {}
 

@@ -1,4 +1,4 @@
-"""Times of a step as Lightning does it: its clipping by norm, then the step of its wrapper around the optimizer."""
+"""Step times as in Lightning: its clipping by norm, then the step of its wrapper around the optimizer."""
 
 from __future__ import annotations
 
@@ -12,17 +12,17 @@ from torch.optim import Optimizer
 from adamops.bench import OPTIMIZERS, OURS, new_params, time_in_rounds
 
 MAX_NORM = 1.0
-SIZES = [256 * 256] * 60 + [256] * 120  # of a model of 4 M
+SIZES = [256 * 256] * 60 + [256] * 120  # those of a model with 4 M params
 CONTESTANTS: dict[str, Callable[[list[torch.nn.Parameter]], Optimizer]] = {
     OURS: lambda params: OPTIMIZERS[OURS](params, torch.float32),
     "torch.optim.AdamW": torch.optim.AdamW,
     "torch.optim.AdamW(fused=True)": lambda params: torch.optim.AdamW(params, fused=True),
-}  # DeepSpeed's dies: Lightning's wrapper inherits its __del__, which frees what the optimizer behind it goes on using
+}  # DeepSpeed's crashes: Lightning's wrapper inherits its __del__, which frees what the wrapped optimizer still uses
 IN_STEP = f"{OURS}, optimizer.clip_grad_norm_()"
 
 
 class Times(lightning.LightningModule):
-    """Has all optimizers, and takes the times in its one training step."""
+    """Holds all optimizers, and times them in its single training step."""
 
     automatic_optimization = False
 
@@ -54,7 +54,7 @@ class Times(lightning.LightningModule):
 
 
 def median_times(clip: bool, rounds: int) -> dict[str, float]:
-    """Of a step, in milliseconds, by implementation."""
+    """Median milliseconds of a step by implementation."""
     module = Times(clip, rounds)
     trainer = lightning.Trainer(
         accelerator="cpu",

@@ -1,5 +1,5 @@
-// The scalars of one step, computed where the step count and the learning rate are: on the host or on the device.
-// The same arithmetic, operation by operation, as AdamHyper.scalars() in adamops/ops/adam/hyper.py, in double.
+// The scalars of one step, computed where the step count and the learning rate are: on the host or on the device. The
+// same arithmetic in double, operation by operation, as AdamHyper.scalars() in adamops/ops/adam/hyper.py.
 #pragma once
 
 #include <cstdint>
@@ -14,7 +14,8 @@ struct AdamHyper {
   bool bias_correction, adamw_mode, maximize;
 };
 
-// base ** exponent by squaring. Without a sign, as a count in a tensor on a device may be anything: this has to end.
+// base ** exponent by squaring. The exponent is taken as unsigned: a step count in device memory may hold anything, and
+// the loop must end.
 template <class Ops>
 ADAMOPS_HOST_DEVICE inline double integer_power(double base, int64_t exponent) {
   double result = 1.0;
@@ -25,8 +26,8 @@ ADAMOPS_HOST_DEVICE inline double integer_power(double base, int64_t exponent) {
   return result;
 }
 
-// `step` counts from 1. `Ops` are operations on doubles that round once; `loss_scale` is what the loss was multiplied
-// by, `grad_factor` what grads are to be multiplied by besides.
+// `step` counts from 1. `Ops` are operations on doubles that round once. `loss_scale` is what the loss was multiplied
+// by; `grad_factor` is a further factor for grads.
 template <class Ops>
 ADAMOPS_HOST_DEVICE inline AdamScalars adam_scalars(const AdamHyper& h, int64_t step, double loss_scale,
                                                     double grad_factor) {

@@ -1,4 +1,4 @@
-// How the table of a step is made: see adam_table.h.
+// Builds the table of a step: see adam_table.h.
 #include "adam_table.h"
 
 #include <algorithm>
@@ -14,7 +14,7 @@ namespace adamops {
 
 namespace {
 
-// The names in a param's state, made once.
+// The names in a param's state, interned once.
 struct Names {
   PyObject *grad, *step, *exp_avg, *exp_avg_sq, *max_exp_avg_sq, *scales, *master, *remainder;
 
@@ -57,17 +57,17 @@ Master master_of_number(int number) {
   return static_cast<Master>(number);
 }
 
-// Finds the states of params one after another. The dict of states usually has them in the order of the params, and
-// then comparing a pointer takes the place of torch's hash of a tensor, which is a function in Python.
+// Finds the states of params one after another. The dict of states usually has them in the order of the params.
+// Comparing a pointer then replaces torch's hash of a tensor, which is a Python function.
 class StateFinder {
  public:
   // `position` is where to look first, as PyDict_Next counts; any number is safe.
   StateFinder(PyObject* states, Py_ssize_t position) : states_(states), next_(position) {}
 
-  // How far to look for params after the first: far enough to get over some that have no grad.
+  // How many entries to try for params after the first: enough to skip some that have no grad.
   static constexpr Py_ssize_t kReach = 4;
 
-  // The state of a param, borrowed; null if there is none. Looks at `reach` entries before it asks for a hash.
+  // The state of a param, borrowed; null if there is none. Tries `reach` entries before it looks the param up by hash.
   PyObject* find(PyObject* param, Py_ssize_t reach) {
     Py_ssize_t position = next_;
     PyObject *key, *state;
@@ -82,7 +82,7 @@ class StateFinder {
     return entry(states_, param);
   }
 
-  // Where the last state was found, if it was without a hash.
+  // The position of the last state, if it was found without hashing.
   Py_ssize_t found() const { return found_; }
 
  private:
@@ -172,7 +172,8 @@ bool AdamTable::add(const TensorReader& reader, PyObject* param, py::object grad
                     uint32_t rng_offset) {
   if (!state || !PyDict_Check(state)) return false;
   const bool sharded = reader.is_sharded(param);
-  // The tensor of the state by this name, local if the param is sharded; empty if there is none, or of the other kind.
+  // The state's tensor of this name, or its local tensor if the param is sharded. Empty if there is none, or if only
+  // one of the two is sharded.
   const auto state_tensor = [&](PyObject* name) {
     py::object tensor = owned_entry(state, name);
     if (!tensor || reader.is_sharded(tensor.ptr()) != sharded) return py::object();
@@ -207,15 +208,15 @@ bool AdamTable::add(const TensorReader& reader, PyObject* param, py::object grad
   if (!reader.read(row.param.ptr(), p) || !read(row.grad, g)) return false;
   if (read_states(read)) {
     if (v.dtype != m.dtype || (amsgrad && max_v.dtype != m.dtype)) return false;
-    // Scales beside floats say that these have been made of 8-bit codes by someone who took them for numbers. Looked
-    // for where the state has more than the step needs only.
+    // Scales next to floating-point states mean that someone took quantized states for plain numbers and cast them to
+    // floats. Only looked for if the state has more entries than the step needs.
     const Py_ssize_t needed = 3 + (amsgrad ? 1 : 0) + (p.dtype != kFloat32 && master != kNoMaster ? 1 : 0);
     if (PyDict_Size(state) > needed && entry(state, names().scales)) return false;
   } else {
     const auto read_quantized = [&](const py::object& object, TensorReader::View& view) {
-      return read_integers(object, &view == &m, 8, view);  // only the average of the grads has a sign
+      return read_integers(object, &view == &m, 8, view);  // only exp_avg is signed
     };
-    row.scales = owned_entry(state, names().scales);  // plain always: they are of what this rank holds
+    row.scales = owned_entry(state, names().scales);  // always plain: they belong to what this rank holds
     if (!read_states(read_quantized) || !row.scales || !reader.read(row.scales.ptr(), scales)) return false;
     if (scales.dtype != kBfloat16 || scales.tensor.ndim != 2) return false;
     if (scales.tensor.shape[0] != blocks_of(p.numel) || scales.tensor.shape[1] != (amsgrad ? 3 : 2)) return false;
@@ -286,7 +287,7 @@ std::unique_ptr<AdamTable> table_of_params(const TensorReader& reader, const py:
   auto table = std::make_unique<AdamTable>(amsgrad, master_of_number(master));
   table->reserve(params.size());
   StateFinder finder(states.ptr(), first_state);
-  // The list is asked for its size each time, as reading a grad may run code of others.
+  // Reads the list's size in each iteration, since reading a grad may run foreign code.
   for (size_t i = 0; i < params.size(); ++i) {
     PyObject* const param = PyList_GET_ITEM(params.ptr(), static_cast<Py_ssize_t>(i));
     auto grad = py::reinterpret_steal<py::object>(PyObject_GetAttr(param, names().grad));
@@ -317,7 +318,7 @@ std::unique_ptr<AdamTable> table_of_addresses(const py::list& params, const py::
       lowp_out(lowp_outs, count, "lowp_outs"), rng_offset(rng_offsets, count, "rng_offsets");
   auto table = std::make_unique<AdamTable>(amsgrad, masters.is_none() ? kNoMaster : master_of_number(master));
   table->reserve(count);
-  constexpr size_t kStates = kDtypeCount + 1;  // codes besides
+  constexpr size_t kStates = kDtypeCount + 1;  // and kQuantized
   for (size_t i = 0; i < count; ++i) {
     size_t digits = code[i];
     const auto next = [&digits](size_t base) {
@@ -359,7 +360,7 @@ py::object columns_of(const TensorReader& reader, const py::list& tensors) {
 }
 
 void bind_adam_table(py::module_& module) {
-  // Each module has classes of its own: those of the other may be of another version.
+  // Each module has its own classes, since the other module may be of another version.
   bind_tensor_layout(module);
   py::class_<TensorReader>(module, "TensorReader", "Reads plain tensors of a device through torch's DLPack table.",
                            py::module_local())

@@ -1,6 +1,6 @@
-// The table of a step: the tensors of a param group as addresses, sizes and dtypes, made from a list of params and
-// their states or from columns of addresses. It must not know of kernels, threads or hyper-parameters. The modules of
-// the CPU op and of the CUDA op both hold it.
+// The table of a step: the tensors of a param group as addresses, sizes and dtypes. It is built from a list of params
+// and their states, or from columns of addresses. Must not know of kernels, threads or hyper-parameters. The modules of
+// the CPU op and of the CUDA op both contain it.
 #pragma once
 
 #include <pybind11/pybind11.h>
@@ -20,47 +20,48 @@ namespace adamops {
 // More steps than anyone takes; the scalars' error bound ends long before (adamops/ops/adam/hyper.py).
 constexpr int64_t kMostSteps = int64_t{1} << 53;
 
-// Tensors with what belongs to each, ready for the kernels.
+// Tensors and what belongs to each, ready for the kernels.
 class AdamTable {
  public:
   AdamTable(bool amsgrad, Master master) : amsgrad(amsgrad), master(master) {}
   AdamTable(const AdamTable&) = delete;
   AdamTable& operator=(const AdamTable&) = delete;
 
-  bool amsgrad;   // of its own, since an empty tensor has a null address in every column
+  bool amsgrad;   // stored, since an empty tensor has a null address in every column
   Master master;  // what 16-bit params must have
   std::vector<AdamTensor> tensors;
   std::vector<AdamDtypes> dtypes;
   std::vector<int64_t> steps;        // the distinct step counts, this step included
-  std::vector<uint32_t> step_rows;   // for each tensor, which of `steps` it has reached
-  std::vector<float*> device_steps;  // or where each tensor's count, before this step, is kept as fp32
-  Py_ssize_t first_state = 0;        // where the dict of states has that of the first tensor, as PyDict_Next counts
+  std::vector<uint32_t> step_rows;   // for each tensor, the index of its count in `steps`
+  std::vector<float*> device_steps;  // or the address of each tensor's fp32 count, before this step
+  Py_ssize_t first_state = 0;        // the first tensor's position in the dict of states, as PyDict_Next counts
 
   void reserve(size_t count);
 
-  // Notes a tensor's step count, this step included.
+  // Records a tensor's step count, this step included.
   void add_step(int64_t step);
 
-  // Whether step counts are kept in tensors, beside the params.
+  // Whether step counts are kept in tensors, on the params' device.
   bool counts_on_device() const { return !device_steps.empty(); }
 
-  // Writes the step counts into the states that the table was made from, if it was; counts on the device are left.
+  // Writes the step counts into the states that the table was made from, if any. Counts on the device are left alone.
   void count_steps() const;
 
-  // Has autograd know what the step writes, of a table made from params: for `zero_grads` the grads too.
+  // Tells autograd what the step writes, by version counters; with `zero_grads`, the grads too. Does nothing for a
+  // table made from addresses.
   void count_writes(bool zero_grads) const;
 
-  // All tensors that the table borrows memory of; of DTensors the local ones.
+  // All tensors whose memory the table borrows; for DTensors, the local ones.
   pybind11::list borrowed() const;
 
-  // Where each tensor of each column begins, and how many bytes of it a step reads or writes.
+  // For each tensor of each column, its address and the number of bytes that a step reads or writes.
   std::vector<std::pair<uintptr_t, int64_t>> spans() const;
 
-  // Remembers the dict that a tensor's step count is to be written to, of a table made from addresses.
+  // For a table made from addresses: keeps the dict that a tensor's step count is written to.
   void add_state(pybind11::object state);
 
-  // Takes one param with its grad and its state, of a DTensor what this rank holds. False if something about them is
-  // not eligible for the fast path.
+  // Adds one param with its grad and its state; for a DTensor, what this rank holds. Returns false if anything about
+  // them is not eligible for the fast path.
   bool add(const TensorReader& reader, PyObject* param, pybind11::object grad, PyObject* state, uint32_t rng_offset);
 
   // Releases the references to the tensors.
@@ -73,30 +74,32 @@ class AdamTable {
   bool sharded = false;  // whether there are DTensors among the params
 
  private:
-  // Notes a step count as the state has it. False if it is not eligible for the fast path, or kept elsewhere than those
-  // before.
+  // Records a step count as found in the state. Returns false if it is not eligible for the fast path, or if some
+  // counts are numbers and others tensors.
   bool add_step(const TensorReader& reader, const pybind11::object& step);
 
-  // What Python owns and this table borrows the memory of, kept alive; a member a column. Of DTensors the local ones.
+  // The Python objects whose memory this table borrows, kept alive; one member per column. For DTensors, the local
+  // ones.
   struct Objects {
     pybind11::object param, grad, state, step, exp_avg, exp_avg_sq, max_exp_avg_sq, scales, master;
   };
   std::vector<Objects> objects_;
-  std::vector<VersionCounter*> written_, grads_;       // of a table made from params; the objects keep them
-  std::unordered_map<int64_t, uint32_t> row_of_step_;  // where `steps` has each
+  std::vector<VersionCounter*> written_, grads_;       // of a table made from params; the objects keep them alive
+  std::unordered_map<int64_t, uint32_t> row_of_step_;  // the index of each in `steps`
 };
 
-// The table of a list of params, those without grad left out, and their states, {param: {"step", "exp_avg", ...}}. None
-// if any of it is not eligible for the fast path (a state is missing, a tensor is not plain or does not fit its param):
-// then it is for the caller to find the offending parameter. `first_state` is that of the group's last table, 0 if
-// unknown; the random bits of the params come from `rng_offset` and the numbers after it.
+// The table of a list of params (those without a grad are left out) and their states, {param: {"step", "exp_avg",
+// ...}}. Null, so None in Python, if any of it is not eligible for the fast path (a state is missing, a tensor is not
+// plain or does not fit its param); the caller then finds the offending parameter. `first_state` is that of the group's
+// previous table, 0 if unknown. The params' own RNG offsets are `rng_offset` and the numbers after it.
 std::unique_ptr<AdamTable> table_of_params(const TensorReader& reader, const pybind11::list& params,
                                            const pybind11::dict& states, bool amsgrad, int master,
                                            Py_ssize_t first_state, uint32_t rng_offset);
 
-// The table of columns, which are trusted. A dtype code is param + 3 * grad + 9 * state + 36 * lowp_out, where the
-// dtype 3 is that of codes; steps are counts, this one included, or addresses of counts, it not included; a master of 0
-// is none. Columns that are None are those that no tensor has. `states` are the dicts that counts are written to.
+// The table of columns of addresses, which are trusted. A dtype code is param + 3 * grad + 9 * state + 36 * lowp_out,
+// where state 3 means quantized. `steps` are counts, this step included, or addresses of counts, this step not
+// included. A master of 0 means none. A column that is None exists for no tensor. `states` are the dicts that counts
+// are written to.
 std::unique_ptr<AdamTable> table_of_addresses(const pybind11::list& params, const pybind11::list& grads,
                                               const pybind11::list& exp_avgs, const pybind11::list& exp_avg_sqs,
                                               const pybind11::object& max_exp_avg_sqs, const pybind11::list& numels,
@@ -105,13 +108,13 @@ std::unique_ptr<AdamTable> table_of_addresses(const pybind11::list& params, cons
                                               const pybind11::object& scales, const pybind11::object& lowp_outs,
                                               const pybind11::object& rng_offsets, const pybind11::object& states);
 
-// Whether grads of the tables share memory with one another, so that none may be zeroed before all are read.
+// Whether grads of the tables share memory with one another, so that none may be zeroed before all have been read.
 bool grads_overlap(const std::vector<const AdamTable*>& tables);
 
-// The addresses, sizes and dtype codes of tensors, each a list; None if one of them is not plain.
+// The addresses, sizes and dtype codes of tensors, one list each; None if any of them is not plain.
 pybind11::object columns_of(const TensorReader& reader, const pybind11::list& tensors);
 
-// Makes Python know TensorReader, AdamTable and the functions above, as the module's own.
+// Binds TensorReader, AdamTable and the functions above, local to the module.
 void bind_adam_table(pybind11::module_& module);
 
 }  // namespace adamops

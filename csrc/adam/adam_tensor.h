@@ -1,4 +1,5 @@
-// One tensor of a step, as the kernels on every device take it. Shared by code compiled for different CPUs: plain data.
+// One tensor of a step, as the kernels of every device take it. Shared by code compiled for different CPUs, so it holds
+// plain data only.
 #pragma once
 
 #include <cstdint>
@@ -7,44 +8,45 @@
 
 namespace adamops {
 
-// The storage of a param and what belongs to it, all of `numel` elements in the same order in memory, but for scales.
+// The storage of a param and what belongs to it. All columns but `scales` have `numel` elements, in the same order in
+// memory.
 struct AdamTensor {
   void* param;
-  void* grad;  // only read, unless the step zeroes it
+  void* grad;  // read-only, unless the step zeroes it
   void* exp_avg;
   void* exp_avg_sq;
   void* max_exp_avg_sq;  // null without amsgrad
-  void* master;          // what the param's dtype leaves out: see Master
-  uint16_t* scales;  // bfloat16, for each block of quantized states: exp_avg's, exp_avg_sq's, max_exp_avg_sq's; or null
-  void* lowp_out;    // where to write the new param in 16 bits as well, or null
+  void* master;          // master weight or remainder: see Master
+  uint16_t* scales;      // bfloat16, per quantization block: exp_avg's, exp_avg_sq's, max_exp_avg_sq's; or null
+  void* lowp_out;        // where to also write the new param in 16 bits, or null
   int64_t numel;
-  uint32_t rng_offset;  // tells the tensor's random bits from those of others
+  uint32_t rng_offset;  // separates the tensor's random bits from those of others
 };
 
-// What a 16-bit param has beside it: nothing; the param in fp32, of which it is the rounded copy; or the 8 or 16 bits
-// that it lacks (rounding.h).
+// The master weight of a 16-bit param: none; the param in fp32, of which it is the rounded copy; or a split master
+// weight, the param with a remainder of 8 or 16 bits (rounding.h).
 enum Master : uint8_t { kNoMaster, kMasterFp32, kRemainder8, kRemainder16 };
 
 // The dtypes of a tensor's columns.
 struct AdamDtypes {
   Dtype param, grad, state;
   Master master;
-  Dtype lowp_out;  // 16 bits; without meaning if there is none
+  Dtype lowp_out;  // 16 bits; meaningless if there is none
 };
 
-// Whether kernels know what to do with these: grads have the param's dtype or fp32, or 16 bits beside fp32 params, and
-// masters go with 16-bit params.
-// Of internal linkage, as all that code compiled for different CPUs shares.
+// Whether kernels support this combination: grads have the param's dtype or fp32, or 16 bits for fp32 params. Master
+// weights require 16-bit params, and fp32 ones also fp32 states. Internal linkage, like everything that code compiled
+// for different CPUs shares.
 static constexpr bool fit(AdamDtypes d) {
   return (d.grad == d.param || d.grad == kFloat32 || d.param == kFloat32) &&
          (d.master == kNoMaster || (d.param != kFloat32 && (d.master != kMasterFp32 || d.state == kFloat32)));
 }
 
-// What a step does to all its tensors.
+// What a step does with all its tensors.
 struct AdamMode {
   bool l2, amsgrad;
   bool zero_grads;           // also sets grads to zero
-  bool stochastic_rounding;  // rounds 16-bit params, or their masters of 24 bits, at random
+  bool stochastic_rounding;  // for 16-bit params, or their 24-bit master weights
 };
 
 }  // namespace adamops

@@ -1,5 +1,5 @@
-// Stores averages in pairs of vectors: average_rounding.h for the CPU's loops. Included by kernels, which are compiled
-// once per SIMD target, after ADAMOPS_SIMD_HEADER; ../simd/blocks.h says what that means for linkage.
+// Stores moving averages in pairs of vectors: average_rounding.h for the loops of the CPU. Included by kernels, which
+// are compiled once per SIMD target, after ADAMOPS_SIMD_HEADER; ../simd/blocks.h says what that means for linkage.
 #pragma once
 
 #include <cstring>
@@ -11,7 +11,7 @@ namespace adamops {
 namespace ADAMOPS_TARGET {
 namespace {
 
-// The noise of a step, by average. Averages in other dtypes than bfloat16 are rounded to the nearest.
+// The noise of a step for each average. Averages in dtypes other than bfloat16 are rounded to nearest.
 class AverageRounding {
  public:
   explicit AverageRounding(uint32_t step)
@@ -22,7 +22,7 @@ class AverageRounding {
   ADAMOPS_INLINE void store(T* to, const Pair& from) const {
     if constexpr (!same_type<T, bf16>)
       store_pair<EvenOdd>(to, from);
-    else if constexpr (EvenOdd)  // of bfloat16 values only: a NaN among them has an empty lower half
+    else if constexpr (EvenOdd)  // all inputs are bfloat16: a NaN among them has a zero lower half
       Ops::store_even_odd_upper(to, rounded<Format>(from.a, noise<Format>()), rounded<Format>(from.b, noise<Format>()));
     else
       Ops::store_two_upper(to, rounded<Format>(from.a, noise_but_of_nan<Format>(from.a)),

@@ -1,6 +1,6 @@
-// The Python module of the CPU op. It takes addresses, sizes and dtype codes, so it needs no torch to build or to run;
-// picks the kernel for this CPU; and splits the work over threads. The arithmetic is in adam_update.h. Callers are
-// trusted with addresses: adamops/ops/adam/native_backend.py checks every tensor first.
+// The Python module of the CPU op. It takes addresses, sizes and dtype codes, so it needs no torch to build or run. It
+// picks the kernel for this CPU and splits the work over threads; the arithmetic is in adam_update.h. Addresses from
+// callers are trusted: adamops/ops/adam/native_backend.py checks every tensor first.
 #include <pybind11/pybind11.h>
 #include <pybind11/stl.h>
 
@@ -36,7 +36,7 @@ std::vector<int64_t> sizes_of(const AdamTable& table) {
   return sizes;
 }
 
-// The kernel of each tensor of the table; `choose` gives null for dtypes that do not go together.
+// The kernel of each tensor of the table. `choose` returns null for dtypes that do not go together.
 template <class Range, class Choose>
 std::vector<Range> kernels(const AdamTable& table, const Choose& choose) {
   std::vector<Range> ranges;
@@ -48,14 +48,14 @@ std::vector<Range> kernels(const AdamTable& table, const Choose& choose) {
   return ranges;
 }
 
-// Whether a tensor goes to the kernel that takes whole blocks: it must, where its param is copied; and on CPUs whose
-// software prefetch pays, large fp32 columns are faster so (docs/dev/decisions.md).
+// Whether a tensor goes to the staged kernel, which works in quantization blocks. It must if it has a lowp_out. On CPUs
+// where software prefetch pays, large fp32 columns are also faster that way (docs/dev/decisions.md).
 bool in_blocks(const AdamDtypes& dtypes, const AdamTensor& tensor, int prefetch_bytes) {
   constexpr int64_t kLarge = 1 << 16;
   return tensor.lowp_out || (prefetch_bytes && dtypes.param == kFloat32 && tensor.numel >= kLarge);
 }
 
-// One step for a table, with all that can fail done: what is left cannot.
+// One step for a table. The constructor does everything that can fail; run() cannot.
 class PreparedStep {
  public:
   PreparedStep(AdamTable& table, const HostScalars& host_scalars, AdamMode mode, int threads)
@@ -72,7 +72,7 @@ class PreparedStep {
 
   void run() {
     table_.count_writes(mode_.zero_grads);
-    table_.count_steps();  // before the update, as the states are still in the caches
+    table_.count_steps();  // before the update, while the states are still in the caches
     for_each_piece(sizes_, threads_, [&](size_t i, int64_t begin, int64_t end) {
       ranges_[i](table_.tensors[i], {table_.dtypes[i], mode_, scalars_[table_.step_rows[i]], prefetch_bytes_}, begin,
                  end);
@@ -97,7 +97,7 @@ void adam_step(AdamTable& table, const HostScalars& host_scalars, bool l2, int t
 // The arguments of adam_step(), with l2, zero_grads and stochastic_rounding before threads.
 using StepArguments = std::tuple<AdamTable*, HyperNumbers, bool, bool, bool, int>;
 
-// No Python code runs between the steps, so that a signal's handler cannot leave some undone.
+// No Python code runs between the steps, so a signal handler cannot leave some of them undone.
 void adam_steps(const std::vector<StepArguments>& calls) {
   std::vector<PreparedStep> steps;
   steps.reserve(calls.size());

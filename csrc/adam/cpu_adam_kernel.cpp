@@ -1,6 +1,6 @@
 // The CPU kernel: compiled once per SIMD target with that target's flags, into the namespace ADAMOPS_TARGET, on the
-// vector wrapper ADAMOPS_SIMD_HEADER. Knows nothing of threads, Python or which target will be chosen.
-// What ../simd/blocks.h says of linkage holds here too.
+// vector wrapper ADAMOPS_SIMD_HEADER. Must not know of threads, Python or which target will be chosen. The linkage rule
+// of ../simd/blocks.h holds here too.
 #include "cpu_adam_kernel.h"
 
 #include <cstring>
@@ -18,8 +18,8 @@ double norm_range(const void* grad, Dtype dtype, Norm norm, int64_t count);  // 
 
 namespace {
 
-// The update of a Pair of Numbers, in two parts. Param, Grad and State are the storage types; the last two columns may
-// be NoColumn.
+// The update of a Pair of Numbers, in two phases. Param, Grad and State are storage types; the last two columns may be
+// NoColumn.
 template <class Param, class Grad, class State, bool Master, bool L2, bool Amsgrad>
 struct PairUpdate {
   static constexpr bool kEvenOdd = same_type<Param, bf16> && same_type<Grad, bf16> && same_type<State, bf16>;
@@ -28,7 +28,7 @@ struct PairUpdate {
   const AverageRounding& rounding;
   bool zero_grads;
 
-  // What the second part needs of the first.
+  // What the second phase needs from the first.
   struct Started {
     Pair exp_avg, root;
   };
@@ -58,7 +58,7 @@ struct PairUpdate {
     if constexpr (Master) store_pair<kEvenOdd>(master, p);
   }
 
-  // Of a tensor's own memory, or of a copy.
+  // Zeroes grads in the tensor's own memory, or in a padded copy.
   static void zero(const Grad* grad, int64_t count) {
     std::memset(static_cast<void*>(const_cast<Grad*>(grad)), 0, static_cast<size_t>(count) * sizeof(Grad));
   }
@@ -78,7 +78,7 @@ void adam_range(const AdamTensor& tensor, const AdamWork& work, int64_t begin, i
   const AdamConstants<Ops> k(work.scalars, work.scalars.grad_scale != 1.0f);
   const AverageRounding rounding(work.scalars.step);
   const PairUpdate<Param, Grad, State, Master, L2, Amsgrad> update = {k, rounding, work.mode.zero_grads};
-  const Grad* const grad = at<Grad>(tensor.grad, begin);  // not a column to be written, or all steps would write tails
+  const Grad* const grad = at<Grad>(tensor.grad, begin);  // const, or every step would write back the tail
   const int64_t count = end - begin, tail = count % Pair::kElements;
   for_each_pair(count, work.prefetch_bytes, update, at<Param>(tensor.param, begin), grad,
                 at<State>(tensor.exp_avg, begin), at<State>(tensor.exp_avg_sq, begin),
@@ -86,14 +86,14 @@ void adam_range(const AdamTensor& tensor, const AdamWork& work, int64_t begin, i
   if (update.zero_grads) update.zero(grad + count - tail, tail);
 }
 
-// Every byte that adam_range moves is loaded, changed by nothing, and stored.
+// Loads every byte that adam_range moves and stores it unchanged.
 template <class Param, class Grad, class State>
 void probe_range(const AdamTensor& tensor, int64_t begin, int64_t end, int prefetch_bytes) {
   using Word = uint64_t;
   constexpr int64_t kParamWords = kBlock * sizeof(Param) / sizeof(Word),
                     kGradWords = kBlock * sizeof(Grad) / sizeof(Word);
   constexpr int64_t kStateWords = kBlock * sizeof(State) / sizeof(Word);
-  const Word zero = prefetch_bytes < 0;  // which the compiler does not know
+  const Word zero = prefetch_bytes < 0;  // 0, but the compiler does not know
   for (int64_t i = begin; i + kBlock <= end; i += kBlock) {
     Param* param = at<Param>(tensor.param, i);
     const Grad* grad = at<Grad>(tensor.grad, i);
@@ -123,8 +123,7 @@ AdamRange choose_mode(AdamMode mode) {
                       : adam_range<Param, Grad, State, Master, false, false>;
 }
 
-// Calls `visit` with a value of each storage type, and returns what it returns; null where the combination does not
-// exist.
+// Calls `visit` with a value of each storage type and returns its result; null if the combination does not exist.
 template <class Result, class Visit>
 Result choose_types(AdamDtypes dtypes, Visit visit) {
   if (dtypes.param == kFloat32) {
@@ -139,7 +138,7 @@ Result choose_types(AdamDtypes dtypes, Visit visit) {
   return dtypes.param == kBfloat16 ? choose_16(bf16{}) : choose_16(fp16{});
 }
 
-// The kernels of one pass over registers, for what is most common; null for everything else.
+// The kernels with one pass over registers, for the most common cases; null for everything else.
 AdamRange choose_direct_range(AdamDtypes dtypes, AdamMode mode) {
   return choose_types<AdamRange>(dtypes, [&](auto p, auto g, auto s) -> AdamRange {
     using Param = decltype(p);
@@ -164,7 +163,7 @@ ProbeRange choose_touch_range(AdamDtypes dtypes) {
 
 }  // namespace
 
-// Constant data, so that looking at a target runs none of its code.
+// Constant data, so that inspecting a target runs none of its code.
 extern const AdamTarget target = {ADAMOPS_TARGET_NAME, Ops::kRequires, choose_adam_range, choose_touch_range,
                                   norm_range};
 

@@ -1,8 +1,8 @@
-// The CPU kernel for all that cpu_adam_kernel.cpp has no loop of its own for: quantized states or of other dtypes than
-// the param, split master weights, rounding at random, zeroing grads, copies of the param. A block of elements at a
-// time is brought into fp32, updated and put back, each step a loop over memory that stays in the first cache, so that
-// what can be combined need not be compiled together. Compiled once per SIMD target; ../simd/blocks.h says what that
-// means for linkage.
+// The staged CPU kernel, for everything without a loop of its own in cpu_adam_kernel.cpp: quantized states, other
+// combinations of dtypes, split master weights, stochastic rounding, 16-bit copies of the param. Widens one
+// quantization block at a time to fp32, updates it and writes it back. Each stage is a loop over memory that stays in
+// the L1 cache, so that features can be combined without compiling each combination. Compiled once per SIMD target;
+// ../simd/blocks.h says what that means for linkage.
 #include "cpu_adam_kernel.h"
 
 #include ADAMOPS_SIMD_HEADER
@@ -23,7 +23,7 @@ static_assert(kQuantizationBlock % kBlock == 0, "blocks, and so pairs of vectors
 static_assert(kQuantizationBlock % (4 * Ops::kWidth) == 0, "codes are stored by four vectors");
 static_assert(kQuantizedOffset == 128, "store_bytes takes it off");
 
-// Single floats, for loops that the compiler makes vectors of.
+// Single floats, for loops that the compiler vectorizes.
 struct FloatOps {
   static float mul(float a, float b) { return a * b; }
   static float add(float a, float b) { return a + b; }
@@ -32,7 +32,8 @@ struct FloatOps {
   static float from_bits(uint32_t bits) { return float_of(bits); }
 };
 
-// Vectors, with integers as wide: those of GCC and Clang, whose operators are what the target has.
+// Vectors, with integers of the same width: the vector extensions of GCC and Clang, whose operators become the target's
+// instructions.
 struct VectorOps : Ops {
   typedef int32_t Integers __attribute__((vector_size(4 * kWidth)));
   typedef uint16_t Halves __attribute__((vector_size(4 * kWidth)));
@@ -46,7 +47,7 @@ struct VectorOps : Ops {
     return to;
   }
   static Number add(Number a, Number b) { return cast<Number>(cast<Floats>(a) + cast<Floats>(b)); }
-  // Each half by itself.
+  // Adds the 16-bit halves separately.
   static Integers add_halves(Integers a, Integers b) { return cast<Integers>(cast<Halves>(a) + cast<Halves>(b)); }
   static Integers bits(Number a) { return cast<Integers>(a); }
   static Number from_bits(Integers a) { return cast<Number>(a); }
@@ -69,7 +70,7 @@ struct VectorOps : Ops {
 using Integers = VectorOps::Integers;
 using Number = Ops::Number;
 
-// Vectors of unsigned integers, for magnitudes: the bits of floats without the sign. (As unsigned ones, negative NaN is
+// Vectors of unsigned integers, for magnitudes: the bits of floats without the sign. (Unsigned, so that negative NaN is
 // beyond infinity too.)
 template <int kLanes>
 struct Magnitudes {
@@ -91,7 +92,7 @@ struct Magnitudes {
 };
 using VectorMagnitudes = Magnitudes<Ops::kWidth>;
 
-// A block of a column in memory. Where the tensor ends within it, a copy with zeros behind.
+// A quantization block of a column in memory. If the tensor ends within it, a zero-padded copy.
 template <class T>
 class Block {
  public:
@@ -121,8 +122,7 @@ inline void narrow(const float* from, T* to) {
   for (int64_t i = 0; i < kQuantizationBlock; i += Pair::kElements) store_pair(to + i, load_pair(from + i));
 }
 
-// Quantized states
-// -----------------------------------------------------------------------------------------------------
+// Quantized states ---------------------------------------------------------------------------------------------------
 
 template <class Format>
 struct FormatTypes {
@@ -135,7 +135,7 @@ struct FormatTypes<UnsignedFormat> {
 template <class Format>
 using Byte = typename FormatTypes<Format>::Byte;
 
-// Dequantizes a vector at a time.
+// Dequantizes one vector at a time.
 template <class Format>
 class Dequantizer {
  public:
@@ -150,7 +150,7 @@ class Dequantizer {
   Number unit_;
 };
 
-// What the states of a block are quantized with: the largest magnitudes, found on the way.
+// The largest magnitudes of the states of a quantization block, which set its scales. Collected during the update.
 struct Largest {
   VectorMagnitudes::Vector exp_avg = {}, exp_avg_sq = {}, max_exp_avg_sq = {};
 
@@ -159,7 +159,8 @@ struct Largest {
   }
 };
 
-// Quantizes a block of a state. Constructed ahead of its use, as what it needs of the block takes a division.
+// Quantizes one quantization block of a state. Constructed ahead of its use, because the scale's inverse takes a
+// division.
 template <class Format>
 class Quantizer {
  public:
@@ -183,7 +184,7 @@ class Quantizer {
       VectorOps::store_bytes(codes + i, four);
     }
     const auto most_below_zero = VectorOps::cast<VectorMagnitudes::Vector>(-least);
-    if (!Format::kSigned && VectorMagnitudes::largest_of(most_below_zero) == uint32_t{0} - kQuantizedOffset)  // seldom
+    if (!Format::kSigned && VectorMagnitudes::largest_of(most_below_zero) == uint32_t{0} - kQuantizedOffset)  // rare
       for (int64_t i = 0; i < kQuantizationBlock; ++i)
         if (codes[i] == 0)
           codes[i] = static_cast<Byte<Format>>(least_code(static_cast<int32_t>(FloatOps::bits(from[i]))));
@@ -202,11 +203,11 @@ class Quantizer {
   Integers noise_;
 };
 
-// Params and their masters --------------------------------------------------------------------------------------------
+// Params and their master weights ------------------------------------------------------------------------------------
 
 struct Random {
   bool used;
-  uint32_t key, index;  // of the block's first element
+  uint32_t key, index;  // the index of the quantization block's first element
   uint32_t bits(int64_t i) const { return random_bits(key, index + static_cast<uint32_t>(i)); }
 };
 
@@ -274,21 +275,21 @@ inline void narrow_at_random(const float* from, const Random&, float* to) {
   narrow(from, to);
 }
 
-// A block ------------------------------------------------------------------------------------------------------------
+// A quantization block -----------------------------------------------------------------------------------------------
 
-// Scratch for what is updated, in fp32.
+// Scratch in fp32 for what is updated.
 struct Scratch {
   alignas(kCacheLine) float param[kQuantizationBlock], grad[kQuantizationBlock], exp_avg[kQuantizationBlock],
       exp_avg_sq[kQuantizationBlock], max_exp_avg_sq[kQuantizationBlock];
 };
 
-// A block of a tensor: `count` elements from `begin` on. Brings columns into fp32 and puts them back.
+// A quantization block of a tensor: `count` elements from `begin` on. Widens columns to fp32 and writes them back.
 struct BlockOfTensor {
   const AdamTensor& tensor;
   const AdamWork& work;
   int64_t begin, count;
 
-  // Runs visit(T*) on the block of a column of T, which is only to be read, or is also written.
+  // Runs visit(T*) on the quantization block of a column of T, and writes it back if `Written`.
   template <bool Written, class T, class Visit>
   void visit_as(void* column, const Visit& visit) const {
     Block<T> block(column, begin, count);
@@ -301,7 +302,7 @@ struct BlockOfTensor {
     if (dtype == kBfloat16) return visit_as<Written, bf16>(column, visit);
     visit_as<Written, fp16>(column, visit);
   }
-  // Runs visit(param, rest) on a param and what is kept beside it.
+  // Runs visit(param, remainder) on a param and its remainder.
   template <bool Written, class Visit>
   void visit_param_and_rest(const Visit& visit) const {
     const auto with_rest = [&](auto* param) {
@@ -321,7 +322,7 @@ struct BlockOfTensor {
     prefetch_block<kQuantizationBlock>(at<T>(column, begin), work.prefetch_bytes);
   }
 
-  // A column in fp32: where it is, or widened into the scratch.
+  // A column in fp32: in place, or widened into the scratch.
   float* take(Dtype dtype, void* column, float* scratch) const {
     dtype == kFloat32 ? prefetch<float>(column) : prefetch<bf16>(column);
     if (in_place(dtype)) return at<float>(column, begin);
@@ -331,7 +332,7 @@ struct BlockOfTensor {
   void put(Dtype dtype, void* column, const float* from) const {
     if (!in_place(dtype)) visit_floats<true>(dtype, column, [&](auto* to) { narrow(from, to); });
   }
-  // The same for the average that Format is of.
+  // The same for the average with this Format.
   template <class Format>
   ADAMOPS_INLINE void put_average(Dtype dtype, void* column, const float* from) const {
     if (dtype != kBfloat16) return put(dtype, column, from);
@@ -382,8 +383,9 @@ struct FloatStates {
   Number load_max_exp_avg_sq(int64_t i) const { return Ops::load(max_exp_avg_sq + i); }
 };
 
-// Updates a block: states come from `from`, and go as floats to `to`. Returns their largest magnitudes. While a param
-// waits for the divider, the states of the next elements are updated; left to itself, a CPU looks ahead less far.
+// Updates a quantization block. Loads states from `from`, stores them as floats to `to`, and returns their largest
+// magnitudes. While the divider works on a param, the states of the next elements are updated; on its own, a CPU does
+// not look that far ahead.
 template <bool L2, bool Amsgrad, class States>
 inline Largest update(const AdamConstants<Ops>& k, float* param, const float* grad, const States& from,
                       const FloatStates& to) {
@@ -429,7 +431,7 @@ inline void update_float_states(const AdamConstants<Ops>& k, const BlockOfTensor
   if constexpr (Amsgrad) block.put(dtype, tensor.max_exp_avg_sq, states.max_exp_avg_sq);
 }
 
-// The codes of a block, and what to do where a state is not finite.
+// The quantized states of a quantization block, and what to do if a state is not finite.
 template <bool Amsgrad>
 struct QuantizedStates {
   int8_t* exp_avg;
@@ -444,7 +446,7 @@ struct QuantizedStates {
   Number load_exp_avg_sq(int64_t i) const { return v.load(i); }
   Number load_max_exp_avg_sq(int64_t i) const { return max_v.load(i); }
 
-  // exp_avg dequantized, NaN among it; for the few blocks that need it.
+  // Dequantizes exp_avg, including its NaNs; for the few quantization blocks that need it.
   void dequantize_with_nan(float* to) const {
     for (int64_t i = 0; i < kQuantizationBlock; i += Ops::kWidth) Ops::store(to + i, m.load(i));
     for (int64_t i = 0; i < kQuantizationBlock; ++i)

@@ -1,5 +1,5 @@
-// The Python module of the CUDA op: takes tables of addresses, sizes and dtypes, so it needs no torch to build or
-// to run, and imports on machines without a GPU or a driver. Callers are trusted with addresses.
+// The Python module of the CUDA op. It takes tables of addresses, sizes and dtypes, so it needs no torch to build or
+// run, and imports on machines without a GPU or a driver. Addresses from callers are trusted.
 #include "fused_adam.h"
 
 #include <pybind11/pybind11.h>

@@ -1,5 +1,5 @@
-// The CUDA side of FusedAdam: which kernel, which launches, on which stream; and what went wrong, in words. The kernels
-// are in fused_adam_kernel.cuh and fused_adam_blocks.cuh, the division into launches in launch_plan.cpp.
+// The CUDA side of FusedAdam: which kernel, which launches, on which stream, and the error messages. The kernels
+// are in fused_adam_kernel.cuh and fused_adam_blocks.cuh; launch_plan.cpp splits a step into launches.
 #include <cuda_fp16.h>
 #include <cuda_runtime.h>
 
@@ -37,7 +37,7 @@ void check(cudaError_t error, const std::string& what) {
   if (error != cudaSuccess) throw std::runtime_error(what + ": CUDA error: " + problem_in_words(error));
 }
 
-// The current device, changed while an object lives.
+// Changes the current device for the lifetime of the object.
 class DeviceGuard {
  public:
   explicit DeviceGuard(int device) : device_(device) {
@@ -62,7 +62,7 @@ Kernel kernel_of_columns(bool amsgrad) {
                  : adam_kernel<AdamKind<Param, Grad, State, Master, false>>;
 }
 
-// Grads and states have the param's dtype or fp32; a master goes with 16-bit params and fp32 states.
+// Grads and states have the param's dtype or fp32. A master weight requires a 16-bit param and fp32 states.
 template <class Param>
 Kernel kernel_of_param(bool grad32, bool state32, bool master, bool amsgrad) {
   if (master) {
@@ -77,7 +77,7 @@ Kernel kernel_of_param(bool grad32, bool state32, bool master, bool amsgrad) {
                 : kernel_of_columns<Param, Param, Param, false>(amsgrad);
 }
 
-// A kernel of one pass over registers, for what is most common; null for everything else.
+// A kernel with one pass over registers, for the most common cases; null for everything else.
 Kernel direct_kernel(AdamDtypes dtypes, AdamMode mode) {
   if (dtypes.state == kQuantized || dtypes.master > kMasterFp32) return nullptr;
   if (dtypes.state != dtypes.param && dtypes.state != kFloat32) return nullptr;
@@ -97,7 +97,7 @@ Kernel kernel_of(AdamDtypes dtypes, AdamMode mode, bool lowp_out) {
   return mode.amsgrad ? adam_blocks_kernel<true, false> : adam_blocks_kernel<false, false>;
 }
 
-// What the tensors of a launch have in common, as one number.
+// A kind is what the tensors of a launch have in common, as one number below kKinds.
 constexpr uint32_t kKinds = kDtypeCount * kDtypeCount * (kDtypeCount + 1) * 4 * (kDtypeCount + 1);
 
 uint32_t kind_of(AdamDtypes dtypes, bool lowp_out) {
@@ -209,7 +209,7 @@ CudaStatus cuda_status() {
   if (error != cudaSuccess) {
     status.devices = 0;
     status.problem = problem_in_words(error);
-    cudaGetLastError();  // so that no later check meets it
+    cudaGetLastError();  // clears the error, so that no later check reports it
   }
   return status;
 }

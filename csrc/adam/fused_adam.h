@@ -1,5 +1,5 @@
-// What the Python module of the CUDA op knows of its CUDA side: plain data and functions, no CUDA header. Failures are
-// std::runtime_error with a message for the user.
+// The interface between the Python module of the CUDA op and its CUDA side: plain data and functions, no CUDA header.
+// Failures are std::runtime_error with a message for the user.
 #pragma once
 
 #include <cstddef>
@@ -19,21 +19,21 @@ struct CudaPlace {
   void* stream;
 };
 
-// The step of a param group on one device; vectors of equal lengths.
+// The step of a param group on one device. Every vector but `scalars` has one entry per tensor.
 struct CudaAdamStep {
   const std::vector<AdamTensor>& tensors;
   const std::vector<AdamDtypes>& dtypes;
   AdamMode mode;
   std::vector<AdamScalars> scalars;
-  const std::vector<uint32_t>& scalar_rows;  // for each tensor, which of `scalars` are its own
-  const AdamScalars* device_scalars;         // or, if not null, for each tensor its own in device memory
-  const float* found_inf;                    // on the device; if not null and not 0, nothing happens
+  const std::vector<uint32_t>& scalar_rows;  // for each tensor, its index in `scalars`; unused with device_scalars
+  const AdamScalars* device_scalars;         // or, if not null, in device memory, one per tensor
+  const float* found_inf;                    // on the device; if not null and not 0, the step is skipped
 };
 
 // Enqueues the step. Throws std::invalid_argument, before anything runs, if there is no kernel for a tensor's dtypes.
 void cuda_adam_step(const CudaAdamStep& step, CudaPlace place);
 
-// Step counts on the device are counted, and the scalars of each tensor computed there.
+// Counts steps on the device, and computes the scalars of each tensor there.
 struct CudaScalars {
   AdamHyper hyper;
   const float* lr32;          // the learning rate on the device as fp32, or null
@@ -42,11 +42,11 @@ struct CudaScalars {
   const double* grad_factor;  // on the device; null: 1
   const float* found_inf;     // on the device; if not null and not 0, no step is counted
   const std::vector<float*>& steps;
-  AdamScalars* scalars;  // in device memory, room for one a tensor
+  AdamScalars* scalars;  // in device memory, one per tensor
 };
 void cuda_adam_scalars(const CudaScalars& work, CudaPlace place);
 
-// The norm of grads, all on the device: `partial` is room for a double for each chunk of kNormChunk elements of each.
+// The norm of grads, all on the device. `partial` is scratch: one double per chunk of kNormChunk elements of each grad.
 struct CudaNorm {
   std::vector<const void*> grads;
   std::vector<int64_t> numels;
@@ -56,14 +56,15 @@ struct CudaNorm {
 };
 void cuda_grad_norm(const CudaNorm& work, CudaPlace place);
 
-// What the CUDA runtime says of this machine; `problem` is why nothing can run, empty if something can.
+// What the CUDA runtime reports about this machine. `problem` is why nothing can run; empty if something can.
 struct CudaStatus {
   int runtime_version, driver_version, devices;
   std::string problem;
 };
 CudaStatus cuda_status();
 
-// Why the kernels cannot run on a device, its architecture not being among those compiled for, say; empty if they can.
+// Why the kernels cannot run on a device, for example because they were not compiled for its architecture; empty if
+// they can.
 std::string cuda_problem(int device);
 
 }  // namespace adamops

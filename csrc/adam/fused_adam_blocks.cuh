@@ -1,8 +1,8 @@
-// The CUDA kernel for all that fused_adam_kernel.cuh has no kernel of its own for: quantized states or of other dtypes
-// than the param, split master weights, rounding at random, zeroing grads, copies of the param. A warp takes a block of
-// codes at a time, a thread eight elements that lie together. Whether states are codes, and whether a block is whole,
-// is known when it is compiled; dtypes are asked for at run time, and all threads find the same. As there: device code
-// only, of CUDA nothing but built-ins.
+// The CUDA kernel for everything without a kernel of its own in fused_adam_kernel.cuh: quantized states, other
+// combinations of dtypes, split master weights, stochastic rounding, zeroing of grads, 16-bit copies of the param. A
+// warp takes one quantization block at a time, a thread eight adjacent elements of it. Whether states are quantized,
+// and whether the quantization block is full, is known at compile time. Dtypes are tested at run time, and all threads
+// take the same branch. As there: device code only, with nothing of CUDA but built-ins.
 #pragma once
 
 #include "fused_adam_kernel.cuh"
@@ -15,7 +15,7 @@ namespace adamops {
 static_assert(kOwn == 8 && kChunk % kQuantizationBlock == 0,
               "a thread's elements in 16 bits are one access of 16 bytes");
 
-// Of integers of 8 or 16 bits, as many as a thread has, packed into words, the first one lowest.
+// As many integers of 8 or 16 bits as a thread has elements, packed into words, the first one lowest.
 template <class T>
 struct Words {
   static constexpr int kPerWord = 4 / sizeof(T), kCount = kOwn / kPerWord;
@@ -24,7 +24,7 @@ struct Words {
   __device__ int32_t number(int i) const {
     return static_cast<T>(words[i / kPerWord] >> (8 * sizeof(T) * (static_cast<uint32_t>(i) % kPerWord)));
   }
-  // From the lowest bits of integers.
+  // Packs the lowest bits of integers.
   static __device__ Words packed(const int32_t (&from)[kOwn]) {
     Words packed;
 #pragma unroll
@@ -44,9 +44,9 @@ struct Words {
   }
 };
 
-// The elements of a thread, from `begin` on. If `Whole`, all kOwn are there, and the tensor's columns are aligned, so
-// that they are moved at once; otherwise `count` are, which may be none, and they are moved one by one, with zeros for
-// what is not there.
+// The elements of a thread, from `begin` on. If `Whole`, all kOwn are there and the tensor's columns are aligned, so
+// they are moved at once. Otherwise only `count` are there, possibly none; they are moved one by one, with zeros for
+// the missing ones.
 template <bool Whole>
 struct OwnElements {
   int64_t begin;
@@ -123,10 +123,9 @@ struct OwnElements {
   }
 };
 
-// Quantized states
-// -----------------------------------------------------------------------------------------------------
+// Quantized states ---------------------------------------------------------------------------------------------------
 
-// The largest of a number of each thread of the warp, which must all call it.
+// The largest of one number per thread of the warp; all its threads must call this.
 __device__ inline int32_t largest_of_warp(int32_t own) {
 #pragma unroll
   for (int distance = kWarp / 2; distance; distance /= 2)
@@ -151,7 +150,7 @@ __device__ inline void dequantize_own(const OwnElements<Whole>& own, const void*
                                       OwnFloats& to) {
   const Words<Byte> codes = own.template load_words<Byte>(column);
   const float unit = __fmul_rn(scale_in_fp32<CudaBitOps>(scale), Format::kUnit);
-  // With its sign bit turned, a signed byte is an unsigned one that is 128 more.
+  // With its sign bit flipped, a signed byte is an unsigned one that is 128 more.
   constexpr uint32_t kTurned = Format::kSigned ? kEverySign : 0;
   constexpr float kZero = CudaBitOps::kWholes + (Format::kSigned ? 128.0f : 0.0f);
 #pragma unroll
@@ -160,14 +159,15 @@ __device__ inline void dequantize_own(const OwnElements<Whole>& own, const void*
     const float code = __uint_as_float(__byte_perm(turned, CudaBitOps::kBitsOfWholes, 0x7650u | i % 4));
     to[i] = dequantize<Format, CudaBitOps>(__fadd_rn(code, -kZero), unit);
   }
-  if (Format::kSigned && (scale & kHasNotFinite)) {  // seldom
+  if (Format::kSigned && (scale & kHasNotFinite)) {  // rare
 #pragma unroll
     for (int i = 0; i < kOwn; ++i)
       if (codes.number(i) == kNotFinite) to[i] = __uint_as_float(0x7FC00000u);
   }
 }
 
-// Returns the block's scale. `not_finite` are the elements, as bits, of which a state is not.
+// Returns the scale of the quantization block. `not_finite` has a bit set for each element of which a state is not
+// finite.
 template <class Format, class Byte, bool Whole>
 __device__ inline uint16_t quantize_own(const OwnElements<Whole>& own, const OwnFloats& from, int32_t largest,
                                         uint32_t step, uint32_t not_finite, void* column) {
@@ -183,10 +183,10 @@ __device__ inline uint16_t quantize_own(const OwnElements<Whole>& own, const Own
   Words<Byte> packed = Words<Byte>::packed(codes);
 #pragma unroll
   for (uint32_t& word : packed.words) word ^= kEverySign;
-  uint32_t zeros = 0;  // not 0 if a byte is
+  uint32_t zeros = 0;  // nonzero if a byte is zero
 #pragma unroll
   for (const uint32_t word : packed.words) zeros |= (word - kEveryByte) & ~word & kEverySign;
-  if (Format::kSigned ? not_finite : zeros) {  // seldom
+  if (Format::kSigned ? not_finite : zeros) {  // rare
 #pragma unroll
     for (int i = 0; i < kOwn; ++i) {
       const int32_t code = packed.number(i);
@@ -228,7 +228,7 @@ __device__ inline void encode_states(const OwnElements<Whole>& own, const AdamTe
   if constexpr (Amsgrad) most_max_v = largest_magnitude(states.max_exp_avg_sq);
   const bool all_finite = most_m < kInfinity && most_v < kInfinity && most_max_v < kInfinity;
   uint32_t not_finite = 0;
-  if (!all_finite) {  // the same for the whole warp
+  if (!all_finite) {  // uniform across the warp
 #pragma unroll
     for (int i = 0; i < kOwn; ++i) {
       if (magnitude_bits(states.exp_avg[i]) < kInfinity && magnitude_bits(states.exp_avg_sq[i]) < kInfinity &&
@@ -257,7 +257,7 @@ __device__ inline void encode_states(const OwnElements<Whole>& own, const AdamTe
   }
 }
 
-// Params and their masters --------------------------------------------------------------------------------------------
+// Params and their master weights ------------------------------------------------------------------------------------
 
 template <class Rest, bool Whole>
 __device__ inline void join(const OwnElements<Whole>& own, const AdamTensor& tensor, bf16, OwnFloats& to) {
@@ -354,7 +354,7 @@ __device__ inline void store_param(const OwnElements<Whole>& own, const AdamTens
 
 // A step --------------------------------------------------------------------------------------------------------------
 
-// Whether all columns of a tensor may be moved by 16 bytes at a time.
+// Whether all columns of a tensor may be accessed 16 bytes at a time.
 __device__ inline bool is_aligned(const AdamTensor& tensor) {
   const uintptr_t addresses = reinterpret_cast<uintptr_t>(tensor.param) | reinterpret_cast<uintptr_t>(tensor.grad) |
                               reinterpret_cast<uintptr_t>(tensor.exp_avg) |
@@ -364,7 +364,7 @@ __device__ inline bool is_aligned(const AdamTensor& tensor) {
   return addresses % 16 == 0;
 }
 
-// One step for a thread's elements of a quantization block. Where the step is skipped, grads are zeroed and params
+// One step for a thread's elements of a quantization block. If the step is skipped, grads are zeroed and params are
 // copied all the same.
 template <bool Amsgrad, bool Quantized, bool Whole>
 __device__ inline void update_own(const OwnElements<Whole>& own, const AdamLaunch& launch, const AdamTensor& tensor,
@@ -395,12 +395,13 @@ __device__ inline void update_own(const OwnElements<Whole>& own, const AdamLaunc
   }
 }
 
-// As many blocks of threads a multiprocessor as can be had without spilling registers: each warp waits long for its
-// roots and quotients.
+// As many thread blocks per multiprocessor as possible without spilling registers: each warp waits long for its roots
+// and quotients.
 template <bool Amsgrad, bool Quantized>
 constexpr int kBlocksAtOnce = Quantized && !Amsgrad ? 4 : 3;
 
-// One step for a launch's tensors, a thread block a chunk, a warp a quantization block. `Codes` is whether states are.
+// One step for a launch's tensors, one thread block per chunk, one warp per quantization block. `Quantized` says
+// whether the states are.
 template <bool Amsgrad, bool Quantized>
 __global__ void __launch_bounds__(kThreads, kBlocksAtOnce<Amsgrad, Quantized>)
     adam_blocks_kernel(const __grid_constant__ AdamLaunch launch) {

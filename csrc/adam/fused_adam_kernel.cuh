@@ -1,5 +1,5 @@
 // The CUDA kernels: Adam for many tensors in one launch, and the scalars of a step computed on the device. Device code
-// only, and of CUDA nothing but built-ins, so that tests can run this very source on the host (tests/cuda_emulation).
+// only, with nothing of CUDA but built-ins, so that tests can run this very source on the host (tests/cuda_emulation).
 #pragma once
 
 #include <cstdint>
@@ -12,8 +12,9 @@
 
 namespace adamops {
 
-// A whole launch travels in the kernel's parameters, so that CUDA graphs capture it and nothing is copied to the device
-// first. They may take 32 764 bytes since CUDA 12.1, and 4096 before (CUDA C++ Programming Guide, "Kernel Parameters").
+// The kernel's parameters hold everything that a launch needs, so that it is CUDA-graph capturable and nothing is
+// copied to the device first. They may take 32 764 bytes since CUDA 12.1, and 4096 before (CUDA C++ Programming Guide,
+// "Kernel Parameters").
 #if defined(CUDART_VERSION) && CUDART_VERSION < 12010
 constexpr int kParameterBytes = 4096;
 #else
@@ -21,12 +22,12 @@ constexpr int kParameterBytes = 32764;
 #endif
 constexpr int kTensorsPerLaunch = (kParameterBytes - 96) / (sizeof(AdamTensor) + 2 * sizeof(uint32_t));
 constexpr int kThreads = 256;
-constexpr int kChunk = 4096;  // elements a block
+constexpr int kChunk = 4096;  // elements per thread block
 
 struct AdamLaunch {
-  AdamScalars scalars;                // of all tensors, where device_scalars is null
-  const AdamScalars* device_scalars;  // or of each, by its row
-  const float* found_inf;             // not null: the launch does nothing if this is not 0
+  AdamScalars scalars;                // of all tensors, if device_scalars is null
+  const AdamScalars* device_scalars;  // or one per tensor, by its row
+  const float* found_inf;             // not null: if it is not 0, the step is skipped
   AdamDtypes dtypes;
   AdamMode mode;
   uint32_t count;
@@ -36,7 +37,7 @@ struct AdamLaunch {
 };
 static_assert(sizeof(AdamLaunch) <= kParameterBytes, "the parameters of a launch are too large");
 
-// A float, each operation rounded once: the intrinsics, as bare operators may be fused after PTX.
+// A float. Each operation rounds once: intrinsics, since plain operators may be fused after PTX.
 struct CudaOps {
   using Number = float;
   static __device__ float set(float x) { return x; }
@@ -55,7 +56,7 @@ struct CudaDoubleOps {
   static __device__ float to_float(double a) { return __double2float_rn(a); }
 };
 
-// Between stored bits and floats: widened exactly, narrowed to nearest even, NaN kept.
+// Conversions between stored bits and floats: widening is exact; narrowing rounds to nearest even and keeps NaN.
 __device__ inline float widen(float, uint32_t bits) {
   return __uint_as_float(bits);
 }
@@ -76,7 +77,7 @@ __device__ inline uint32_t narrow(fp16, float a) {
   return __half_as_ushort(__float2half_rn(a));
 }
 
-// How floats are narrowed: to the nearest, or as averages of a step, of which those in bfloat16 have noise.
+// How floats are narrowed: to nearest, or as the averages of a step, which have noise if they are bfloat16.
 struct ToNearest {
   template <class T>
   __device__ uint32_t operator()(T type, float a) const {
@@ -115,7 +116,7 @@ __device__ inline void store_bits(fp16* to, uint32_t bits) {
   to->bits = static_cast<uint16_t>(bits);
 }
 
-// `Width` elements in memory and as floats: in accesses of 16 bytes, or one by one where Width is 1.
+// `Width` elements in memory to and from floats: in accesses of 16 bytes, or one by one if Width is 1.
 template <int Width, class T>
 __device__ inline void load(const T* from, float (&to)[Width]) {
   if constexpr (Width == 1) {
@@ -150,21 +151,21 @@ __device__ inline void store(T* to, const float (&from)[Width], const Narrow& na
         words[word] = narrow(T{}, first[0]);
         if constexpr (kPerWord == 2) words[word] |= narrow(T{}, first[1]) << 16;
       }
-      // As an assignment, nvcc takes it apart in places.
+      // Not an assignment, which nvcc splits up in places.
       __stwb(reinterpret_cast<uint4*>(to) + quad, make_uint4(words[0], words[1], words[2], words[3]));
     }
   }
 }
 
-// The columns of a tensor, which a kernel is compiled for. (Not for L2: that is one instruction, and would double what
-// there is to compile.)
+// The columns of a tensor that a kernel is compiled for. (L2 is not among them: it is one instruction, and would double
+// what there is to compile.)
 template <class Param, class Grad, class State, bool Master, bool Amsgrad>
 struct AdamKind {
   using ParamType = Param;
   using GradType = Grad;
   using StateType = State;
   static constexpr bool kMaster = Master, kAmsgrad = Amsgrad;
-  // Elements that a thread takes at a time, so that the narrowest tensor is accessed by 16 bytes.
+  // Elements that a thread takes at a time, so that the narrowest column is accessed in units of 16 bytes.
   static constexpr bool kAllFloats = sizeof(Param) == 4 && sizeof(Grad) == 4 && sizeof(State) == 4;
   static constexpr int kWidth = kAllFloats ? 4 : 8;
 };
@@ -196,7 +197,7 @@ __device__ inline void update_elements(const AdamTensor& tensor, int64_t i, cons
   if constexpr (Kind::kAmsgrad) store<Width>(max_exp_avg_sq, max_v);
 }
 
-// The tensor that a block works on: the last of `count` whose first block is not after it.
+// The tensor that a thread block works on: the last of `count` whose first thread block is not after it.
 __device__ inline uint32_t tensor_of_block(const uint32_t* first_block, uint32_t count, uint32_t block) {
   uint32_t low = 0, high = count;
   while (high - low > 1) {
@@ -209,8 +210,8 @@ __device__ inline uint32_t tensor_of_block(const uint32_t* first_block, uint32_t
   return low;
 }
 
-// One step for a launch's tensors, a block a chunk. At least two blocks a multiprocessor are asked for, as ptxas left
-// to itself aims at more on sm_100 and sm_120, and spills.
+// One step for a launch's tensors, one thread block per chunk. Asks for at least two thread blocks per multiprocessor:
+// left to itself, ptxas aims at more on sm_100 and sm_120, and spills.
 template <class Kind>
 __global__ void __launch_bounds__(kThreads, 2) adam_kernel(const __grid_constant__ AdamLaunch launch) {
   if (launch.found_inf && *launch.found_inf != 0.0f) return;
@@ -234,23 +235,23 @@ __global__ void __launch_bounds__(kThreads, 2) adam_kernel(const __grid_constant
   for (int64_t i = whole + threadIdx.x; i < end; i += kThreads) update_elements<Kind, 1>(tensor, i, k, step, l2);
 }
 
-// The step counts of tensors that keep them on the device, as float32, each in memory of its own.
+// For tensors that keep their step counts on the device, as float32, each in memory of its own.
 constexpr int kStepsPerLaunch = (kParameterBytes - 128) / sizeof(float*);
 
 struct ScalarsLaunch {
   AdamHyper hyper;
-  const float* lr32;          // not null: the learning rate is there instead
-  const double* lr64;         // or there
+  const float* lr32;          // not null: read the learning rate from here instead
+  const double* lr64;         // or from here
   const float* loss_scale;    // null: 1
   const double* grad_factor;  // null: 1
   const float* found_inf;     // not null: if it is not 0, no step is counted
-  AdamScalars* scalars;       // one for each tensor, to be written
+  AdamScalars* scalars;       // output, one per tensor
   uint32_t count;
   float* steps[kStepsPerLaunch];
 };
 static_assert(sizeof(ScalarsLaunch) <= kParameterBytes, "the parameters of a launch are too large");
 
-// Counts the step of each tensor and computes its scalars, a thread a tensor.
+// Counts the step of each tensor and computes its scalars, one thread per tensor.
 static __global__ void __launch_bounds__(kThreads) scalars_kernel(const __grid_constant__ ScalarsLaunch launch) {
   const uint32_t i = blockIdx.x * kThreads + threadIdx.x;
   if (i >= launch.count || (launch.found_inf && *launch.found_inf != 0.0f)) return;

@@ -1,5 +1,5 @@
 // The arithmetic of fused_adam_blocks.cuh: a thread's elements as one number, and integers by way of floats. Device
-// code only, which the host can run too (tests/cuda_emulation).
+// code only, which can also run on the host (tests/cuda_emulation).
 #pragma once
 
 #include "fused_adam_kernel.cuh"
@@ -7,10 +7,10 @@
 
 namespace adamops {
 
-constexpr int kWarp = 32, kOwn = kQuantizationBlock / kWarp;  // elements of a thread
+constexpr int kWarp = 32, kOwn = kQuantizationBlock / kWarp;  // elements per thread
 
-// With integers, for quantized_blocks.h and rounding.h. Between them and floats it goes by an addition, as conversions
-// take several times as long: in a float of 1.5 * 2^23 and some, the last place is 1.
+// CudaOps with integers, for quantized_blocks.h and rounding.h. It converts between integers and floats by an addition,
+// since conversion instructions take several times as long: a float just above 1.5 * 2^23 has an ulp of 1.
 struct CudaBitOps : CudaOps {
   using Integers = int32_t;
   static constexpr float kWholes = 0x1.8p23f;
@@ -18,14 +18,14 @@ struct CudaBitOps : CudaOps {
   static __device__ float add(float a, float b) { return __fadd_rn(a, b); }
   static __device__ int32_t bits(float a) { return static_cast<int32_t>(__float_as_uint(a)); }
   static __device__ float from_bits(uint32_t bits) { return __uint_as_float(bits); }
-  // Of positive numbers below 2^22.
+  // For positive numbers below 2^22.
   static __device__ int32_t truncated(float a) {
     return static_cast<int32_t>(__float_as_uint(__fadd_rd(a, kWholes)) - kBitsOfWholes);
   }
   static __device__ int32_t larger(int32_t a, int32_t b) { return a > b ? a : b; }
 };
 
-// 1 / a and 1 / sqrt(a) within some units in the last place.
+// 1 / a and 1 / sqrt(a) within a few ulps.
 #ifdef __CUDACC__
 __device__ inline float estimate_of_inverse(float a) {
   float estimate;
@@ -46,8 +46,8 @@ inline float estimate_of_inverse_root(float a) {
 }
 #endif
 
-// The elements of a thread as one number. Roots and quotients then run side by side; one by one, each asks whether its
-// operands are in the range of its fast way, and the next waits for the answer.
+// The elements of a thread as one number, so that their roots and quotients overlap. One by one, each would check
+// whether its operands are in range for its fast path, and the next would wait for the answer.
 struct OwnFloats {
   float x[kOwn];
 
@@ -69,8 +69,8 @@ struct CudaOwnOps {
     return each([&](int i) { return CudaOps::max(a[i], b[i]); });
   }
 
-  // The fast ways are those that nvcc takes for __fsqrt_rn() and __fdiv_rn() in such ranges: an estimate, improved by
-  // Newton's method until it is rounded right (P. Markstein, "Computation of elementary functions on the IBM RISC
+  // The fast paths are those that nvcc takes for __fsqrt_rn() and __fdiv_rn() in these ranges: an estimate, refined by
+  // Newton's method until it is correctly rounded (P. Markstein, "Computation of elementary functions on the IBM RISC
   // System/6000 processor", 1990).
   static __device__ Number sqrt(const Number& a) {
     bool fast = true;
@@ -109,7 +109,7 @@ struct CudaOwnOps {
     for_each([&](int i) { result[i] = of(i); });
     return result;
   }
-  // Whether the float of these bits is; all bounds are positive.
+  // Whether the float with these bits is between the bounds, which are positive.
   static __device__ bool is_between(uint32_t bits, float least, float most) {
     return bits - __float_as_uint(least) <= __float_as_uint(most) - __float_as_uint(least);
   }

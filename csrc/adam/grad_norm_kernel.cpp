@@ -1,4 +1,5 @@
-// The norm of a piece of a grad: compiled once per SIMD target, as cpu_adam_kernel.cpp is, and with the same bits.
+// The norm of a piece of a grad: compiled once per SIMD target, like cpu_adam_kernel.cpp, and bit-identical on all
+// targets. Must not know of threads or other pieces.
 #include <cstring>
 
 #include "cpu_adam_kernel.h"
@@ -15,13 +16,14 @@ namespace {
 
 static_assert(kBlock == kNormLanes, "a block has an element for each lane");
 
-// Calls add(block) for the blocks of a chunk, as floats, in the order of grad_norm.h.
+// Calls add(block) for the vector blocks of a chunk, as floats, in the order of grad_norm.h.
 template <class Add>
 inline void for_each_block_of_chunk(const float* grad, int64_t count, const Add& add) {
   if (count < kNormChunk) return for_each_block(count, 0, add, grad);
   for (int64_t turn = 0; turn < kNormChunk; turn += kBlock) add(grad + norm_turn(turn));
 }
-// 16 bits are widened some blocks ahead: what was just stored is slow to load in other pieces.
+// 16-bit values are widened several vector blocks ahead: loading what was just stored is slow if the pieces differ in
+// size.
 template <class T, class Add>
 inline void for_each_block_of_chunk(const T* grad, int64_t count, const Add& add) {
   constexpr int64_t kAhead = 32 * kBlock;
@@ -45,8 +47,8 @@ inline void for_each_block_of_chunk(const T* grad, int64_t count, const Add& add
 using Doubles = Ops::Doubles;
 constexpr int64_t kDoubles = sizeof(Doubles) / sizeof(double);
 
-// Sums are kept in as many lanes as a block has elements, each element in the lane of its place. In double the square
-// of a float is exact, and 32768 of them in 32 lanes lose less than 2^-43 of their sum.
+// Sums are kept in as many lanes as a vector block has elements, each element in the lane of its index. In double the
+// square of a float is exact, and 32768 of them in 32 lanes lose less than 2^-43 of their sum.
 template <bool Squares, class T>
 double sum_of(const T* grad, int64_t count) {
   Doubles sums[kBlock / kDoubles] = {};
@@ -62,7 +64,7 @@ double sum_of(const T* grad, int64_t count) {
   return total;
 }
 
-// Of the magnitudes as integers, so that NaN is the largest of all.
+// Compares magnitudes as integers, so that NaN is the largest of all.
 template <class T>
 double largest_of(const T* grad, int64_t count) {
   typedef int32_t Magnitudes __attribute__((vector_size(sizeof(Ops::Number))));

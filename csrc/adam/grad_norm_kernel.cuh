@@ -1,5 +1,6 @@
-// The CUDA kernels of the norm of grads: the sums that grad_norm_kernel.cpp and cpu_adam.cpp make, in the same order,
-// so that the norm has the same bits. A warp takes a chunk of a grad, each of its threads what the CPU has in one lane.
+// The CUDA kernels of the norm of grads: the sums of grad_norm_kernel.cpp and cpu_adam.cpp in the same order, so that
+// the norm is bit-identical to that of the CPU. A warp takes a chunk of a grad; each thread does what the CPU does in
+// one lane.
 #pragma once
 
 #include "fused_adam_kernel.cuh"
@@ -24,7 +25,8 @@ struct NormLaunch {
 };
 static_assert(sizeof(NormLaunch) <= kParameterBytes, "the parameters of a launch are too large");
 
-// What a lane adds up: magnitudes or their squares, or the largest by its bits, so that NaN is the largest of all.
+// What a lane accumulates: the sum of magnitudes or of their squares, or the largest magnitude by its bits, so that NaN
+// is the largest of all.
 template <Norm kNorm>
 struct LaneNorm {
   double sum = 0.0;
@@ -42,7 +44,7 @@ struct LaneNorm {
   __device__ double result() const { return kNorm == kNormInf ? static_cast<double>(__uint_as_float(largest)) : sum; }
 };
 
-// Of one lane of a chunk. Of a whole chunk so many elements are asked for at a time that the memory is kept busy.
+// The result of one lane of a chunk. A full chunk is loaded kAtOnce elements at a time, enough to keep the memory busy.
 template <Norm kNorm, class T>
 __device__ inline double norm_of_lane(const T* grad, int64_t count) {
   LaneNorm<kNorm> lane_norm;
@@ -70,7 +72,7 @@ __device__ inline double norm_of_lane(const void* grad, int64_t begin, int64_t c
   return norm == kNorm1 ? norm_of_lane<kNorm1>(from, count) : norm_of_lane<kNormInf>(from, count);
 }
 
-// Of the lanes, in order; all threads of the warp must call it.
+// Combines the lanes in order; all threads of the warp must call this.
 __device__ inline double joined_lanes(Norm norm, double so_far, double own) {
   const auto of_lane = [own](int lane) { return __shfl_sync(0xFFFFFFFFu, own, lane); };
   if (norm != kNormInf) {
@@ -88,7 +90,7 @@ static __global__ void __launch_bounds__(kThreads) norm_kernel(const __grid_cons
   const uint32_t index = tensor_of_block(launch.first_block, launch.count, blockIdx.x);
   const uint32_t chunk = (blockIdx.x - launch.first_block[index]) * kChunksPerBlock + threadIdx.x / kLanes;
   const int64_t begin = chunk * kNormChunk;
-  if (begin >= launch.numels[index]) return;  // the whole warp
+  if (begin >= launch.numels[index]) return;  // the whole warp returns
   const int64_t left = launch.numels[index] - begin, count = left < kNormChunk ? left : kNormChunk;
   const void* const grad = launch.grads[index];
   double own;
@@ -109,7 +111,7 @@ struct TotalLaunch {
   double* total;
 };
 
-// The norm, of what the chunks gave, in order: one warp.
+// Combines the results of the chunks, in order, into the norm: one warp.
 static __global__ void __launch_bounds__(kLanes) total_kernel(const __grid_constant__ TotalLaunch launch) {
   double total = 0.0;
   for (int64_t i = 0; i < launch.count; i += kLanes) {

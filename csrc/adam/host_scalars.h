@@ -1,5 +1,5 @@
-// The scalars of a step on the host, for the modules of the CPU op and of the CUDA op: computed from a param group's
-// hyper-parameters, or given as rows.
+// The scalars of a step on the host, for the modules of the CPU op and of the CUDA op: computed from the
+// hyper-parameters of a param group, or given as rows.
 #pragma once
 
 #include <pybind11/pybind11.h>
@@ -19,14 +19,15 @@
 
 namespace adamops {
 
-// lr, beta1, beta2, eps, weight_decay, bias_correction, adamw_mode, maximize, loss_scale, grad_factor: what
-// AdamHyper.numbers() in adamops/ops/adam/hyper.py returns.
+// What AdamHyper.numbers() in adamops/ops/adam/hyper.py returns: lr, beta1, beta2, eps, weight_decay, bias_correction,
+// adamw_mode, maximize, loss_scale, grad_factor.
 using HyperNumbers = std::tuple<double, double, double, double, double, bool, bool, bool, double, double>;
 
-// The floats of AdamScalars, in order, before they are rounded.
+// The floats of AdamScalars, in order, before rounding.
 using ScalarRow = std::array<double, offsetof(AdamScalars, step) / sizeof(float)>;
 
-// Either gives the scalars of each of a table's steps. Rows are for what no hyper-parameters give, as tests need.
+// Either one gives the scalars of each step of a table. Rows are for values that no hyper-parameters give, as tests
+// need.
 using HostScalars = std::variant<HyperNumbers, std::vector<ScalarRow>>;
 
 // The host's operations on doubles for adam_scalars().
@@ -54,7 +55,7 @@ inline AdamScalars scalars_of(const ScalarRow& row, int64_t step) {
   return scalars;
 }
 
-// The scalars of each of the steps, of the same bits whatever the calling thread's floating-point environment is.
+// The scalars of each step, bit-identical whatever the calling thread's floating-point environment is.
 inline std::vector<AdamScalars> scalars_of(const HostScalars& given, const std::vector<int64_t>& steps) {
   const auto* rows = std::get_if<std::vector<ScalarRow>>(&given);
   if (rows && rows->size() != steps.size())

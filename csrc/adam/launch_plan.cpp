@@ -1,4 +1,4 @@
-// See launch_plan.h.
+// Assigns tensors to launches: see launch_plan.h.
 #include "launch_plan.h"
 
 #include <algorithm>

@@ -1,4 +1,4 @@
-// The order of a norm as Python gives it, for the modules of the CPU op and of the CUDA op.
+// The order of a norm as Python passes it, for the modules of the CPU op and of the CUDA op.
 #pragma once
 
 #include <pybind11/pybind11.h>

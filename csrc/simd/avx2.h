@@ -21,12 +21,12 @@ struct Avx2 {
   static Number div(Number a, Number b) { return _mm256_div_ps(a, b); }
   static Number sqrt(Number a) { return _mm256_sqrt_ps(a); }
 
-  // a > b ? a : b, and NaN where either is NaN. VMAXPS alone returns b then, so a NaN in a is put back.
+  // a > b ? a : b, but NaN if either is NaN. VMAXPS alone then returns b, so a NaN in a is put back.
   static Number max(Number a, Number b) {
     return _mm256_blendv_ps(_mm256_max_ps(a, b), a, _mm256_cmp_ps(a, a, _CMP_UNORD_Q));
   }
 
-  // As doubles. The square of a float is exact in double, so sum + x * x is rounded once, with an FMA or without.
+  // In double, the square of a float is exact, so sum + x * x rounds once, with or without an FMA.
   static Doubles load_doubles(const float* from) { return _mm256_cvtps_pd(_mm_loadu_ps(from)); }
   static Doubles add_square(Doubles sum, Doubles x) { return _mm256_fmadd_pd(x, x, sum); }
   static Number load(const float* from) { return _mm256_loadu_ps(from); }
@@ -35,7 +35,8 @@ struct Avx2 {
   static void store(float* to, Number a) { _mm256_storeu_ps(to, a); }
   static void store(fp16* to, Number a) { store_halves(to, _mm256_cvtps_ph(a, _MM_FROUND_TO_NEAREST_INT)); }
 
-  // Two in memory order. Packing and unpacking work within 128-bit lanes, so quarters change places before or after.
+  // Two vectors in memory order. Packing and unpacking work within 128-bit lanes, so the middle quarters are swapped
+  // before or after.
   static void load_two(const bf16* from, Number& a, Number& b) {
     const __m256i upper = _mm256_permute4x64_epi64(pairs(from), kSwapMiddle), lower = _mm256_setzero_si256();
     a = _mm256_castsi256_ps(_mm256_unpacklo_epi16(lower, upper));
@@ -46,8 +47,8 @@ struct Avx2 {
     const __m256i upper = _mm256_packus_epi32(_mm256_srli_epi32(a_bits, 16), _mm256_srli_epi32(b_bits, 16));
     const __m256i lower =
         _mm256_packus_epi32(_mm256_blend_epi16(a_bits, zero, 0xAA), _mm256_blend_epi16(b_bits, zero, 0xAA));
-    const __m256i room = _mm256_andnot_si256(upper, _mm256_set1_epi16(0x7FFF));  // none in the largest NaN
-    const __m256i up = _mm256_min_epu16(carry(lower, _mm256_and_si256(room, _mm256_set1_epi16(1))), room);
+    const __m256i headroom = _mm256_andnot_si256(upper, _mm256_set1_epi16(0x7FFF));  // 0 in the largest NaN
+    const __m256i up = _mm256_min_epu16(carry(lower, _mm256_and_si256(headroom, _mm256_set1_epi16(1))), headroom);
     store_words(to, _mm256_permute4x64_epi64(_mm256_add_epi16(upper, up), kSwapMiddle));
   }
 
@@ -55,7 +56,7 @@ struct Avx2 {
   static Number load_odd(const bf16* from) {
     return _mm256_castsi256_ps(_mm256_and_si256(pairs(from), _mm256_set1_epi32(-0x10000)));
   }
-  // For results of arithmetic on bf16 values only: a NaN among them has an empty lower half, which carries nothing.
+  // Only for results of arithmetic on bf16 values: a NaN among them has a zero lower half, which carries nothing.
   static void store_even_odd(bf16* to, Number even, Number odd) {
     const __m256i even_bits = _mm256_castps_si256(even), odd_bits = _mm256_castps_si256(odd);
     const __m256i upper = _mm256_blend_epi16(_mm256_srli_epi32(even_bits, 16), odd_bits, 0xAA);
@@ -63,7 +64,7 @@ struct Avx2 {
     store_words(to, _mm256_add_epi16(upper, carry(lower, _mm256_andnot_si256(upper, _mm256_set1_epi16(1)))));
   }
 
-  // The upper halves of two in memory order, or of the even and the odd elements, as they are.
+  // Stores upper halves as they are: of two vectors in memory order, or of the even and the odd elements.
   static void store_two_upper(bf16* to, Number a, Number b) {
     const __m256i a_bits = _mm256_castps_si256(a), b_bits = _mm256_castps_si256(b);
     const __m256i upper = _mm256_packus_epi32(_mm256_srli_epi32(a_bits, 16), _mm256_srli_epi32(b_bits, 16));
@@ -74,7 +75,7 @@ struct Avx2 {
     store_words(to, _mm256_blend_epi16(low, _mm256_castps_si256(odd), 0xAA));
   }
 
-  // Bytes as integers; and, four vectors at a time, integers that are 128 more than the bytes.
+  // Loads bytes as integers. Stores take four vectors of integers that are 128 more than the bytes.
   using ByteSource = __m256i;
   static __m256i load_bytes(const int8_t* from) { return _mm256_cvtepi8_epi32(bytes(from)); }
   static __m256i load_bytes(const uint8_t* from) { return _mm256_cvtepu8_epi32(bytes(from)); }
@@ -86,10 +87,10 @@ struct Avx2 {
   }
 
  private:
-  static constexpr int kSwapMiddle = 0b11011000;  // the second quarter and the third
+  static constexpr int kSwapMiddle = 0b11011000;  // the second and the third quarter
 
-  // Rounding to bf16 adds to the upper halves what the lower ones carry: 1 where they are above half an ulp, or are
-  // half an ulp and the last bit of the upper one is set.
+  // Rounding to bf16 increments an upper half if its lower half is above half an ulp, or is half an ulp and the last
+  // bit of the upper half is set.
   static __m256i carry(__m256i lower, __m256i last_is_clear) {
     return _mm256_srli_epi16(_mm256_subs_epu16(lower, last_is_clear), 15);
   }
@@ -97,7 +98,7 @@ struct Avx2 {
   static __m256i words(__m256i a, __m256i b) {
     return _mm256_sub_epi16(_mm256_packs_epi32(a, b), _mm256_set1_epi16(128));
   }
-  // Packing works within 128-bit lanes: each holds a quarter of each of four vectors.
+  // Packing works within 128-bit lanes, so each holds a quarter of each of the four vectors.
   static void store_in_order(void* to, __m256i packed) {
     const __m256i order = _mm256_setr_epi32(0, 4, 1, 5, 2, 6, 3, 7);
     _mm256_storeu_si256(static_cast<__m256i*>(to), _mm256_permutevar8x32_epi32(packed, order));

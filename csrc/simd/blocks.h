@@ -1,16 +1,16 @@
-// How an element-wise kernel walks over memory: in blocks of kBlock elements or in pairs of vectors, the last of them
-// padded, so that all elements run through the same code. Included by kernels, which are compiled once per SIMD target,
-// after ADAMOPS_SIMD_HEADER. Knows nothing of what is computed.
+// How an element-wise kernel walks over memory: in vector blocks of kBlock elements, or in pairs of vectors. The last
+// one is padded, so that all elements run through the same code. Included by kernels, which are compiled once per SIMD
+// target, after ADAMOPS_SIMD_HEADER. Must not know what is computed.
 //
 // Nothing here may have external linkage outside the target's namespace, standard library templates included: the
-// linker would keep one copy for all targets, perhaps the one that only a newer CPU can run.
+// linker would keep one copy for all targets, possibly one that only a newer CPU can run.
 #pragma once
 
 #include <cstdint>
 
 #include "half.h"
 
-// The name of the target that is compiled for, as a string.
+// The name of the target being compiled, as a string.
 #define ADAMOPS_STRING(x) #x
 #define ADAMOPS_EXPANDED_STRING(x) ADAMOPS_STRING(x)
 #define ADAMOPS_TARGET_NAME ADAMOPS_EXPANDED_STRING(ADAMOPS_TARGET)
@@ -21,10 +21,10 @@ namespace {
 
 constexpr int64_t kCacheLine = 64;
 
-// Elements of a block: a whole cache line of 16-bit values, two of fp32.
+// Elements of a vector block: one cache line of 16-bit values, two of fp32.
 constexpr int64_t kBlock = 32;
 
-// Inline, however large: vectors that a call hands over go through memory.
+// Inlined however large, since vectors passed to a real call go through memory.
 #define ADAMOPS_INLINE inline __attribute__((always_inline))
 
 template <class T, class U>
@@ -32,12 +32,12 @@ constexpr bool same_type = false;
 template <class T>
 constexpr bool same_type<T, T> = true;
 
-// Stands for a column of memory that a kernel does not have.
+// Stands for a column that a kernel does not have.
 struct NoColumn {
   NoColumn operator+(int64_t) const { return {}; }
 };
 
-// Where elements from `index` on lie.
+// The address of the element at `index`.
 template <class T>
 inline T* at(void* base, int64_t index) {
   return static_cast<T*>(base) + index;
@@ -47,7 +47,7 @@ inline const T* at(const void* base, int64_t index) {
   return static_cast<const T*>(base) + index;
 }
 
-// The same, if there is such a column.
+// The same if the column exists, otherwise NoColumn.
 template <bool Present, class T>
 inline auto at_if(void* base, int64_t index) {
   if constexpr (Present)
@@ -56,8 +56,8 @@ inline auto at_if(void* base, int64_t index) {
     return NoColumn{};
 }
 
-// Prefetches the cache lines of a block that lies `bytes_ahead` further on, or nothing if that is 0; past the end of
-// a tensor it is harmless.
+// Prefetches the cache lines of the kElements elements that are `bytes_ahead` further on, or nothing if that is 0. It
+// is harmless past the end of a tensor.
 template <int64_t kElements = kBlock, class T>
 inline void prefetch_block(const T* from, int64_t bytes_ahead) {
   if (!bytes_ahead) return;
@@ -68,9 +68,9 @@ inline void prefetch_block(const T* from, int64_t bytes_ahead) {
 template <int64_t>
 inline void prefetch_block(NoColumn, int64_t) {}
 
-// Two Numbers, of elements in memory order, or of the even ones and of the odd ones. Which element is in which lane is
-// all the same to an element-wise rule, and even and odd bf16 values are a shift and a mask away from fp32, where
-// widening them in order takes shuffles. (Not an array: GCC would keep it in memory where it is handed on.)
+// Two Numbers: elements in memory order, or the even elements and the odd ones. An element-wise rule does not care
+// which element is in which lane, and even and odd bf16 values are a shift and a mask away from fp32, while widening
+// them in order takes shuffles. (Not an array: GCC would keep it in memory where it is passed on.)
 struct Pair {
   static constexpr int64_t kElements = 2 * Ops::kWidth;
   Ops::Number a, b;
@@ -101,7 +101,7 @@ inline void store_pair(T* to, const Pair& from) {
   }
 }
 
-// A block's worth of room for the elements that do not fill one.
+// A zero-padded copy of the tail, the elements that do not fill a vector block.
 template <class T>
 struct Padded {
   T values[kBlock] = {};
@@ -114,7 +114,7 @@ struct Padded {
     for (int64_t i = 0; i < count; ++i) to[i] = values[i];
   }
 };
-// Of a column that is only read.
+// For a read-only column, nothing is written back.
 template <class T>
 struct Padded<const T> : Padded<T> {
   using Padded<T>::Padded;
@@ -141,8 +141,8 @@ inline void update_tail(const Update& update, int64_t count, Columns... columns)
   run(decltype(padding_of(columns))(columns, count)...);
 }
 
-// Calls update(columns + i...) for blocks of kBlock elements until `count` are done, asking for memory `prefetch_bytes`
-// ahead of its use, or not at all if that is 0. A column is a T*, a const T* if it is only read, or a NoColumn.
+// Calls update(columns + i...) for vector blocks of kBlock elements until `count` elements are done. The software
+// prefetch distance is `prefetch_bytes`, 0 for none. A column is a T*, a const T* if it is read-only, or a NoColumn.
 template <class Update, class... Columns>
 inline void for_each_block(int64_t count, int prefetch_bytes, const Update& update, Columns... columns) {
   const int64_t tail = count % kBlock, body = count - tail;
@@ -153,9 +153,9 @@ inline void for_each_block(int64_t count, int prefetch_bytes, const Update& upda
   if (tail) update_tail(update, tail, (columns + body)...);
 }
 
-// The same for an update of a Pair at a time in two parts, update.finish(update.start(columns + i...), columns + i...).
-// Each is started before the one before it is finished: what takes long between the two goes on meanwhile, and little
-// that waits for it fills the CPU's schedulers.
+// The same for an update that takes one Pair at a time in two phases: update.finish(update.start(columns + i...),
+// columns + i...). Each Pair is started before the previous one is finished. Slow operations between the two phases
+// then overlap, and few dependent instructions occupy the CPU's schedulers.
 template <class Update, class... Columns>
 inline void for_each_pair(int64_t count, int prefetch_bytes, const Update& update, Columns... columns) {
   constexpr int64_t kElements = Pair::kElements;

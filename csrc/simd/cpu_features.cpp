@@ -1,5 +1,5 @@
-// Finds the features of the running CPU with CPUID and XGETBV (Intel SDM volume 2A, CPUID; volume 1, 13.3 and 14.3).
-// Compiled for the plainest CPU of the architecture: it runs before anything is known about this one.
+// Detects the features of the running CPU with CPUID and XGETBV (Intel SDM volume 2A, CPUID; volume 1, 13.3 and 14.3).
+// Compiled for the architecture's baseline: it runs before anything is known about this CPU.
 #include "cpu_features.h"
 
 #if defined(__x86_64__)
@@ -16,8 +16,8 @@ bool bit(uint32_t word, int index) {
   return (word >> index) & 1u;
 }
 
-// XCR0: which register files the operating system saves on a context switch. A CPU may have AVX under a kernel that
-// does not save it (an old one, or one booted with `noxsave`), and then the first AVX instruction is SIGILL.
+// XCR0: which register files the operating system saves on a context switch. A CPU may have AVX while the kernel does
+// not save its registers (an old kernel, or one booted with `noxsave`), and then the first AVX instruction is SIGILL.
 uint64_t enabled_register_files() {
   uint32_t low, high;
   __asm__ volatile("xgetbv" : "=a"(low), "=d"(high) : "c"(0));

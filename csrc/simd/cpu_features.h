@@ -1,4 +1,4 @@
-// What a vector wrapper may ask of the CPU. Names only; cpu_features.cpp finds out which of them this machine has.
+// What a vector wrapper may require of the CPU. Names only; cpu_features.cpp detects which of them this machine has.
 #pragma once
 
 #include <cstdint>
@@ -19,8 +19,8 @@ enum Feature : uint32_t {
 // The features that this CPU has and whose registers the operating system saves.
 uint32_t cpu_features();
 
-// The software prefetch distance for this CPU; 0 for not at all. It depends on what the hardware
-// prefetchers do by themselves, which differs between makers; measured in docs/dev/decisions.md.
+// The software prefetch distance for this CPU in bytes; 0 means no software prefetch. The best value depends on the
+// hardware prefetchers, which differ between vendors; measured in docs/dev/decisions.md.
 int prefetch_distance_bytes();
 
 }  // namespace adamops

@@ -1,4 +1,4 @@
-// The 16-bit storage types. They are bits in memory only: vector wrappers widen them exactly and narrow them by
+// The 16-bit storage types. They are bits in memory only: vector wrappers widen them exactly, and narrow them with
 // round-to-nearest-even.
 #pragma once
 

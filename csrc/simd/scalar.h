@@ -1,4 +1,4 @@
-// "Vector" wrapper of one float in plain C++: the baseline of architectures without a wrapper of their own.
+// "Vector" wrapper of one float in plain C++: the baseline for architectures without a wrapper of their own.
 #pragma once
 
 #include <cmath>
@@ -20,10 +20,10 @@ struct Scalar {
   static Number fma(Number a, Number b, Number c) { return std::fma(a, b, c); }
   static Number div(Number a, Number b) { return a / b; }
   static Number sqrt(Number a) { return std::sqrt(a); }
-  // a > b ? a : b, and NaN where either is NaN.
+  // a > b ? a : b, but NaN if either is NaN.
   static Number max(Number a, Number b) { return a > b || a != a ? a : b; }
 
-  // As doubles. The square of a float is exact in double, so sum + x * x is rounded once, with an FMA or without.
+  // In double, the square of a float is exact, so sum + x * x rounds once, with or without an FMA.
   static Doubles load_doubles(const float* from) { return *from; }
   static Doubles add_square(Doubles sum, Doubles x) { return sum + x * x; }
   static Number load(const float* from) { return *from; }
@@ -61,14 +61,14 @@ struct Scalar {
     to[1].bits = rounded_to_bf16(odd);
   }
 
-  // The upper halves of two in memory order, or of the even and the odd elements, as they are.
+  // Stores upper halves as they are: of two vectors in memory order, or of the even and the odd elements.
   static void store_two_upper(bf16* to, Number a, Number b) { store_even_odd_upper(to, a, b); }
   static void store_even_odd_upper(bf16* to, Number even, Number odd) {
     to[0].bits = static_cast<uint16_t>(bits_of(even) >> 16);
     to[1].bits = static_cast<uint16_t>(bits_of(odd) >> 16);
   }
 
-  // Bytes as integers; and, four vectors at a time, integers that are 128 more than the bytes.
+  // Loads bytes as integers. Stores take four vectors of integers that are 128 more than the bytes.
   using ByteSource = int32_t;
   static int32_t load_bytes(const int8_t* from) { return *from; }
   static int32_t load_bytes(const uint8_t* from) { return *from; }

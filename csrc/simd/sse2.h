@@ -1,5 +1,5 @@
-// Vector wrapper for the x86-64 baseline, SSE2: 4 floats. It has neither FMA, half conversions nor blends; they are
-// built here from what it has, with the same bits as the instructions of later CPUs.
+// Vector wrapper for the x86-64 baseline, SSE2: 4 floats. SSE2 lacks FMA, half conversions and blends; they are
+// emulated here, bit-identical to the instructions of later CPUs.
 #pragma once
 
 #include <emmintrin.h>
@@ -29,18 +29,18 @@ struct Sse2 {
     return _mm_movelh_ps(low, high);
   }
 
-  // a > b ? a : b, and NaN where either is NaN. MAXPS alone returns b then, so a NaN in a is put back.
+  // a > b ? a : b, but NaN if either is NaN. MAXPS alone then returns b, so a NaN in a is put back.
   static Number max(Number a, Number b) {
     const __m128 a_is_nan = _mm_cmpunord_ps(a, a);
     return _mm_or_ps(_mm_andnot_ps(a_is_nan, _mm_max_ps(a, b)), _mm_and_ps(a_is_nan, a));
   }
 
-  // As doubles. The square of a float is exact in double, so sum + x * x is rounded once, with an FMA or without.
+  // In double, the square of a float is exact, so sum + x * x rounds once, with or without an FMA.
   static Doubles load_doubles(const float* from) { return _mm_cvtps_pd(_mm_castsi128_ps(halves(from))); }
   static Doubles add_square(Doubles sum, Doubles x) { return _mm_add_pd(sum, _mm_mul_pd(x, x)); }
   static Number load(const float* from) { return _mm_loadu_ps(from); }
-  // The exponent and mantissa bits of a half, moved to the top of a float's, are the half's value times 2^-112. The
-  // product with 2^112 is exact, for subnormals too; infinity and NaN then need their exponent bits completed.
+  // The exponent and mantissa bits of a half, moved to the place of a float's, are the half's value times 2^-112.
+  // Multiplying by 2^112 is exact, even for subnormals. The exponent bits of infinity and NaN must then be completed.
   static Number load(const fp16* from) {
     const __m128i bits = _mm_unpacklo_epi16(halves(from), _mm_setzero_si128());
     const __m128i magnitude = _mm_slli_epi32(_mm_and_si128(bits, _mm_set1_epi32(0x7FFF)), 13);
@@ -53,9 +53,8 @@ struct Sse2 {
   }
 
   static void store(float* to, Number a) { _mm_storeu_ps(to, a); }
-  // Three ranges of |a|: up to 2^-14, where adding 0.5 leaves the half's subnormal bits at the bottom of the sum,
-  // rounded by the adder; up to 65520, where the exponent is rebiased and 13 bits are rounded off; beyond, infinity or
-  // NaN.
+  // Three ranges of |a|. Up to 2^-14, adding 0.5 leaves the half's subnormal bits at the bottom of the sum, rounded by
+  // the adder. Up to 65520, the exponent is rebiased and 13 bits are rounded off. Beyond that, infinity or NaN.
   static void store(fp16* to, Number a) {
     const __m128i bits = _mm_castps_si128(a);
     const __m128i sign = _mm_and_si128(bits, _mm_set1_epi32(INT32_MIN));
@@ -75,13 +74,13 @@ struct Sse2 {
     store_halves(to, _mm_or_si128(select(is_large, large, finite), _mm_srai_epi32(sign, 16)));
   }
 
-  // Two in memory order.
+  // Two vectors in memory order.
   static void load_two(const bf16* from, Number& a, Number& b) {
     a = _mm_castsi128_ps(_mm_unpacklo_epi16(_mm_setzero_si128(), pairs(from)));
     b = _mm_castsi128_ps(_mm_unpackhi_epi16(_mm_setzero_si128(), pairs(from)));
   }
   static void store_two(bf16* to, Number a, Number b) {
-    const __m128i upper_halves =  // as signed numbers, which packing leaves as they are
+    const __m128i upper_halves =  // as signed integers, which packing keeps
         _mm_packs_epi32(_mm_srai_epi32(rounded_to_bf16(a), 16), _mm_srai_epi32(rounded_to_bf16(b), 16));
     _mm_storeu_si128(reinterpret_cast<__m128i*>(to), upper_halves);
   }
@@ -96,9 +95,9 @@ struct Sse2 {
     _mm_storeu_si128(reinterpret_cast<__m128i*>(to), _mm_or_si128(low, high));
   }
 
-  // The upper halves of two in memory order, or of the even and the odd elements, as they are.
+  // Stores upper halves as they are: of two vectors in memory order, or of the even and the odd elements.
   static void store_two_upper(bf16* to, Number a, Number b) {
-    const __m128i upper_halves =  // as signed numbers, which packing leaves as they are
+    const __m128i upper_halves =  // as signed integers, which packing keeps
         _mm_packs_epi32(_mm_srai_epi32(_mm_castps_si128(a), 16), _mm_srai_epi32(_mm_castps_si128(b), 16));
     _mm_storeu_si128(reinterpret_cast<__m128i*>(to), upper_halves);
   }
@@ -108,7 +107,7 @@ struct Sse2 {
     _mm_storeu_si128(reinterpret_cast<__m128i*>(to), _mm_or_si128(low, high));
   }
 
-  // Bytes as integers; and, four vectors at a time, integers that are 128 more than the bytes.
+  // Loads bytes as integers. Stores take four vectors of integers that are 128 more than the bytes.
   using ByteSource = __m128i;
   static __m128i load_bytes(const int8_t* from) { return _mm_srai_epi32(upper_bytes(from), 24); }
   static __m128i load_bytes(const uint8_t* from) { return _mm_srli_epi32(upper_bytes(from), 24); }
@@ -122,9 +121,9 @@ struct Sse2 {
   }
 
  private:
-  // The bf16 nearest to a, ties to even, in the upper halves; anything in the lower ones. Adding 0x7FFF plus the last
-  // kept bit carries into the upper half as rounding demands. Nothing is added to NaN: the carry could turn it into an
-  // infinity. (Every NaN that arithmetic returns is quiet, so its upper half is a NaN too.)
+  // The bf16 nearest to a, ties to even, in the upper halves; the lower halves are garbage. Adding 0x7FFF plus the last
+  // kept bit carries into the upper half as the rounding requires. Nothing is added to NaN: the carry could turn it
+  // into infinity. (Arithmetic returns only quiet NaNs, whose upper half is a NaN too.)
   static __m128i rounded_to_bf16(Number a) {
     const __m128i bits = _mm_castps_si128(a);
     const __m128i last = _mm_and_si128(_mm_srli_epi32(bits, 16), _mm_set1_epi32(1));
@@ -133,11 +132,11 @@ struct Sse2 {
   }
 
   static __m128i pairs(const bf16* from) { return _mm_loadu_si128(reinterpret_cast<const __m128i*>(from)); }
-  // a * b + c of two floats each, in double, rounded to odd: the product is exact (24 + 24 bits), the sum is rounded
-  // towards zero and its last bit set if anything was lost. Rounding such a value to float gives what one rounding of
-  // the exact value gives, since a double has more than two bits beyond a float (Boldo & Melquiond, 2008, "Emulation of
-  // a FMA and correctly rounded sums"). `lost` is the exact error of the sum (Knuth's TwoSum); neither it nor lost *
-  // sum leaves the range of double.
+  // a * b + c of two floats each, in double, rounded to odd: the product is exact (24 + 24 bits), and the sum is
+  // rounded towards zero, with its last bit set if anything was lost. Rounding this value to float equals rounding the
+  // exact value once, since a double has more than two bits beyond a float (Boldo & Melquiond, 2008, "Emulation of a
+  // FMA and correctly rounded sums"). `lost` is the exact error of the sum (Knuth's TwoSum); neither it nor lost * sum
+  // leaves the range of double.
   static __m128d fma_to_odd(__m128d a, __m128d b, __m128d c) {
     const __m128d product = _mm_mul_pd(a, b);
     const __m128d sum = _mm_add_pd(product, c);
@@ -145,7 +144,7 @@ struct Sse2 {
     const __m128d lost = _mm_add_pd(_mm_sub_pd(product, _mm_sub_pd(sum, part)), _mm_sub_pd(c, part));
     const __m128d zero = _mm_setzero_pd();
     const __m128d too_large = _mm_cmplt_pd(_mm_mul_pd(lost, sum), zero);
-    // NaN in `lost` comes from infinities and NaN, which need no rounding: ordered comparisons are false for it.
+    // NaN in `lost` comes from infinities and NaNs, which need no rounding: ordered comparisons are false for it.
     const __m128d inexact = _mm_or_pd(_mm_cmplt_pd(lost, zero), _mm_cmpgt_pd(lost, zero));
     const __m128i truncated = _mm_add_epi64(_mm_castpd_si128(sum), _mm_castpd_si128(too_large));  // a mask is -1
     return _mm_castsi128_pd(_mm_or_si128(truncated, _mm_srli_epi64(_mm_castpd_si128(inexact), 63)));
@@ -156,7 +155,7 @@ struct Sse2 {
     return _mm_or_si128(_mm_and_si128(mask, yes), _mm_andnot_si128(mask, no));
   }
   static __m128i words(__m128i a, __m128i b) { return _mm_sub_epi16(_mm_packs_epi32(a, b), _mm_set1_epi16(128)); }
-  // Four bytes in the upper ends of the lanes.
+  // Four bytes, each in the top byte of its lane.
   static __m128i upper_bytes(const void* from) {
     int four;
     std::memcpy(&four, from, sizeof four);
@@ -164,7 +163,7 @@ struct Sse2 {
     return _mm_unpacklo_epi16(zero, _mm_unpacklo_epi8(zero, _mm_cvtsi32_si128(four)));
   }
   static __m128i halves(const void* from) { return _mm_loadl_epi64(static_cast<const __m128i*>(from)); }
-  // Keeps the low 16 bits of each lane. PACKSSDW saturates, so the upper halves are made copies of the sign first.
+  // Keeps the low 16 bits of each lane. PACKSSDW saturates, so the lanes are sign-extended from 16 bits first.
   static void store_halves(void* to, __m128i a) {
     const __m128i extended = _mm_srai_epi32(_mm_slli_epi32(a, 16), 16);
     _mm_storel_epi64(static_cast<__m128i*>(to), _mm_packs_epi32(extended, extended));

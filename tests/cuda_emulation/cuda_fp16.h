@@ -1,4 +1,5 @@
-// Test only: CUDA's half-precision conversions on the host, by the compiler's own _Float16.
+// Test only: CUDA's half-precision conversions on the host, by the compiler's own _Float16. Must not know of the
+// kernels.
 #pragma once
 
 #include <cstring>

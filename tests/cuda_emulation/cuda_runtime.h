@@ -1,6 +1,6 @@
 // Test only: stands in for CUDA's header, so that csrc/adam/fused_adam.cu and its kernels compile as C++ and run on the
-// host. A launch runs the 32 threads of a warp by turns, each until it has something to tell the others, and the warps
-// one after another; there are no barriers of blocks.
+// host. The 32 threads of a warp take turns, each running until it exchanges data with the others. The warps run one
+// after another. There are no thread block barriers.
 #pragma once
 
 #include <ucontext.h>
@@ -51,7 +51,7 @@ inline float __fmul_rn(float a, float b) {
 inline float __fadd_rn(float a, float b) {
   return a + b;
 }
-inline float __fadd_rd(float a, float b) {  // where a double holds the sum
+inline float __fadd_rd(float a, float b) {  // right if a double holds the sum exactly
   const double sum = static_cast<double>(a) + static_cast<double>(b);
   const float nearest = static_cast<float>(sum);
   return static_cast<double>(nearest) > sum ? std::nextafter(nearest, -INFINITY) : nearest;
@@ -95,21 +95,21 @@ inline float __uint_as_float(uint32_t bits) {
   return a;
 }
 
-// Of the eight bytes of two words, the four that the digits of `selector` name, the lowest first.
+// Of the eight bytes of two words, selects the four that the hex digits of `selector` name, lowest first.
 inline uint32_t __byte_perm(uint32_t low, uint32_t high, uint32_t selector) {
   const uint64_t bytes = (static_cast<uint64_t>(high) << 32) | low;
   uint32_t result = 0;
   for (unsigned i = 0; i < 4; ++i) {
     const unsigned which = selector >> (4 * i) & 0xFu;
-    if (which > 7) std::abort();  // signs, which the kernels do not ask for
+    if (which > 7) std::abort();  // sign replication, which the kernels do not use
     result |= (static_cast<uint32_t>(bytes >> (8 * which)) & 0xFFu) << (8 * i);
   }
   return result;
 }
 
-// The runtime of a machine that has two devices. EMULATED_CUDA_ERROR=1 makes every launch fail, and
-// EMULATED_CUDA_NO_CODE=1 says that the kernels were not compiled for the devices. EMULATED_CUDA_DRIVER is the driver's
-// version, 13000 if unset.
+// The runtime of a machine with two devices. EMULATED_CUDA_ERROR=1 makes every launch fail. EMULATED_CUDA_NO_CODE=1
+// reports that the kernels were not compiled for the devices. EMULATED_CUDA_DRIVER is the driver's version, 13000 if
+// unset.
 using cudaStream_t = void*;
 enum cudaError_t { cudaSuccess = 0, cudaErrorInvalidValue = 1, cudaErrorInsufficientDriver = 35 };
 constexpr int kEmulatedDevices = 2;
@@ -147,8 +147,8 @@ inline cudaError_t cudaFuncGetAttributes(cudaFuncAttributes*, const void*) {
   return std::getenv("EMULATED_CUDA_NO_CODE") ? cudaErrorInvalidValue : cudaSuccess;
 }
 
-// The threads of a launch that have the same place in their warps, as 32 contexts that take turns: each goes through
-// all blocks and warps, and gives way where it exchanges something with the others of its warp.
+// Runs a launch as 32 contexts, one per lane, that take turns. Each goes through all thread blocks and warps, and
+// yields whenever it exchanges data with the other lanes of its warp.
 class EmulatedWarps {
  public:
   template <class Parameters>
@@ -171,7 +171,7 @@ class EmulatedWarps {
     current = nullptr;
   }
 
-  // What another lane of the warp gives. All must ask.
+  // The value that another lane of the warp passes. All lanes must call this.
   template <class T>
   T exchange(T own, unsigned other) {
     static_assert(sizeof(T) <= sizeof(double));
@@ -189,11 +189,11 @@ class EmulatedWarps {
   }
 
  private:
-  static constexpr size_t kStack = 256 * 1024;  // a kernel has its parameters there, 32 kB
+  static constexpr size_t kStack = 256 * 1024;  // it holds the kernel's parameters, 32 kB
   struct Lane {
     ucontext_t context;
     std::unique_ptr<char[]> stack{new char[kStack]};
-    double said[2] = {};  // at even and at odd turns: a lane may be a turn ahead of others
+    double said[2] = {};  // in even and in odd turns: a lane may be one turn ahead of others
     uint64_t turns = 0;
     dim3 block_index, thread_index;
     bool done = false;
@@ -207,7 +207,7 @@ class EmulatedWarps {
     }
   };
 
-  // On to the next lane, and from the last to the first.
+  // Switches to the next lane, and from the last to the first.
   void give_way() {
     Lane& own = lanes_[lane_];
     ++own.turns;

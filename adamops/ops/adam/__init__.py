@@ -1,4 +1,4 @@
-"""Adam: a drop-in for deepspeed.ops.adam."""
+"""Adam: a drop-in replacement for deepspeed.ops.adam."""
 
 from .cpu_adam import CPUAdam, DeepSpeedCPUAdam
 from .fused_adam import FusedAdam

@@ -1,4 +1,4 @@
-"""What an optimizer answers to those who scale losses, so that float16 grads do not vanish."""
+"""How an optimizer works with loss scaling, which keeps float16 grads from underflowing."""
 
 from __future__ import annotations
 
@@ -9,15 +9,15 @@ _LIGHTNING = ("lightning", "pytorch_lightning", "lightning_fabric")
 
 
 class UnscalesInStep:
-    """What torch.amp.GradScaler asks of an optimizer: whether it leaves unscaling, and skipping steps, to step().
+    """The attribute that tells torch.amp.GradScaler to leave unscaling, and skipping steps, to step().
 
-    Lightning asks too, and takes a yes to mean that grads cannot be clipped, as they are scaled until the step; it then
-    refuses to clip under every mixed precision, bfloat16 as well, where there is no scale. But step() takes grads with
-    the scale or without, so Lightning is told no: it unscales the grads where they are scaled, clips them, and leaves
-    the step to the GradScaler, which knows that they are unscaled.
+    Lightning reads it too, and takes True to mean that grads cannot be clipped, because they are scaled until the step.
+    It then refuses to clip under every mixed precision, even bfloat16, where there is no scale. But step() takes both
+    scaled and unscaled grads, so Lightning reads False. It unscales the grads if they are scaled, clips them, and
+    leaves the step to the GradScaler, which knows that they are unscaled.
 
-    Where steps are made in the backward pass, the scaled grads were used before the GradScaler could look at them for
-    infinities: asking is a RuntimeError then.
+    With steps in the backward pass, scaled grads are used before the GradScaler can check them for infinities. Reading
+    the attribute then raises a RuntimeError.
     """
 
     def __get__(self, optimizer: Any, owner: type | None = None) -> bool:

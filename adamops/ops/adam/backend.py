@@ -1,4 +1,4 @@
-"""What a backend is: the one that updates the tensors of a device, by a compiled op or in pure PyTorch."""
+"""The interface of a backend, which updates the tensors of one device, by a compiled op or in pure PyTorch."""
 
 from __future__ import annotations
 
@@ -16,22 +16,22 @@ from .memory import count_writes
 
 @dataclasses.dataclass(slots=True, eq=False, repr=False)
 class Update:
-    """What a backend has prepared: whatever can fail has been done, and nothing has been written yet.
+    """An update that a backend has prepared: everything that can fail is done, and nothing has been written yet.
 
     Attributes
     ----------
     run
-        Updates params and states in place, step counts too.
+        Updates params, states and step counts in place.
     borrowed
-        The tensors that run() reads or writes, whose memory must be there until it has returned.
+        Returns the tensors that run() reads or writes. Their memory must stay valid until run() has returned.
     written
-        Those that it writes and of which autograd is to be told before; of others the op tells autograd.
+        The tensors that run() writes and that autograd must be told about first. The op tells it about any others.
     table
-        The op's table, of backends that have one.
+        The op's table, for backends that have one.
     call
-        The arguments of the CPU op's `adam_steps` for this update, which then can go with others in one call.
+        The arguments of the CPU op's `adam_steps` for this update, so that one call can run several updates.
     on_host
-        Whether run() returns when all is done, and may be called from another thread.
+        Whether run() returns only when everything is done, and may be called from another thread.
     """
 
     run: Callable[[], None]
@@ -51,37 +51,38 @@ class Backend(Protocol):
     """Updates params of one device. An optimizer has one for each device that its params are on."""
 
     name: str
-    writes_copies: bool  # whether a step takes batches with lowp_outs
+    writes_copies: bool  # whether it takes batches with lowp_outs
 
     def skips(self, hyper: AdamHyper) -> bool:
-        """Whether the step is to be left out, as torch.amp.GradScaler found infs or NaNs in the grads.
+        """Whether to skip the step, because torch.amp.GradScaler found infs or NaNs in the grads.
 
-        False where that is found out on the device, in the step itself.
+        False if the device checks that itself, within the step.
         """
 
     def prepare_group(
         self, where: str, hyper: AdamHyper, params: list[Tensor], states: dict[Any, Any]
     ) -> Update | None:
-        """The update of those of the params that have a grad, and of their states.
+        """The update of those params that have a grad, and of their states.
 
-        This is the usual case, looked up and checked in one pass in C++: None if a tensor is not eligible for this fast
-        path or on another device, or a state is missing; prepare() then does it, or says what is wrong.
+        This is the fast path for the usual case, which looks up and checks everything in one pass in C++. None if a
+        tensor is not eligible for it or is on another device, or if a state is missing. prepare() then does the work,
+        or names the offending parameter.
         """
 
     def prepare(self, batch: AdamBatch) -> Update:
-        """As prepare_group() for a batch of any kind, all on this device. Raises what the checks of batch.py raise."""
+        """Like prepare_group(), for any batch on this device. Raises what the checks of batch.py raise."""
 
     def run_all(self, updates: Sequence[Update]) -> None:
         """Runs updates of this backend, one after another."""
 
     def grad_norm(self, grads: Sequence[Tensor], norm_type: float) -> float | Tensor | None:
-        """The norm of all elements of dense grads on this device; None if that is for torch to compute.
+        """The norm of all elements of dense grads on this device; None if torch is to compute it.
 
-        A 0-dim float64 tensor on the device where only the device knows it yet.
+        It is a 0-dim float64 tensor on the device if only the device knows the value yet.
         """
 
     def zeros_like(self, params: Sequence[Tensor], dtypes: Sequence[torch.dtype]) -> list[Tensor]:
-        """New zero tensors laid out like the params."""
+        """New zero tensors with the params' memory layout."""
 
     def new_step_count(self, hyper: AdamHyper, count: int = 0) -> int | Tensor:
-        """A step count as this backend keeps it in the state of a param, beside the param or as a number."""
+        """A step count as this backend keeps it in a param's state: a number, or a tensor on the param's device."""

@@ -1,4 +1,4 @@
-"""A step that runs in a thread of its own, and the handle to it."""
+"""A step that runs in its own thread, and the handle to it."""
 
 from __future__ import annotations
 
@@ -14,11 +14,11 @@ from .memory import PLAIN_TYPES
 
 
 class _Flag:
-    """What threading.Event is for, of operations in C only: in Event's Python a signal's handler may raise while it
-    holds the lock, and all who wait, and who is to set it, would then do so for ever.
+    """A substitute for threading.Event that uses only operations in C. Event is written in Python: a signal handler may
+    raise while it holds the lock, and every waiter, and the thread that is to set it, would then block forever.
     """
 
-    _LONGEST = 0.2  # seconds until one who waits looks again, as another may have been interrupted with the lock
+    _LONGEST = 0.2  # seconds until a waiter checks again, as another may have been interrupted holding the lock
 
     def __init__(self) -> None:
         self._is_set = False
@@ -29,7 +29,7 @@ class _Flag:
         return self._is_set
 
     def set(self) -> None:
-        """To be called once."""
+        """Must be called only once."""
         self._is_set = True
         self._lock.release()
 
@@ -40,35 +40,35 @@ class _Flag:
 
 
 class AsyncStep:
-    """A step that step_async() has begun. What goes wrong with it is raised by wait().
+    """A step that step_async() has started. wait() raises its errors.
 
-    The optimizer's methods wait for the step by themselves. What it must not come to is that others write the params,
-    grads or states meanwhile, or read what is being written.
+    The optimizer's methods wait for the step themselves. Other code must not write the params, grads or states in the
+    meantime, nor read what is being written.
     """
 
     def __init__(self, threads: int) -> None:
-        self.threads = min(threads, 2**31 - 1)  # a C int; the op takes no more threads than make sense
+        self.threads = min(threads, 2**31 - 1)  # a C int; the op itself caps the number of threads
         self._updates: list[tuple[Backend | None, Update]] = []
         self._kept: list[object] = []
-        self._ended = _Flag()  # not the thread's own end: an interrupted join() takes a thread for ended
+        self._ended = _Flag()  # not join(): when interrupted, it takes a running thread for ended
         self._process = os.getpid()
         self._is_inference = torch.is_inference_mode_enabled()
         self._error: BaseException | None = None
         self._was_told = False
 
     def done(self) -> bool:
-        """Whether the step has ended, well or not."""
+        """Whether the step has ended, with or without an error."""
         return self._ended.is_set()
 
     def wait(self) -> None:
-        """Returns once the step is done. Where a signal's handler raises meanwhile, the step goes on all the same.
+        """Returns once the step is done. If a signal handler raises in the meantime, the step still goes on.
 
         Raises
         ------
         Exception
             What step() would have raised. If it is about a grad or a state, nothing has been written.
         RuntimeError
-            In a process that was forked while the step ran: it goes on in the parent only.
+            In a process that was forked while the step ran: the step goes on only in the parent.
         """
         self._join()
         self._was_told = True
@@ -76,7 +76,7 @@ class AsyncStep:
             raise self._error
 
     def settle(self) -> None:
-        """As wait(), but raises no error a second time."""
+        """Like wait(), but does not raise an error a second time."""
         if self._was_told and (self._ended.is_set() or self._process != os.getpid()):
             return
         self.wait()
@@ -90,10 +90,10 @@ class AsyncStep:
     # For the optimizer --------------------------------------------------------------------------------------------
 
     def add(self, backend: Backend | None, update: Update) -> None:
-        """Leaves an update to be done in the background, and keeps the memory that it works on.
+        """Adds an update to run in the background, and keeps the memory that it works on alive.
 
-        The tensors alone would not keep it: `param.data = ...` gives a tensor other memory, and
-        torch.utils.swap_tensors() another version counter.
+        Holding the tensors alone would not do that: `param.data = ...` gives a tensor other memory, and
+        torch.utils.swap_tensors() gives it another version counter.
         """
         self._updates.append((backend, update))
         tensors = update.borrowed()
@@ -101,22 +101,22 @@ class AsyncStep:
         self._kept += [tensor.detach() for tensor in tensors if type(tensor) in PLAIN_TYPES]
 
     def fail(self, error: BaseException) -> None:
-        """Ends the step before it has begun."""
+        """Ends the step with an error before it has begun."""
         self._error = error
         self._ended.set()
 
     def start(self) -> None:
-        """Begins with the updates; does them here and now where no thread can be started."""
+        """Starts the updates; runs them in the calling thread if no other can be started."""
         thread = threading.Thread(target=self._run, name="adamops step")
-        thread.daemon = False  # also where step_async() is called in a daemon thread: a step is never cut off
+        thread.daemon = False  # even if step_async() is called in a daemon thread: a step is never cut off
         try:
             thread.start()
-        except RuntimeError:  # the interpreter is about to end, or there are too many threads
+        except RuntimeError:  # the interpreter is shutting down, or there are too many threads
             self._run()
 
     def _run(self) -> None:
         try:
-            # Each thread has modes of its own. Tensors' own Python might free what was proved to be there.
+            # Each thread has its own modes. Python code of tensor subclasses might free memory that was checked before.
             with (
                 torch.inference_mode(self._is_inference),
                 torch.no_grad(),
@@ -126,19 +126,19 @@ class AsyncStep:
         except BaseException as error:
             self._error = error
         finally:
-            self._updates.clear()  # and with them what they hold
+            self._updates.clear()  # releases the references that they hold
             self._kept.clear()
             self._ended.set()
 
 
 def are_one_call(updates: Sequence[tuple[Backend | None, Update]]) -> bool:
-    """Whether the updates are all of one op that does them in one call, between which no Python code runs."""
+    """Whether all updates are of one op that can run them in one call, with no Python code between them."""
     backend = updates[0][0] if updates else None
     return backend is not None and all(other is backend and update.call for other, update in updates)
 
 
 def run_updates(updates: Sequence[tuple[Backend | None, Update]], done: list[Update] | None = None) -> None:
-    """Runs updates, each with its backend: in one call of the op, if it is one op's that can do so."""
+    """Runs updates, each with its backend: in one call of the op if are_one_call(), else one by one."""
     if are_one_call(updates):
         run_in_one_call(updates)
         return
@@ -149,5 +149,5 @@ def run_updates(updates: Sequence[tuple[Backend | None, Update]], done: list[Upd
 
 
 def run_in_one_call(updates: Sequence[tuple[Backend | None, Update]]) -> None:
-    """Runs updates of which are_one_call() is true."""
+    """Runs updates for which are_one_call() is true."""
     updates[0][0].run_all([update for _, update in updates])  # type: ignore[union-attr]

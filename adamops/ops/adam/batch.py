@@ -1,4 +1,4 @@
-"""One param group's work for one step, as the backends take it: tensors that belong together, checked and in order.
+"""The work of one step for one param group, as backends take it: tensors that belong together, checked and in order.
 
 Everything a user can get wrong about a tensor is found here, before anything is written.
 """
@@ -23,13 +23,13 @@ MOST_STEPS = 2**53  # kMostSteps in csrc/adam/adam_table.h
 
 @dataclasses.dataclass(eq=False, repr=False)
 class AdamBatch:
-    """Params with what belongs to each; every tensor of a row has the param's shape and lies in memory like it.
+    """Params with what belongs to each. All tensors of a row but scales have the param's shape and memory layout.
 
-    Of DTensors all is what this process holds; `owners` are the params as the optimizer has them, and `owned_states`
-    the dicts that it keeps for them, which step counts are written to.
+    For DTensors everything is local to this process. `owners` are the params as the optimizer has them. `owned_states`
+    are the dicts that it keeps for them; step counts are written there.
 
-    `states` holds each param's step count, before this step, and tensors in torch's form: ``{"step", "exp_avg", ...}``;
-    `names` are for messages, as in "param group 0, param 3".
+    `states` holds each param's step count before this step, and tensors, in torch's form: ``{"step", "exp_avg", ...}``.
+    `names` are for messages, such as "param group 0, param 3".
     """
 
     names: list[str]
@@ -37,10 +37,10 @@ class AdamBatch:
     params: list[Tensor]
     grads: list[Tensor]
     states: list[dict[str, Any]]
-    indices: list[int] = dataclasses.field(default_factory=list)  # of the params in their group
-    lowp_outs: list[Tensor | None] | None = None  # where the step is to write params in 16 bits as well
+    indices: list[int] = dataclasses.field(default_factory=list)  # positions of the params in their group
+    lowp_outs: list[Tensor | None] | None = None  # where the step also writes params in 16 bits
     owners: list[Tensor] = dataclasses.field(default_factory=list)
-    owned_states: list[dict[str, Any]] | None = None  # None: those in `states`
+    owned_states: list[dict[str, Any]] | None = None  # None: the dicts in `states`
 
     @property
     def counted_states(self) -> list[dict[str, Any]]:
@@ -54,8 +54,8 @@ class AdamBatch:
 
     @property
     def has_all_defaults(self) -> bool:
-        """Whether the params and states alone say all: they are the first of their group, whole, and are written, and
-        their steps are counted, nowhere else.
+        """Whether the params and states alone describe the batch: the params are whole and the first of their group,
+        and neither copies nor step counts are written elsewhere.
         """
         return (
             self.lowp_outs is None
@@ -65,14 +65,14 @@ class AdamBatch:
         )
 
     def state_dtypes(self, param: Tensor) -> dict[str, torch.dtype]:
-        """The names of the tensors that the state of a param must have, with the dtypes of new ones."""
+        """The names of the tensors that a param's state must have, with the dtypes of new ones."""
         return self.hyper.precision.state_dtypes(param, self.hyper.amsgrad)
 
     def needed_of(self, state: Mapping[str, Any], param: Tensor) -> dict[str, Any]:
-        """What a step reads of a param's state; what else is there, as of former settings, it leaves alone."""
+        """What a step uses of a param's state. It leaves other entries alone, such as those of former settings."""
         names = {"step", SCALES, *self.state_dtypes(param)}
         if MASTER in names and MASTER not in state:
-            names.add(REMAINDER)  # of which the master begins
+            names.add(REMAINDER)  # which initializes the master weights
         return {name: value for name, value in state.items() if name in names}
 
     @property
@@ -86,7 +86,7 @@ class AdamBatch:
 
     @property
     def masters(self) -> list[Tensor | None]:
-        """What 16-bit params have beside them; None for those that have nothing."""
+        """The master weights or remainders of 16-bit params; None for params without either."""
         kinds = [self.hyper.precision.master_of(param) for param in self.params]
         return [state[kind.key] if kind else None for kind, state in zip(kinds, self.states, strict=True)]
 
@@ -97,7 +97,7 @@ class AdamBatch:
 
     @property
     def has_spare_scales(self) -> bool:
-        """Whether there are scales of max_exp_avg_sq that this step leaves alone, as amsgrad was switched off."""
+        """Whether there are scales of max_exp_avg_sq that this step leaves alone, because amsgrad was switched off."""
         columns = len(averages_of(self.hyper.amsgrad))
         return any(scales is not None and scales.shape[1] > columns for scales in self.scales)
 
@@ -112,7 +112,7 @@ class AdamBatch:
 
     @property
     def counts_in_tensors(self) -> bool:
-        """Whether there are step counts in memory that other processes share, which are to be written there."""
+        """Whether any step count is in memory shared with other processes, and so must be written in place."""
         return any(isinstance(s["step"], Tensor) and is_shared_count(s["step"]) for s in self.states)
 
     def count_step(self, steps: list[int]) -> None:
@@ -138,12 +138,12 @@ class AdamBatch:
 
 
 def is_shared_count(step: Tensor) -> bool:
-    """Whether a step count is in memory that processes share: it is counted there, as the others are to see it."""
+    """Whether a step count is in memory shared between processes. It is updated there, so that the others see it."""
     return step.device.type == "cpu" and step.is_shared()
 
 
 def check_params_and_grads(batch: AdamBatch) -> None:
-    """Raises for the first param or grad that cannot be updated. A grad laid out otherwise than its param is copied.
+    """Raises for the first param or grad that cannot be used. A grad with another memory layout is copied.
 
     Raises
     ------
@@ -157,7 +157,7 @@ def check_params_and_grads(batch: AdamBatch) -> None:
 
 
 def check_param(param: Tensor, name: str) -> None:
-    """Raises for a param that cannot be updated whatever its grad."""
+    """Raises for a param that cannot be updated, whatever its grad."""
     described = _described(param, name)
     if param.layout != torch.strided:
         raise TypeError(f"{described} has layout {param.layout}; only dense (strided) params are supported")
@@ -172,7 +172,7 @@ def check_param(param: Tensor, name: str) -> None:
 
 
 def check_in_host_memory(param: Tensor, name: str) -> None:
-    """Raises ValueError for a param on a GPU."""
+    """Raises ValueError for a param that is not on the CPU."""
     if param.device.type != "cpu":
         described = _described(param, name)
         raise ValueError(f"{described} is not on the CPU; move the params to the CPU, as ZeRO-Offload does")
@@ -199,7 +199,7 @@ def _checked_grad(param: Tensor, grad: Tensor, name: str) -> Tensor:
 
 
 def _described(param: Tensor, name: str) -> str:
-    """How every message begins: the param's name, and what it is."""
+    """The start of every message: the param's name, shape, dtype and device."""
     return f"{name} (shape {tuple(param.shape)}, {param.dtype}, {param.device})"
 
 
@@ -210,7 +210,7 @@ def _param_dtype_or_fp32(param: Tensor) -> str:
 
 
 def is_dense(tensor: Tensor) -> bool:
-    """Whether the elements fill their memory with neither gap nor overlap, in whatever order of dimensions."""
+    """Whether the elements fill their memory without gap or overlap, in any order of dimensions."""
     if tensor.is_contiguous():
         return True
     expected = 1
@@ -230,14 +230,14 @@ def same_layout(tensor: Tensor, param: Tensor) -> bool:
 
 
 def like_param(tensor: Tensor, param: Tensor) -> Tensor:
-    """The tensor itself if it is laid out like the param, else a copy that is."""
+    """The tensor itself if it has the param's memory layout, else a copy that has."""
     if same_layout(tensor, param):
         return tensor
     return torch.empty_like(param, dtype=tensor.dtype).copy_(tensor)
 
 
 def check_no_overlap(params: Mapping[str, Tensor]) -> None:
-    """Raises ValueError if two params, given by name, share memory: the threads of one step would race for it."""
+    """Raises ValueError if two params, given by name, share memory: the threads of a step would race on it."""
     spans = sorted(
         (str(param.device), param.data_ptr(), param.data_ptr() + param.numel() * param.element_size(), name)
         for name, param in params.items()
@@ -249,7 +249,7 @@ def check_no_overlap(params: Mapping[str, Tensor]) -> None:
 
 
 def check_lowp_out(out: Tensor, param: Tensor, name: str) -> None:
-    """Raises TypeError or ValueError for what cannot take a copy of the param in 16 bits, element by element."""
+    """Raises TypeError or ValueError if `out` cannot take a 16-bit copy of the param, element by element."""
     described = _described(param, name)
     if not isinstance(out, Tensor) or out.dtype not in DTYPES[1:]:
         found = out.dtype if isinstance(out, Tensor) else type(out).__name__
@@ -266,7 +266,7 @@ def check_lowp_out(out: Tensor, param: Tensor, name: str) -> None:
 
 
 def check_states(batch: AdamBatch) -> None:
-    """Raises for the first state that does not fit its param. A state laid out otherwise than its param is an error.
+    """Raises for the first state that does not fit its param. A state with another memory layout is an error.
 
     Raises
     ------
@@ -291,7 +291,7 @@ def check_states(batch: AdamBatch) -> None:
 
 
 def _check_state_for_kernel(value: Tensor, key: str, dtype: torch.dtype, param: Tensor, name: str) -> None:
-    """Raises for a tensor that check_state() takes and kernels do not, as they assume its dtype or order in memory."""
+    """Raises for a tensor that check_state() accepts but kernels do not, as they assume its dtype or memory layout."""
     if key in (MASTER, REMAINDER) and value.dtype != dtype:
         raise TypeError(
             f"{_described(param, name)} has state {key!r} of {value.dtype}, and this optimizer keeps {dtype}; "
@@ -305,7 +305,7 @@ def _check_state_for_kernel(value: Tensor, key: str, dtype: torch.dtype, param: 
 
 
 def _check_scales_for_kernel(scales: Tensor, param: Tensor, amsgrad: bool, name: str) -> None:
-    """Raises for scales that kernels would read or write beyond. There may be more columns than a step needs."""
+    """Raises for scales that kernels would access out of bounds. There may be more columns than a step needs."""
     blocks, columns = scales_shape(param, amsgrad)
     if scales.dim() != 2 or scales.shape[0] != blocks or not columns <= scales.shape[1] <= len(AVERAGES):
         raise ValueError(
@@ -317,7 +317,7 @@ def _check_scales_for_kernel(scales: Tensor, param: Tensor, amsgrad: bool, name:
 
 
 def check_step(step: Any, name: str) -> None:
-    """Raises for what is no step count. One on a GPU is not looked at, as that would wait for the GPU."""
+    """Raises if `step` is not a step count. One on a GPU is not read, because that would wait for the GPU."""
     if isinstance(step, Tensor):
         if step.numel() != 1:
             raise ValueError(f"{name} has a step count of shape {tuple(step.shape)}; expected one number")
@@ -330,30 +330,30 @@ def check_step(step: Any, name: str) -> None:
         raise TypeError(f"{name} has a {type(step).__name__} as step count; expected an int")
     try:
         count = int(step)
-    except (TypeError, ValueError, OverflowError, RuntimeError) as error:  # NaN, infinity, a tensor without a number
+    except (TypeError, ValueError, OverflowError, RuntimeError) as error:  # NaN, infinity, a tensor without a value
         raise ValueError(f"{name} has the step count {step}, which is no whole number ({error})") from error
     if not 0 <= count < MOST_STEPS:
         raise ValueError(f"{name} has the step count {count}; expected 0 or more, and less than {MOST_STEPS}")
 
 
 def _check_counts_on(step: Tensor, name: str) -> None:
-    """Raises for a step count that cannot be written, or that does not hold the next number."""
+    """Raises for a step count that cannot be written, or whose dtype cannot hold the next count."""
     check_writable(step, f"{name}: its step count in shared memory")
     count = int(step) + 1
     if step.dtype == torch.bool:
         raise TypeError(f"{name} has a step count of {step.dtype}; expected one of numbers")
     try:
         fits = int(torch.full((), count, dtype=step.dtype, device="cpu")) == count
-    except RuntimeError:  # torch says that it overflows
+    except RuntimeError:  # how torch reports overflow
         fits = False
     if not fits:
         raise ValueError(f"{name} has a step count of {step.dtype} in shared memory, which cannot be {count}")
 
 
 def check_state(state: Mapping[str, Any], param: Tensor, name: str, elsewhere: bool = False) -> None:
-    """Raises if a tensor of the state (exp_avg, ..., master_param) does not fit its param; it may be `elsewhere`."""
+    """Raises if a state tensor (exp_avg, ..., master_param) does not fit its param. `elsewhere`: on any device."""
     described = _described(param, name)
-    coded = is_quantized(state)
+    quantized = is_quantized(state)
     dtypes = set()
     for key in STATE_TENSORS:
         if key not in state:
@@ -366,12 +366,12 @@ def check_state(state: Mapping[str, Any], param: Tensor, name: str, elsewhere: b
             raise ValueError(
                 f"{described} has state {key!r} of shape {tuple(value.shape)}; it belongs to another model or shard"
             )
-        allowed = _allowed_dtypes(key, coded)
+        allowed = _allowed_dtypes(key, quantized)
         if value.dtype not in allowed:
             raise TypeError(f"{described} has state {key!r} of {value.dtype}; use {' or '.join(map(str, allowed))}")
         if value.device != param.device and not elsewhere:
             raise ValueError(f"{described} has state {key!r} on {value.device}")
-        if key in AVERAGES and not coded:
+        if key in AVERAGES and not quantized:
             dtypes.add(value.dtype)
     check_scales(state, param, described)
     if len(dtypes) > 1:
@@ -380,13 +380,13 @@ def check_state(state: Mapping[str, Any], param: Tensor, name: str, elsewhere: b
 
 def check_scales(state: Mapping[str, Any], param: Tensor, described: str) -> None:
     """Raises ValueError for 8-bit states without their scales, and for scales whose states have become floats."""
-    coded = is_quantized(state)
-    if SCALES in state and not coded and any(key in state for key in AVERAGES):
+    quantized = is_quantized(state)
+    if SCALES in state and not quantized and any(key in state for key in AVERAGES):
         raise ValueError(
             f"{described} has float states beside {SCALES!r}, which are of 8-bit states (state_dtype='8bit'): "
             "quantized states were taken for numbers, as by torch.cat; state_dict(dequantize=True) gives floats"
         )
-    if not coded:
+    if not quantized:
         return
     scales = state.get(SCALES)
     fits = isinstance(scales, Tensor) and scales.dim() == 2 and len(scales) == blocks_of(param.numel())
@@ -398,14 +398,14 @@ def check_scales(state: Mapping[str, Any], param: Tensor, described: str) -> Non
 
 
 def check_nothing_lost(state: Mapping[str, Any], name: str) -> None:
-    """Raises ValueError for a state that has lost a tensor; it would silently begin anew.
+    """Raises ValueError for a state that has lost a tensor, which would silently start over.
 
-    A state may be without averages if it has not made a step: master weights may have been loaded before the first.
+    A state may lack averages before its first step, since master weights may be loaded before that.
     """
     held = [key for key in ("step", *AVERAGES) if key in state]
     step = state.get("step", 0)
     check_step(step, name)
-    unknown = isinstance(step, Tensor) and step.device.type != "cpu"  # to look at it would wait for the GPU
+    unknown = isinstance(step, Tensor) and step.device.type != "cpu"  # reading it would wait for the GPU
     if not any(key in state for key in AVERAGES) and (unknown or step == 0):
         return
     missing = [key for key in ("step", *AVERAGES[:2]) if key not in state]
@@ -419,7 +419,7 @@ def check_nothing_lost(state: Mapping[str, Any], name: str) -> None:
 
 
 def is_quantized(state: Mapping[str, Any]) -> bool:
-    """Whether the states of a param are 8-bit codes."""
+    """Whether a param's states are quantized to 8 bits."""
     exp_avg = state.get("exp_avg")
     return isinstance(exp_avg, Tensor) and exp_avg.dtype == torch.int8
 

@@ -12,9 +12,9 @@ from .memory import check_writable, version_of
 
 
 class ClippedGrads:
-    """Grads that steps are to multiply by a factor, as their norm was too large.
+    """Grads that steps multiply by a factor because their norm was too large.
 
-    They are not kept alive. A grad that was written since, by whatever operation, is another one.
+    They are not kept alive. A grad that has been written since, by any operation, no longer counts as clipped.
 
     Attributes
     ----------
@@ -27,11 +27,11 @@ class ClippedGrads:
         self._entries = {id(grad): (weakref.ref(grad), version_of(grad)) for grad in grads}
 
     def are(self, grads: Sequence[Tensor]) -> bool:
-        """Whether all of these grads were clipped, and are as they were."""
+        """Whether all of these grads were clipped and are unchanged since."""
         return all(map(self._has, grads))
 
     def settle(self, grads: Sequence[Tensor]) -> None:
-        """Multiplies those of the grads that were clipped and are as they were by the factor; others are left alone."""
+        """Multiplies the grads that were clipped and are unchanged since by the factor; leaves the others alone."""
         clipped = [grad for grad in grads if self._has(grad) and not grad._is_zerotensor()]
         for grad in clipped:
             check_writable(grad, "a grad that clip_grad_norm_() has clipped")
@@ -45,7 +45,7 @@ class ClippedGrads:
 
 
 def _without_repetition(tensor: Tensor) -> Tensor:
-    """A view of each element in memory once, also of an expanded tensor."""
+    """A view with each element in memory once, even if the tensor is expanded."""
     if tensor.layout == torch.strided:
         for dim, stride in enumerate(tensor.stride()):
             if stride == 0 and tensor.shape[dim] > 1:

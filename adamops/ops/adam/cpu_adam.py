@@ -15,22 +15,23 @@ from .settings import check_flags
 
 
 class DeepSpeedCPUAdam(AdamOptimizer):
-    """Adam (arXiv 1412.6980, Algorithm 1) and AdamW (arXiv 1711.05101, Algorithm 2) in one pass over host memory.
+    """Adam (arXiv 1412.6980, Algorithm 1) and AdamW (arXiv 1711.05101, Algorithm 2) on the CPU, in a single pass.
 
-    A drop-in for ``deepspeed.ops.adam.DeepSpeedCPUAdam`` and a true ``torch.optim.Optimizer``. Each step is one
-    parallel region per param group, on torch's own threads. Results are the same bits on every CPU, for every number of
-    threads and however the elements are cut into tensors.
+    A drop-in replacement for ``deepspeed.ops.adam.DeepSpeedCPUAdam`` and a true ``torch.optim.Optimizer``. Each step is
+    one parallel region per param group, on torch's own threads. Results are bit-identical on every CPU, for any number
+    of threads, and however the elements are split into tensors (except with 8-bit states or stochastic rounding, whose
+    noise depends on the position in the tensor).
 
     Parameters
     ----------
     model_params
-        Params to optimise, or dicts of param groups, which may have settings of their own, also of precision. Each
-        param is a dense tensor on the CPU of any shape and strides, of float32, bfloat16 or float16; a frozen one
-        may be any. Its grad has the same dtype or float32.
+        Params to optimize, or dicts of param groups, which may have their own settings, including those of precision.
+        Each param is a dense tensor on the CPU of any shape and strides, in float32, bfloat16 or float16; a frozen one
+        may be of any kind. Its grad has the same dtype or float32; that of a float32 param may have any of the three.
     lr
         Learning rate, 0 or more; a float or a 0-dim tensor.
     bias_correction
-        Whether to correct the averages for their start at zero.
+        Whether to correct the averages for being initialized to zero.
     betas
         Decay rates of the two averages, each in [0, 1).
     eps
@@ -39,36 +40,38 @@ class DeepSpeedCPUAdam(AdamOptimizer):
         0 or more. With `adamw_mode` the param is multiplied by ``1 - lr * weight_decay``; otherwise ``weight_decay *
         param`` is added to the grad (L2).
     amsgrad
-        Whether to use the largest second moment so far (arXiv 1904.09237, Algorithm 2).
+        Whether to use the maximum of all second moments so far (arXiv 1904.09237, Algorithm 2).
     adamw_mode
         AdamW if true, Adam with L2 otherwise.
     fp32_optimizer_states
-        Whether states are float32 for params of every dtype; otherwise those of 16-bit params are bfloat16, as with
-        `state_dtype`. (DeepSpeed's are float16 for float16 params, in which the squares of small grads become zero.)
+        Whether states are float32 for params of every dtype. If false, 16-bit params have bfloat16 states, as with
+        `state_dtype`. (DeepSpeed has float16 states for float16 params; in these, squares of small grads become zero.)
     maximize
-        Whether to maximize.
+        Whether to maximize the objective instead of minimizing it.
     state_dtype
-        torch.float32, torch.bfloat16, or ``"8bit"``: codes of 8 bits with a scale for each 256 elements
-        (adamops.ops.adam.quantization), where a param has 4096 elements or more. A step rounds averages to bfloat16 or
-        8 bits with noise that evens out over the steps, as to the nearest small changes would be lost for good. By
-        default as `fp32_optimizer_states` says.
+        torch.float32, torch.bfloat16, or ``"8bit"``: quantized to 8 bits, with a scale for each 256 elements
+        (adamops.ops.adam.quantization), for params of 4096 elements or more. A step rounds averages to bfloat16 or 8
+        bits with noise that evens out over the steps; rounding to the nearest would lose small changes for good. The
+        default follows `fp32_optimizer_states`.
     master_weight_bits
-        24 or 32: params of 16 bits have 8 or 16 bits more in their state, ``"param_remainder"``, and are updated as
-        numbers of so many bits. With 32, bfloat16 params are the float32 params of the same training, rounded.
+        24 or 32, for split master weights: each 16-bit param has a remainder of 8 or 16 more bits in its state,
+        ``"param_remainder"``, and is updated as a number of 24 or 32 bits. With 32, bfloat16 params are the float32
+        params of the same training, rounded.
     stochastic_rounding
-        Whether 16-bit params, or their masters of 24 bits, are rounded at random to one of the two nearest numbers, so
-        that updates too small for them count on average. The random bits depend on the seed, the places of the param
-        group and of the param in it, the step, and the place in the param; not on threads, nor on torch's generator.
+        Whether 16-bit params, or their 24-bit masters, are rounded at random to one of the two nearest numbers, so that
+        updates too small for their precision count on average. The random bits depend on the seed, the index of the
+        param group, the index of the param in it, the step, and the position in the param. They do not depend on
+        threads or on torch's generator.
     stochastic_rounding_seed
-        An int, by default 0; also a setting of a param group, and so in the state dict. Replicas of a param must have
-        the same.
+        An int, by default 0. It is also a setting of a param group, and so part of the state dict. Replicas of a param
+        must have the same seed.
 
     Raises
     ------
     ValueError
-        For a hyper-parameter out of its range, or a param whose elements overlap or leave gaps.
+        For a hyper-parameter out of range, or a param whose elements overlap or leave gaps.
     TypeError
-        For a param of another dtype or layout, and for a setting of another type.
+        For a param of another dtype or layout, or a setting of another type.
     """
 
     def __init__(
@@ -110,18 +113,18 @@ class DeepSpeedCPUAdam(AdamOptimizer):
     @after_async_step
     @torch.no_grad()
     def step_subgroup(self, subgroup_id: int, closure: Callable[[], Any] | None = None) -> Any:
-        """Updates the one param that has a grad, with the state kept under `subgroup_id` instead of the param.
+        """Updates the one param that has a grad, with the state stored under `subgroup_id` instead of under the param.
 
-        DeepSpeed's ZeRO-3 and SuperOffload lend the optimizer one flat shard after another this way, each time as the
-        only param with a grad.
+        This is how DeepSpeed's ZeRO-3 and SuperOffload lend the optimizer one flat shard after another, each time as
+        the only param with a grad.
 
         Raises
         ------
         ValueError
-            If not exactly one param has a grad, or as step().
+            If not exactly one param has a grad, or as in step().
         """
         loss = evaluate(closure)
-        self._settle()  # the closure may have begun a step
+        self._settle()  # the closure may have started a step in the background
         batch = self._subgroup_batch(subgroup_id)
         held = self.state.get(subgroup_id)  # type: ignore[call-overload]
         batch.states, batch.owners = [held or {}], batch.params
@@ -136,15 +139,15 @@ class DeepSpeedCPUAdam(AdamOptimizer):
     def rollback_subgroup(self, sub_group_id: int, closure: Callable[[], Any] | None = None) -> Any:
         """Undoes the last step_subgroup() of `sub_group_id`, given the grad and hyper-parameters of that step.
 
-        The update is inverted by arithmetic in float64, not restored from a copy: see adamops.ops.adam.rollback for how
-        near the former values it comes. The state before the first step, which is zero, is restored exactly.
+        The update is inverted arithmetically in float64, not restored from a copy; adamops.ops.adam.rollback states the
+        error bounds. The state before the first step, which is zero, is restored exactly.
 
         Raises
         ------
         RuntimeError
-            If there is no step to undo, or it cannot be undone (amsgrad forgets, as does a beta of 0).
+            If there is no step to undo, or it cannot be undone (amsgrad or a beta of 0 loses the former values).
         ValueError
-            If not exactly one param has a grad, or as step().
+            If not exactly one param has a grad, or as in step().
         """
         loss = evaluate(closure)
         self._settle()
@@ -161,7 +164,7 @@ class DeepSpeedCPUAdam(AdamOptimizer):
         return loss
 
     def _subgroup_batch(self, subgroup_id: int) -> AdamBatch:
-        """The only param that has a grad, checked; without its state."""
+        """A batch of the only param that has a grad, checked, without its state."""
         found = [
             (group, param, grad)
             for group in self.param_groups

@@ -1,7 +1,7 @@
-"""Hands params on a CUDA device to the compiled CUDA op, on torch's current stream, without waiting for the device.
+"""Passes params on a CUDA device to the compiled CUDA op, on torch's current stream, without waiting for the device.
 
-Step counts are numbers, and the scalars of a step are computed here, unless something that only the device knows goes
-into them: then the counts are kept on the device too, and the scalars computed there.
+Normally step counts are numbers, and the scalars of a step are computed on the CPU. If the scalars depend on something
+that only the device knows, the step counts are kept on the device and the scalars are computed there.
 """
 
 from __future__ import annotations
@@ -24,10 +24,10 @@ class CudaBackend(TableBackend):
     """Adam by the extension module fused_adam."""
 
     name = "fused_adam"
-    on_host = False  # the step is only enqueued, and has to be on the stream of the calling thread
+    on_host = False  # the step is only enqueued, and must be on the calling thread's stream
 
     def skips(self, hyper: AdamHyper) -> bool:
-        return False  # the kernels look at found_inf themselves
+        return False  # the kernels check found_inf themselves
 
     def grad_norm(self, grads: Sequence[Tensor], norm_type: float) -> Tensor | None:
         if not has_norm(grads, norm_type):
@@ -65,7 +65,7 @@ class CudaBackend(TableBackend):
         return Update(run, lambda: [*batch.borrowed(), *counts], batch.written(), table, on_host=False)
 
     def _runner(self, table: Any, hyper: AdamHyper, call: tuple[Any, ...] | None) -> Callable[[], None]:
-        """What enqueues a step; all that torch has to make for it is made now, as that can fail."""
+        """The function that enqueues a step. All tensors that it needs are made now, because that can fail."""
         if not len(table):
             return lambda: None
         with self._as_current_device():
@@ -90,7 +90,7 @@ class CudaBackend(TableBackend):
         return table.counts_on_device or len(table) == 0 or not self._needs_device_counts(hyper)
 
     def _needs_device_counts(self, hyper: AdamHyper) -> bool:
-        """Whether the step depends on what only the device knows."""
+        """Whether the step is to be captured, or depends on what only the device knows."""
         unknown = any(self._is_on_device(value) for value in (hyper.lr, hyper.loss_scale, hyper.grad_factor))
         return hyper.capturable or hyper.found_inf is not None or unknown
 
@@ -98,7 +98,7 @@ class CudaBackend(TableBackend):
         return isinstance(value, Tensor) and value.device.type == self.device.type
 
     def _device_count(self, step: int | Tensor) -> Tensor:
-        """A step count as a 0-dim float32 tensor on the device, which may be `step` itself."""
+        """A step count as a 0-dim float32 tensor on the device; it may be `step` itself."""
         if isinstance(step, Tensor):
             return step.detach().to(device=self.device, dtype=torch.float32).reshape(())
         self._refuse_while_capturing("it would set the step count anew at each replay; do one step before")
@@ -120,11 +120,11 @@ class CudaBackend(TableBackend):
         )
 
     def _place(self) -> dict[str, int]:
-        """Where the op is to run: the device, and torch's current stream on it."""
+        """Where the op runs: the device, and torch's current stream on it."""
         return {"device": self.device.index or 0, "stream": self._stream()}
 
     def _by_device_counts(self, table: Any, hyper: AdamHyper) -> Callable[[Any], None]:
-        # Tensors made here may go out of scope before the kernels run: torch reuses memory in the order of the stream.
+        # Tensors made here may go out of scope before the kernels run: torch reuses memory in stream order.
         scalars = torch.empty(len(table) * self.module.SCALARS_SIZE, dtype=torch.uint8, device=self.device)
         lr = self._on_device(hyper.lr, _lr_dtype(hyper.lr)) if self._is_on_device(hyper.lr) else None
         loss_scale = self._on_device(hyper.loss_scale, torch.float32) if _is_not_1(hyper.loss_scale) else None
@@ -167,7 +167,7 @@ class CudaBackend(TableBackend):
         return torch.cuda.current_stream(self.device).cuda_stream
 
     def _as_current_device(self) -> AbstractContextManager[Any]:
-        """Makes the device torch's current one; the op's own CUDA runtime then finds it current, too."""
+        """Makes the device torch's current one; it is then current for the op's own CUDA runtime, too."""
         return torch.cuda.device(self.device)
 
     def _capturing(self) -> bool:
@@ -180,7 +180,7 @@ class CudaBackend(TableBackend):
 
 
 def _is_not_1(value: Any) -> bool:
-    """Whether a factor counts; a tensor's value is not looked at, as that would wait for the device."""
+    """Whether a factor matters. Any tensor is taken to: reading its value would wait for the device."""
     return isinstance(value, Tensor) or float(value) != 1
 
 

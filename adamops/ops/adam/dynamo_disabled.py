@@ -1,4 +1,4 @@
-"""Keeps torch.compile out of methods that it cannot compile: it breaks its graph there, calls them, and goes on."""
+"""Keeps torch.compile out of methods that it cannot compile: it breaks the graph, calls them, and goes on."""
 
 from __future__ import annotations
 
@@ -11,16 +11,16 @@ import torch
 
 _Method = TypeVar("_Method", bound=Callable[..., Any])
 
-WHY = "optimizers of adamops call an op that is compiled already"  # what torch.compile(fullgraph=True) says
+WHY = "optimizers of adamops call an op that is compiled already"  # shown by torch.compile(fullgraph=True)
 
 
 def dynamo_disabled(method: _Method) -> _Method:
-    """The method with all that it calls hidden from torch.compile.
+    """Hides the method, and all that it calls, from torch.compile.
 
-    Otherwise torch.compile looks into each function of the step for what it can compile, finds nothing, and takes
-    seconds and warnings for that. torch hides methods of its own by the function used here. It alone would not do: at
-    its first call it imports torch._dynamo, which takes a second. Nor would torch.compiler.disable(), behind which
-    torch.compile(optimizer.step) looks for the method without its object.
+    Otherwise torch.compile searches every function of the step for something to compile and finds nothing, at the cost
+    of seconds and warnings. torch hides its own methods with the function used here. That function alone is not enough:
+    its first call imports torch._dynamo, which takes a second. Nor is torch.compiler.disable(): behind it,
+    torch.compile(optimizer.step) looks up the method without its object.
     """
     disabled = torch._disable_dynamo(method)
     disabled._torchdynamo_disable, disabled._torchdynamo_disable_msg = True, WHY  # type: ignore[attr-defined]

@@ -1,6 +1,6 @@
-"""Runs a function in the default floating-point environment of the calling thread: nearest-even, subnormals kept.
+"""Runs a function in the default floating-point environment: round to nearest even, keep subnormals.
 
-The compiled ops see to that themselves. This is for what is computed around them in pure PyTorch.
+The compiled ops set this themselves. This is for what is computed around them in pure PyTorch.
 """
 
 from __future__ import annotations
@@ -15,10 +15,10 @@ _Function = TypeVar("_Function", bound=Callable[..., Any])
 
 
 def in_default_float_environment(function: _Function) -> _Function:
-    """The function, during which the calling thread neither flushes subnormals nor rounds otherwise than to nearest.
+    """Wraps a function so that the calling thread keeps subnormals and rounds to nearest while it runs.
 
-    It takes the compiled CPU op to set that; without it the function is called as it is, as pure PyTorch then does the
-    updates, whose bits nobody promises.
+    Only the compiled CPU op can set this. Without the op, the function runs as it is: the updates then fall back to
+    pure PyTorch, which is not guaranteed to be bit-identical.
     """
 
     @functools.wraps(function)

@@ -17,7 +17,7 @@ from .settings import check_flags
 
 
 def _load_backend(device: torch.device) -> Backend:
-    """The compiled op for params on a device that is not the host, or pure PyTorch with one warning that says why."""
+    """The compiled op for params on a device other than the CPU, or pure PyTorch with one warning that says why."""
     if device.type != "cuda" or torch.version.hip:
         return pure_pytorch(f"No op is compiled for params on {'AMD GPUs' if torch.version.hip else device.type}.")
     builder: Any = op_builder.get("fused_adam")
@@ -30,39 +30,40 @@ def _load_backend(device: torch.device) -> Backend:
 class FusedAdam(AdamOptimizer):
     """Adam (arXiv 1412.6980, Algorithm 1) and AdamW (arXiv 1711.05101, Algorithm 2) for all params of a group at once.
 
-    A drop-in for ``deepspeed.ops.adam.FusedAdam`` and ``apex.optimizers.FusedAdam``, and a true
-    ``torch.optim.Optimizer``. Unlike there, step counts are kept for each param, so that a param that joins late, or
-    has no grad in some steps, gets its own bias correction; and `amsgrad` and `maximize` work.
+    A drop-in replacement for ``deepspeed.ops.adam.FusedAdam`` and ``apex.optimizers.FusedAdam``, and a true
+    ``torch.optim.Optimizer``. Unlike in those, step counts are kept per param, so a param that joins late, or has no
+    grad in some steps, gets its own bias correction. `amsgrad` and `maximize` work too.
 
     Parameters
     ----------
     params
-        Params to optimise, or dicts of param groups. Each param is a dense tensor of float32, bfloat16 or float16 on
-        any device, with a grad of the same dtype or float32. States are float32. Params on CUDA devices are updated by
-        the CUDA op, those on the CPU by the CPU op, and others, with a warning, in pure PyTorch.
+        Params to optimize, or dicts of param groups. Each param is a dense tensor in float32, bfloat16 or float16 on
+        any device. Dtypes of grads are as in DeepSpeedCPUAdam; states are float32 by default. The CUDA op updates
+        params on CUDA devices, the CPU op those on the CPU. Others are updated in pure PyTorch, with a warning.
     lr, bias_correction, betas, eps, weight_decay, amsgrad, maximize
         As in DeepSpeedCPUAdam.
     adam_w_mode
         AdamW if true, Adam with L2 otherwise.
     set_grad_none
-        Whether zero_grad() sets the grads to None, or to zero.
+        Whether zero_grad() sets the grads to None rather than to zero.
     capturable
-        Whether steps on CUDA devices may be captured into CUDA graphs: step counts are then kept there (as 0-dim
-        float32 tensors), and so is `lr` if it is a tensor there, and nothing waits for the device. Do one step before
-        capturing. Without effect on the CPU.
+        Whether steps on CUDA devices are CUDA-graph capturable. Step counts are then kept on the device (as 0-dim
+        float32 tensors), as is `lr` if it is a tensor there, and nothing waits for the device. Do one step before
+        capturing. Has no effect on the CPU.
     master_weights
-        Whether bfloat16 and float16 params have a float32 master (``state["master_param"]``) that is updated, and of
-        which they are rounded copies; a param that is changed otherwise than by step() is overwritten by the next.
+        Whether bfloat16 and float16 params have float32 master weights (``state["master_param"]``). The step updates
+        these, and the params are rounded copies of them. A param changed other than by step() is overwritten by the
+        next step.
     state_dtype, master_weight_bits, stochastic_rounding, stochastic_rounding_seed
         As in DeepSpeedCPUAdam.
 
-    Under torch.amp.GradScaler, step counts of params on CUDA devices are kept there too, as the device alone knows
-    whether a step is skipped.
+    Under torch.amp.GradScaler, step counts of params on CUDA devices are kept on the device too, as only the device
+    knows whether a step is skipped.
 
     Raises
     ------
     ValueError, TypeError
-        As DeepSpeedCPUAdam.
+        As in DeepSpeedCPUAdam.
     """
 
     def __init__(
@@ -106,7 +107,7 @@ class FusedAdam(AdamOptimizer):
         )
 
     def zero_grad(self, set_to_none: bool | None = None) -> None:
-        """Sets the grads to None, or to zero, as `set_grad_none` says unless `set_to_none` is given."""
+        """Sets the grads to None or to zero, as `set_to_none` says if given, else as `set_grad_none` says."""
         super().zero_grad(self.set_grad_none if set_to_none is None else set_to_none)
 
     def step(
@@ -120,15 +121,15 @@ class FusedAdam(AdamOptimizer):
         zero_grads: bool = False,
         lowp_out: Sequence[Tensor | None] | None = None,
     ) -> Any:
-        """Updates all params that have a grad, as DeepSpeedCPUAdam.step().
+        """Updates all params that have a grad, as DeepSpeedCPUAdam.step() does.
 
-        The arguments after `closure` are those of apex before 2019, which nobody supports any more. There is no
-        `grad_scaler` among them, as torch.amp.GradScaler would take it for a sign of its own old protocol.
+        The arguments after `closure` are those of apex before 2019, which nothing supports any more. There is no
+        `grad_scaler` among them, because torch.amp.GradScaler would take it as a sign of its own old protocol.
 
         Raises
         ------
         RuntimeError
-            For one of those arguments.
+            If one of those arguments is given.
         """
         if any(argument is not None for argument in (grads, output_params, scale, grad_norms)):
             raise RuntimeError(
@@ -151,7 +152,7 @@ class FusedAdam(AdamOptimizer):
                 self._place_step_counts(group, f"param group {i}")
 
     def _place_step_counts(self, group: dict[str, Any], where: str) -> None:
-        """Moves loaded step counts to where a captured step will look for them."""
+        """Moves loaded step counts to where a captured step expects them."""
         hyper = AdamHyper.of_group(group, f" in {where}", adamw_mode=self.adam_w_mode)
         for i, param in enumerate(group["params"]):
             state = self.state.get(param)

@@ -1,6 +1,6 @@
 """The host's side of the update rule: hyper-parameters in, the scalars of one step out.
 
-The other side is csrc/adam/adam_update.h. Must not know of tensors: what may be one is used as a number only.
+The other side is csrc/adam/adam_update.h. Must not know about tensors: what may be one is used only as a number.
 """
 
 from __future__ import annotations
@@ -14,11 +14,11 @@ from .precision import Precision
 from .settings import check_number, unpacked_betas
 
 
-@dataclasses.dataclass(slots=True, eq=False, repr=False)  # made at each step: freezing it takes a microsecond
+@dataclasses.dataclass(slots=True, eq=False, repr=False)  # created at each step: frozen=True would cost a microsecond
 class AdamHyper:
-    """The hyper-parameters of one param group, and what a step needs to know besides.
+    """The hyper-parameters of one param group, and what else a step needs to know.
 
-    Where a number may be a 0-dim tensor, it may be one on a GPU, and float() would wait for that.
+    A number that may be a 0-dim tensor may be one on a GPU; float() would wait for the GPU.
     """
 
     lr: SupportsFloat
@@ -32,27 +32,28 @@ class AdamHyper:
     maximize: bool
     precision: Precision = Precision()  # noqa: RUF009 - it is frozen
     capturable: bool = False  # whether a step on a GPU must be CUDA-graph capturable
-    loss_scale: SupportsFloat = 1.0  # what the loss, and so the grads, have been multiplied by
-    found_inf: SupportsFloat | None = None  # not 0: the grads hold infs or NaNs, and there is to be no step
-    grad_factor: SupportsFloat = 1.0  # what grads are to be multiplied by besides, as their norm was too large
+    loss_scale: SupportsFloat = 1.0  # the factor in the loss, and so in the grads
+    found_inf: SupportsFloat | None = None  # not 0: the grads hold infs or NaNs, and the step must be skipped
+    grad_factor: SupportsFloat = 1.0  # a further factor for the grads, if their norm was too large
     zero_grads: bool = False  # whether the step also sets grads to zero
-    threads: int | None = None  # that host memory is updated by; None: as many as torch uses
+    threads: int | None = None  # that update params on the CPU; None: as many as torch uses
     rng_offset: int = 0  # where the random bits of the group's params begin
 
     @classmethod
     def of_group(
         cls, group: dict[str, Any], where: str, to_number: Callable[..., Any] | None = None, **others: Any
     ) -> AdamHyper:
-        """From a param group, whose numbers may be 0-dim tensors, and what it does not have.
+        """From a param group, whose numbers may be 0-dim tensors, and `others`, the fields that a group does not have.
 
-        A `lr` on a GPU stays there, as float() would wait for it. Raises TypeError or ValueError for what is no number,
-        here and not in the middle of a step; `where` ends the message. `to_number` is the function below, or another.
+        An `lr` on a GPU stays there, as float() would wait for the GPU. Raises TypeError or ValueError for a value that
+        is not a number, here and not in the middle of a step; `where` ends the message. `to_number` replaces the
+        function below.
         """
         to_number = to_number or globals()["to_number"]
         betas = group["betas"]
         beta1, beta2 = betas if type(betas) is tuple and len(betas) == 2 else unpacked_betas(betas, where)
         lr, eps, weight_decay = group["lr"], group["eps"], group["weight_decay"]
-        return cls(  # a call is worth sparing where a number is a float already
+        return cls(  # saves calls: most numbers are floats already
             lr=lr if type(lr) is float else to_number(lr, "lr", where),
             beta1=beta1 if type(beta1) is float else float(to_number(beta1, "betas[0]", where)),
             beta2=beta2 if type(beta2) is float else float(to_number(beta2, "betas[1]", where)),
@@ -69,7 +70,7 @@ class AdamHyper:
 
     @property
     def l2(self) -> bool:
-        """Whether weight decay is added to the gradient (Adam) and not taken from the param (AdamW)."""
+        """Whether weight decay is added to the gradient (Adam) rather than subtracted from the param (AdamW)."""
         return not self.adamw_mode and self.weight_decay != 0
 
     @property
@@ -78,7 +79,7 @@ class AdamHyper:
         return self.found_inf is not None and float(self.found_inf) != 0
 
     def numbers(self) -> tuple[float, ...]:
-        """What the ops compute the scalars of a step from: HyperNumbers in csrc/adam/host_scalars.h."""
+        """The numbers from which the ops compute a step's scalars: HyperNumbers in csrc/adam/host_scalars.h."""
         return (
             float(self.lr),
             self.beta1,
@@ -93,13 +94,13 @@ class AdamHyper:
         )
 
     def scalars(self, step: int) -> tuple[float, ...]:
-        """The fields of AdamScalars in csrc/adam/adam_update.h, in order, in double, each to be rounded to float once.
+        """The fields of AdamScalars in csrc/adam/adam_update.h, in order, as doubles to be rounded to float once.
 
-        For updates in pure PyTorch; the ops compute the same ones from numbers(), whatever the calling thread's
-        floating-point environment is. `step` counts from 1 (t in Algorithm 1 of arXiv 1412.6980).
+        For updates in pure PyTorch. The ops compute the same scalars from numbers(), whatever the floating-point
+        environment of the calling thread. `step` counts from 1 (t in Algorithm 1 of arXiv 1412.6980).
         """
         lr, scale = float(self.lr), float(self.loss_scale)
-        inverse_scale = 1.0 / scale if scale else math.copysign(math.inf, scale)  # as IEEE has it, and so GPUs
+        inverse_scale = 1.0 / scale if scale else math.copysign(math.inf, scale)  # as in IEEE 754, and so on GPUs
         inverse_scale *= float(self.grad_factor)
         bias1 = 1.0 - integer_power(self.beta1, step) if self.bias_correction else 1.0
         bias2 = 1.0 - integer_power(self.beta2, step) if self.bias_correction else 1.0
@@ -118,23 +119,23 @@ class AdamHyper:
 
 
 def to_number(value: Any, name: str, where: str = "") -> Any:
-    """A hyper-parameter as a float; a tensor on a GPU as it is, since float() would wait for that.
+    """A hyper-parameter as a float. A tensor on a GPU stays as it is, since float() would wait for the GPU.
 
-    Raises TypeError or ValueError for what is no number; `where` ends the message.
+    Raises TypeError or ValueError for a value that is not a number; `where` ends the message.
     """
     if type(value) is float:
         return value
     check_number(value, name, where)
-    device = getattr(value, "device", "cpu")  # a tensor's, or as NumPy's arrays and scalars have it, a string
+    device = getattr(value, "device", "cpu")  # torch.device of a tensor, string of NumPy's arrays and scalars
     return float(value) if getattr(device, "type", device) == "cpu" else value
 
 
 def integer_power(base: float, exponent: int) -> float:
     """base ** exponent by squaring, in double; the exponent is 0 or more.
 
-    Its bits depend on nothing but IEEE multiplication, while pow() differs in the last place between C libraries. The
-    relative error is below exponent * 2**-52 (each squaring doubles the error made so far), that is 1e-10 after a
-    million steps, when the power itself is long nothing.
+    Its bits depend only on IEEE multiplication, while pow() differs in the last place between C libraries. The relative
+    error is below exponent * 2**-52 (each squaring doubles the error made so far). That is 2.2e-10 after a million
+    steps, when the power itself has long been negligible.
     """
     result = 1.0
     while exponent:

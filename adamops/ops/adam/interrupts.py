@@ -1,4 +1,4 @@
-"""Lets a piece of Python run to its end before a signal's handler may raise: all of a step is done, or none of it."""
+"""Lets Python code finish before a signal handler may raise, so that a step is done entirely or not at all."""
 
 from __future__ import annotations
 
@@ -12,9 +12,9 @@ from typing import Any
 
 @contextlib.contextmanager
 def deferred_signals() -> Iterator[None]:
-    """Has Python's signal handlers, KeyboardInterrupt's among them, called at the end and not inside.
+    """Postpones Python's signal handlers, including the one for KeyboardInterrupt, to the end of the with statement.
 
-    They run in the main thread only, so in others there is nothing to do.
+    They run only in the main thread, so there is nothing to do in others.
     """
     if threading.current_thread() is not threading.main_thread():
         yield
@@ -23,7 +23,7 @@ def deferred_signals() -> Iterator[None]:
     handlers: dict[int, Callable[[int, FrameType | None], Any]] = {}
     for valid in signal.valid_signals():
         handler = signal.getsignal(valid)
-        if callable(handler):  # one in Python
+        if callable(handler):  # a handler in Python
             handlers[int(valid)] = handler
     try:
         for number in handlers:
@@ -31,7 +31,7 @@ def deferred_signals() -> Iterator[None]:
         yield
     finally:
         _restore(handlers)
-        with contextlib.ExitStack() as stack:  # which calls all of them, also if one raises
+        with contextlib.ExitStack() as stack:  # calls all of them, even if one raises
             for number, frame in reversed(arrived.items()):
                 stack.callback(handlers[number], number, frame)
 
@@ -40,6 +40,6 @@ def _restore(handlers: dict[int, Callable[[int, FrameType | None], Any]]) -> Non
     try:
         for number, handler in handlers.items():
             signal.signal(number, handler)
-    except BaseException:  # a handler that is back already may raise here; the others must come back too
+    except BaseException:  # a handler already restored may raise here; the others must be restored too
         _restore(handlers)
         raise

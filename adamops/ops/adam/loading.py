@@ -1,6 +1,6 @@
-"""Brings loaded states into the form that the optimizers here keep: steps as ints, tensors as new ones would be.
+"""Converts loaded states to the form that our optimizers keep: step counts as ints, tensors as new ones would be.
 
-Knows how torch.optim, DeepSpeed and apex write their checkpoints; must not know how a step is done.
+Knows how torch.optim, DeepSpeed and apex write their checkpoints. Must not know how a step is done.
 """
 
 from __future__ import annotations
@@ -24,14 +24,14 @@ _SHIELDED = {*STATE_TENSORS, *SAVED_NAMES}
 
 
 class _Shielded:
-    """Carries a state tensor through Optimizer.load_state_dict, which would cast it to the param's dtype."""
+    """Carries a state tensor through Optimizer.load_state_dict, which would otherwise cast it to the param's dtype."""
 
     def __init__(self, tensor: Tensor) -> None:
         self.tensor = tensor
 
 
 def shield_states(optimizer: Optimizer, state_dict: dict[str, Any]) -> dict[str, Any]:
-    """A state dict with the tensors of the states shielded from Optimizer.load_state_dict's casts."""
+    """A state dict whose state tensors are shielded from the casts of Optimizer.load_state_dict."""
     shielded = {
         key: {name: _Shielded(value) if name in _SHIELDED else value for name, value in entry.items()}
         if isinstance(entry, dict)
@@ -45,7 +45,7 @@ def shield_states(optimizer: Optimizer, state_dict: dict[str, Any]) -> dict[str,
 
 
 def check_groups(groups: Sequence[Mapping[str, Any]]) -> None:
-    """Raises ValueError or TypeError for param groups of another optimizer, or hyper-parameters that cannot be used."""
+    """Raises ValueError or TypeError for param groups of another optimizer, or for invalid hyper-parameters."""
     for i, group in enumerate(groups):
         check_is_of_adam(group, i)
         check_numbers(group, f" in param group {i}")
@@ -54,7 +54,7 @@ def check_groups(groups: Sequence[Mapping[str, Any]]) -> None:
 
 
 def keep_own_settings(groups: Sequence[dict[str, Any]], own: Sequence[Mapping[str, Any]]) -> None:
-    """Gives loaded param groups the settings of precision of the optimizer's `own`, which stay."""
+    """Replaces the precision settings of loaded param groups by those of the optimizer's `own` groups."""
     for group, before in zip(groups, own, strict=True):
         for name in SETTINGS:
             group.pop(name, None)
@@ -67,10 +67,10 @@ def keep_own_settings(groups: Sequence[dict[str, Any]], own: Sequence[Mapping[st
 def adopted_states(
     states: dict[Any, Any], groups: Sequence[dict[str, Any]], precisions: Sequence[Precision]
 ) -> defaultdict[Any, Any]:
-    """Loaded states, checked, as this optimizer keeps them: steps as ints, tensors in dtype and layout as new ones.
+    """Checks loaded states and converts them: step counts to ints, tensors to the dtypes and layout of new ones.
 
-    `precisions` are those of the groups. Masters that a group does not have are left out: they would not follow their
-    params. States of other keys than params are as they were.
+    `precisions` are those of the groups. Masters that a group does not use are dropped, as they would go stale. States
+    under keys that are not params keep the dtypes and layout of their tensors.
     """
     adopted: defaultdict[Any, Any] = defaultdict(dict)
     places = {}
@@ -81,7 +81,7 @@ def adopted_states(
     for key, entry in states.items():
         if isinstance(entry, dict) and isinstance(key, Tensor) and key in places:
             adopted[key] = _adopted(entry, key, *places[key])
-        elif isinstance(entry, dict):  # that of a subgroup, for one
+        elif isinstance(entry, dict):  # a subgroup's state, for example
             adopted[key] = with_held_names(_unshielded(entry), f"the state of {key!r}")
             if "step" in adopted[key]:
                 adopted[key]["step"] = _adopted_step(adopted[key]["step"], f"the state of {key!r}")
@@ -92,14 +92,14 @@ def adopted_states(
 
 def _unshielded(entry: Mapping[str, Any]) -> dict[str, Any]:
     state = {name: value.tensor if isinstance(value, _Shielded) else value for name, value in entry.items()}
-    # torch.distributed.checkpoint gives an empty dict for what we have and a flattened checkpoint has not.
+    # torch.distributed.checkpoint gives an empty dict for an entry that we have and a flattened checkpoint lacks.
     return {name: value for name, value in state.items() if not (isinstance(value, dict) and not value)}
 
 
 def _adopted(
     entry: Mapping[str, Any], param: Tensor, name: str, group_step: int | None, precision: Precision
 ) -> dict[str, Any]:
-    """The loaded state of a param as this optimizer keeps it."""
+    """The loaded state of a param, in the form that this optimizer keeps."""
     state = with_held_names(_unshielded(entry), name)
     if not state:
         return state
@@ -115,16 +115,16 @@ def _adopted(
 
 
 def _adopted_step(step: Any, name: str) -> Any:
-    """A step count as an int; in a tensor where processes share it."""
+    """A step count as an int, or as a tensor if processes share it."""
     check_step(step, name)
     return step if isinstance(step, Tensor) and is_shared_count(step) else int(step)
 
 
 def _check_is_of_adam(state: Mapping[str, Any], name: str) -> None:
-    """Raises ValueError for the state of another optimizer, or one that has lost a tensor.
+    """Raises ValueError for the state of another optimizer, or for a state that lacks a tensor.
 
-    A state without averages is that of a param that never had a grad, if nothing else is in it than may be loaded
-    before the first step.
+    A state without averages belongs to a param that never had a grad, if it holds only what may be loaded before the
+    first step.
     """
     missing = [key for key in ("step", *AVERAGES[:2]) if key not in state]
     not_begun = state.keys() <= {"step", MASTER, REMAINDER} and state.get("step", 0) == 0
@@ -138,10 +138,10 @@ def _check_is_of_adam(state: Mapping[str, Any], name: str) -> None:
 
 
 def _group_step(states: dict[Any, Any], group: dict[str, Any], where: str) -> int | None:
-    """The step count of all params of a group, where FusedAdam of DeepSpeed or apex has counted; else None.
+    """The step count of all params of a group, if it is from FusedAdam of DeepSpeed or apex; else None.
 
-    apex counts in the group. DeepSpeed's (0.19.8) leaves 0 there, and counts in the state of the last param that has
-    a grad, for all of the group; the others' counts stay at 0.
+    apex counts in the group. DeepSpeed's class (0.19.8) leaves 0 there. It counts for the whole group in the state of
+    the last param that has a grad; the counts of the other params stay at 0.
     """
     step = group.pop("step", None)
     if step is None:
@@ -154,7 +154,7 @@ def _group_step(states: dict[Any, Any], group: dict[str, Any], where: str) -> in
 
 
 def _narrow_remainder(state: dict[str, Any], name: str) -> dict[str, Any]:
-    """The state with a remainder as saving.portable() wrote it in the dtype that it has in an optimizer."""
+    """The state, with the int32 remainder that saving.portable() writes narrowed to int16."""
     rest = state.get(REMAINDER)
     if isinstance(rest, Tensor) and rest.dtype == torch.int32:
         check_memory(rest, f"{name}: its state {REMAINDER!r}")
@@ -163,18 +163,18 @@ def _narrow_remainder(state: dict[str, Any], name: str) -> dict[str, Any]:
 
 
 def _converted_tensors(state: Mapping[str, Any], param: Tensor, name: str, precision: Precision) -> dict[str, Tensor]:
-    """The tensors of a loaded state in the dtypes and the layout that the optimizer keeps them in."""
+    """The tensors of a loaded state, in the dtypes and layout that the optimizer keeps."""
     check_state(state, param, name, elsewhere=True)
     tensors = {key: value.to(param.device) for key, value in state.items() if key in STATE_TENSORS}
     return {**_averages(tensors, param, precision), **_masters(tensors, param, precision.master_of(param))}
 
 
 def _masters(tensors: Mapping[str, Tensor], param: Tensor, kind: Master) -> dict[str, Tensor]:
-    """What a param has beside it, from masters of any kind; the param may be loaded before or after."""
+    """A param's master or remainder, from loaded ones of any kind. The param may be loaded before or after."""
     if kind is Master.NONE:
         return {}
     if kind is Master.FP32:
-        # The remainder of a param stays one until the first step, as the param may not have been loaded yet.
+        # A remainder becomes a master only at the first step, as the param may not have been loaded yet.
         return {key: like_param(tensors[key], param) for key in (MASTER, REMAINDER) if key in tensors}
     if REMAINDER in tensors:
         return {REMAINDER: remainders.converted(like_param(tensors[REMAINDER], param), kind.dtype)}
@@ -184,7 +184,7 @@ def _masters(tensors: Mapping[str, Tensor], param: Tensor, kind: Master) -> dict
 
 
 def _averages(tensors: Mapping[str, Tensor], param: Tensor, precision: Precision) -> dict[str, Tensor]:
-    """The averages of the grads as the optimizer keeps them, from codes or floats."""
+    """The averages of the grads in the form that the optimizer keeps, from quantized or float ones."""
     averages = {key: tensors[key] for key in AVERAGES if key in tensors}
     is_to_be_quantized = precision.quantizes_states(param)
     dtype = torch.float32 if is_to_be_quantized else precision.float_state_dtype(param)
@@ -194,7 +194,7 @@ def _averages(tensors: Mapping[str, Tensor], param: Tensor, precision: Precision
             return {**averages, SCALES: tensors[SCALES].contiguous()}
         averages = dequantized_states({key: _dense(value) for key, value in tensors.items()}, dtype=dtype)
     if is_to_be_quantized:
-        # In whatever floats they are: they become float32 a piece at a time.
+        # Their float dtype does not matter: quantized_states() converts them to float32 a piece at a time.
         averages = {key: like_param(value, param) for key, value in averages.items()}
         return quantized_states(averages) if averages else averages
     return {key: like_param(value.to(dtype), param) for key, value in averages.items()}

@@ -1,7 +1,7 @@
-"""The proof that goes with every address: a tensor's elements are there, are its own numbers, and lie in its storage.
+"""Proves that a tensor's address may be used: its elements exist, hold its own values, and lie in its storage.
 
-Whatever reaches an op as an address comes from here, or from csrc/tensor_reader.h, which proves the same of plain
-tensors in C++. Must not know of optimizers.
+Every address that reaches an op comes from here, or from csrc/tensor_reader.h, which proves the same for plain tensors
+in C++. Must not know of optimizers.
 """
 
 from __future__ import annotations
@@ -18,12 +18,12 @@ PLAIN_TYPES = (Parameter, Tensor)  # subclasses may keep their data elsewhere
 
 
 def is_lazy(tensor: Tensor) -> bool:
-    """Whether the numbers in memory are not the tensor's: it is lazily negated or conjugated, or has no memory."""
+    """Whether memory does not hold the tensor's values: it is lazily negated or conjugated, or has no memory."""
     return tensor.is_neg() or tensor.is_conj() or tensor._is_zerotensor()
 
 
 def resolved(tensor: Tensor) -> Tensor:
-    """The tensor with its numbers in memory: itself, or a new one if it is lazy."""
+    """The tensor with its values in memory: itself, or a new one if it is lazy."""
     if not is_lazy(tensor):
         return tensor
     if tensor._is_zerotensor():  # a copy of it would have no memory either
@@ -32,7 +32,7 @@ def resolved(tensor: Tensor) -> Tensor:
 
 
 def aligned(tensor: Tensor) -> Tensor:
-    """The tensor at an address that is a multiple of its elements' size: itself, or a copy."""
+    """The tensor at an address that is a multiple of its element size: itself, or a copy."""
     return tensor.clone() if _is_misaligned(tensor) else tensor
 
 
@@ -46,10 +46,11 @@ def check_memory(tensor: Tensor, what: str) -> None:
     Raises
     ------
     TypeError
-        For a tensor that has no memory of its own: of a subclass whose elements are in other tensors, of a mode or
-        transform of torch that only records what is done, or lazily negated, conjugated or zero.
+        For a tensor without memory of its own: one of a subclass whose elements are in other tensors, one of a torch
+        mode or transform that only records operations, or one that is lazily negated, conjugated or zero.
     ValueError
-        If its storage was freed or shortened (`untyped_storage().resize_()`, as FullyShardedDataParallel does).
+        If its storage was freed or shortened (`untyped_storage().resize_()`, as FullyShardedDataParallel does), or its
+        address is not a multiple of its element size.
     """
     if tensor.layout != torch.strided:
         raise TypeError(f"{what} has layout {tensor.layout}; expected a dense (strided) tensor")
@@ -67,9 +68,9 @@ def check_memory(tensor: Tensor, what: str) -> None:
 
 
 def check_readable(tensor: Tensor, what: str) -> None:
-    """Raises what check_memory() raises, for a tensor that only torch is to read or write, which may be lazy.
+    """Raises what check_memory() raises, for a tensor that only torch will read or write; it may be lazy.
 
-    torch itself does not look at the length of a storage, and crashes. What is no strided tensor is left to it.
+    torch itself does not check the length of a storage, and crashes. Tensors that are not strided are left to torch.
     """
     if tensor.layout != torch.strided or tensor.device.type == "meta" or tensor._is_zerotensor():
         return
@@ -79,7 +80,7 @@ def check_readable(tensor: Tensor, what: str) -> None:
 
 
 def check_writable(tensor: Tensor, what: str) -> None:
-    """Raises what check_readable() raises, and ValueError for a tensor that torch does not write in place."""
+    """Raises what check_readable() raises, and ValueError for a tensor that torch cannot write in place."""
     check_readable(tensor, what)
     if tensor._is_zerotensor():
         raise ValueError(f"{what} is a zero tensor, and cannot be written; use tensor.clone()")
@@ -88,29 +89,29 @@ def check_writable(tensor: Tensor, what: str) -> None:
 
 
 def check_viewable(tensor: Tensor, what: str) -> None:
-    """Raises what check_readable() raises, and ValueError for a tensor that torch makes no views of."""
+    """Raises what check_readable() raises, and ValueError for a tensor that torch cannot make views of."""
     check_readable(tensor, what)
     if version_of(tensor) is None and not tensor.is_inference() and not torch.is_inference_mode_enabled():
         raise ValueError(f"{what} was made in inference mode, and given other data since; use tensor.clone()")
 
 
 def version_of(tensor: Tensor) -> int | None:
-    """How often the tensor has been written in place; None if torch does not count that."""
+    """How often the tensor was written in place; None if torch does not count that."""
     try:
         return tensor._version
-    except RuntimeError:  # a tensor of inference mode, also one that was given other data since
+    except RuntimeError:  # an inference tensor, even if it was given other data since
         return None
 
 
 def check_torch_computes() -> None:
-    """Raises TypeError where torch's operations only record what is done, as in a FakeTensorMode, and write nothing."""
+    """Raises TypeError where torch only records operations, as in a FakeTensorMode, and writes nothing."""
     check_readable(torch.empty(0, device="cpu"), "what torch makes here")
 
 
 def _check_storage(tensor: Tensor, what: str) -> None:
     """Raises TypeError or ValueError unless all elements lie in the tensor's storage."""
     kind = "tensor" if type(tensor) in PLAIN_TYPES else type(tensor).__name__
-    if torch._is_functional_tensor(tensor) or kind == "FakeTensor":  # also one without elements
+    if torch._is_functional_tensor(tensor) or kind == "FakeTensor":  # even one without elements
         raise TypeError(f"{what} is a {kind}, which has no memory of its own; use a plain tensor")
     needed = _bytes_spanned(tensor)
     if not needed:
@@ -119,7 +120,7 @@ def _check_storage(tensor: Tensor, what: str) -> None:
         storage = tensor.untyped_storage()
         is_recorded = storage.device.type == "meta"  # a fake tensor's
         address, begin, length = (0, 0, needed) if is_recorded else _place(tensor, storage)
-    except RuntimeError as error:  # what torch says where there is no storage, or only a recorded one
+    except RuntimeError as error:  # how torch reports a missing or merely recorded storage
         raise TypeError(f"{what} is a {kind}, which has no memory of its own ({error}); use a plain tensor") from error
     if not address and length >= needed:
         raise TypeError(f"{what} is a {kind}, which has no memory of its own; use a plain tensor")
@@ -131,7 +132,7 @@ def _check_storage(tensor: Tensor, what: str) -> None:
 
 
 def addresses(tensors: Sequence[Tensor | None], what: str = "a tensor") -> list[int]:
-    """Where the tensors' elements begin; 0 for none. Raises what check_memory() raises."""
+    """The addresses of the tensors' first elements; 0 for None. Raises what check_memory() raises."""
     for tensor in tensors:
         if tensor is not None:
             check_memory(tensor, what)
@@ -139,17 +140,17 @@ def addresses(tensors: Sequence[Tensor | None], what: str = "a tensor") -> list[
 
 
 def check_still_there(tensors: Iterable[Tensor], spans: Iterable[tuple[int, int]] | None) -> None:
-    """Raises RuntimeError unless each span, an address with a number of bytes, is what one of the tensors begins with.
+    """Raises RuntimeError unless each span (address, bytes) starts where a tensor does and ends within its storage.
 
-    Without spans they are those of the tensors' elements, of tensors without gaps.
+    Without spans, those of the tensors' own elements are checked; the tensors must have no gaps.
 
-    For when Python of the tensors' own, which may have freed what was proved before, runs no more: in a
-    torch._C.DisableTorchFunctionSubclass().
+    Python code of tensor subclasses may have freed what was proved before. Call this where such code no longer runs:
+    inside torch._C.DisableTorchFunctionSubclass().
     """
     there: dict[int, int] = {}
     own = []
     for tensor in tensors:
-        # By the class, not by the object, whose own methods may be in Python.
+        # Through the class, not the object, whose own methods may be Python code.
         address, storage = Tensor.data_ptr(tensor), Tensor.untyped_storage(tensor)
         there[address] = max(there.get(address, 0), storage.data_ptr() + storage.nbytes() - address)
         own.append((address, Tensor.numel(tensor) * Tensor.element_size(tensor)))
@@ -158,21 +159,21 @@ def check_still_there(tensors: Iterable[Tensor], spans: Iterable[tuple[int, int]
 
 
 def count_writes(tensors: Iterable[Tensor]) -> None:
-    """Tells autograd that the tensors have been written in place, as torch's own operations do."""
+    """Tells autograd that the tensors were written in place, as torch's own operations do."""
     for tensor in tensors:
-        if tensor.is_inference():  # those have no version to count
+        if tensor.is_inference():  # it has no version counter
             continue
         with contextlib.suppress(RuntimeError):  # nor has a param whose data was made in inference mode
             graph.increment_version(tensor)
 
 
 def _place(tensor: Tensor, storage: torch.UntypedStorage) -> tuple[int, int, int]:
-    """Where a tensor's elements and its storage begin, and how many bytes the storage has."""
+    """The addresses of a tensor's elements and of its storage, and the size of the storage in bytes."""
     return tensor.data_ptr(), storage.data_ptr(), storage.nbytes()
 
 
 def _bytes_spanned(tensor: Tensor) -> int:
-    """From the first byte of the first element to the last byte of the last; 0 if there are no elements."""
+    """The bytes from the start of the first element to the end of the last; 0 if there are no elements."""
     if not tensor.numel():
         return 0
     last = sum((size - 1) * stride for size, stride in zip(tensor.shape, tensor.stride(), strict=True))

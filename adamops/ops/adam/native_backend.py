@@ -1,4 +1,4 @@
-"""Hands params on the CPU to the compiled CPU op."""
+"""Passes params on the CPU to the compiled CPU op."""
 
 from __future__ import annotations
 
@@ -15,10 +15,10 @@ from .table_backend import TableBackend, has_norm
 
 
 def _empty_like(params: Sequence[Tensor], dtypes: Sequence[torch.dtype]) -> list[Tensor]:
-    """New tensors laid out like the params.
+    """New tensors with the params' memory layout.
 
-    All are made before any gets memory for its elements, so that what torch keeps of each lies together, not one small
-    piece between each two large ones: a step over 1000 small params then touches far fewer pages
+    All tensors are created before any gets memory for its elements. The small objects that torch keeps for each then
+    lie together, not scattered between the large allocations, and a step over 1000 small params touches far fewer pages
     (docs/dev/decisions.md).
     """
     plain = [type(param) in PLAIN_TYPES and param.is_contiguous() and param.device.type == "cpu" for param in params]
@@ -33,7 +33,7 @@ def _empty_like(params: Sequence[Tensor], dtypes: Sequence[torch.dtype]) -> list
 
 
 class NativeBackend(TableBackend):
-    """Adam by the extension module cpu_adam, on torch's threads, in one parallel region a step, without the GIL."""
+    """Adam by the extension module cpu_adam, on torch's threads: one parallel region per param group, no GIL held."""
 
     name = "cpu_adam"
 
@@ -47,7 +47,7 @@ class NativeBackend(TableBackend):
         return count
 
     def zeros_like(self, params: Sequence[Tensor], dtypes: Sequence[torch.dtype]) -> list[Tensor]:
-        """New zero tensors laid out like the params, each page first touched by the thread that will update it."""
+        """New zero tensors with the params' memory layout. The thread that will update a page touches it first."""
         tensors = _empty_like(params, dtypes)
         for dtype in dict.fromkeys(dtypes):
             chosen = [tensor for tensor in tensors if tensor.dtype == dtype]
@@ -59,7 +59,7 @@ class NativeBackend(TableBackend):
         return not table.counts_on_device
 
     def run_all(self, updates: Sequence[Update]) -> None:
-        """Runs updates that have a `call`, in one call of the op: no signal's handler can run between them."""
+        """Runs updates that have a `call` in one call of the op, so that no signal handler can run between them."""
         for update in updates:
             if update.written:
                 count_writes(update.written)

@@ -1,4 +1,4 @@
-"""What the Adam optimizers share: a torch.optim.Optimizer whose step is one call of the op per param group."""
+"""The base class of the Adam optimizers: a torch.optim.Optimizer whose step hands whole param groups to the op."""
 
 from __future__ import annotations
 
@@ -75,7 +75,7 @@ from .torch_adam import TorchBackend
 from .wrapper_shared_attribute import WrapperSharedAttribute
 
 _HOST = torch.device("cpu")
-# By the identity of param groups: the group, its settings of precision, what they mean, and how many keys it has.
+# By id() of a param group: the group, its own precision settings, the Precision they give, and its number of keys.
 _GroupPrecisions: TypeAlias = dict[int, tuple[dict[str, Any], dict[str, Any], Precision, int]]
 _Method = TypeVar("_Method", bound=Callable[..., Any])
 
@@ -89,7 +89,7 @@ def _load_host_backend() -> Backend:
 
 
 def pure_pytorch(why: str) -> TorchBackend:
-    """The last resort, with a warning that says why."""
+    """The pure PyTorch fallback, with a warning that says why."""
     frame, level = sys._getframe(), 1
     while frame.f_back and frame.f_globals.get("__name__", "").partition(".")[0] in ("adamops", "torch"):
         frame, level = frame.f_back, level + 1
@@ -99,16 +99,16 @@ def pure_pytorch(why: str) -> TorchBackend:
 
 
 def _unguarded(method: Callable[..., Any]) -> Callable[..., Any]:
-    """The method of Optimizer without the guard that hides it from torch.compile, where nothing is being compiled.
+    """Strips the guard that hides a method of Optimizer from torch.compile, unless something may be compiling.
 
-    The guard imports torch._dynamo when it is first called, which takes about a second; unless someone has imported
-    that already, there is nothing to hide from.
+    At its first call the guard imports torch._dynamo, which takes about a second. If nobody has imported that yet,
+    nothing is being compiled, and there is nothing to hide from.
     """
     return method if "torch._dynamo" in sys.modules else inspect.unwrap(method)
 
 
 def after_async_step(method: _Method) -> _Method:
-    """The method of an AdamOptimizer, begun when no step runs in the background any more; not for torch.compile."""
+    """Makes a method of AdamOptimizer wait for the background step first, and hides it from torch.compile."""
 
     @dynamo_disabled
     @functools.wraps(method)
@@ -121,28 +121,28 @@ def after_async_step(method: _Method) -> _Method:
 
 @dataclasses.dataclass(slots=True, eq=False, repr=False)
 class GroupStep:
-    """One step of a param group, or of a part of it, prepared: nothing of it has been written yet."""
+    """A prepared step of a param group, or of part of one. Nothing has been written yet."""
 
     updates: list[tuple[Backend, Update]]
-    new_states: list[tuple[Any, dict[str, Any]]] = dataclasses.field(default_factory=list)  # by their keys in `state`
-    after: list[Callable[[], object]] = dataclasses.field(default_factory=list)  # what the ops leave to torch
-    sharded: list[Tensor] = dataclasses.field(default_factory=list)  # DTensors that the step writes, params and grads
-    ran_python: bool = False  # of the tensors' own, when they were looked at
-    has_new_params: bool = False  # for which it was never asked whether they share memory
+    new_states: list[tuple[Any, dict[str, Any]]] = dataclasses.field(default_factory=list)  # with their keys in `state`
+    after: list[Callable[[], object]] = dataclasses.field(default_factory=list)  # what torch does after the ops
+    sharded: list[Tensor] = dataclasses.field(default_factory=list)  # DTensors that the step writes: params and grads
+    ran_python: bool = False  # whether preparing it ran Python code of tensor subclasses
+    has_new_params: bool = False  # whether some were never checked for shared memory
 
 
 class AdamOptimizer(Optimizer):
-    """Adam and AdamW for params on the CPU; the classes that users take differ in arguments, and in what they add.
+    """Adam and AdamW for params on the CPU. The public classes differ in their arguments and in what they add.
 
-    Under torch.amp.GradScaler the grads are unscaled inside the step, which reads them and does not write them.
+    Under torch.amp.GradScaler the step itself unscales the grads. It reads them and does not write them.
     """
 
-    _clipped = WrapperSharedAttribute[ClippedGrads | None](None)  # what steps multiply the grads by
-    _running = WrapperSharedAttribute[AsyncStep | None](None)  # the step in the background
-    _preparing = WrapperSharedAttribute[AsyncStep | None](None)  # what step() leaves its work to
-    _params_in_backward = WrapperSharedAttribute[int](0)  # how many are updated by adamops.step_in_backward()
-    _to_number = staticmethod(to_number)  # of hyper-parameters; on a GPU they stay there
-    _step_supports_amp_scaling = UnscalesInStep()  # by the name that GradScaler asks for
+    _clipped = WrapperSharedAttribute[ClippedGrads | None](None)  # the clip factor and its grads
+    _running = WrapperSharedAttribute[AsyncStep | None](None)  # the step now running in the background
+    _preparing = WrapperSharedAttribute[AsyncStep | None](None)  # what step() hands its updates to
+    _params_in_backward = WrapperSharedAttribute[int](0)  # number that adamops.step_in_backward() updates
+    _to_number = staticmethod(to_number)  # converts hyper-parameters; those on a GPU stay there
+    _step_supports_amp_scaling = UnscalesInStep()  # the attribute that GradScaler looks for
 
     def __init__(
         self,
@@ -171,7 +171,8 @@ class AdamOptimizer(Optimizer):
         self._precision = precision_of(arguments, Precision())
         self._group_precisions: _GroupPrecisions = {}
         if stochastic_rounding or stochastic_rounding_seed is not None:
-            # In the state dict, as a setting. Not drawn: replicas seed torch's generator differently, for their data.
+            # A setting, so the state dict has it. Not drawn at random: replicas seed torch's generator differently, for
+            # their data.
             defaults["stochastic_rounding_seed"] = checked_seed(stochastic_rounding_seed, "")
         check_flags({"adam_w_mode": adam_w_mode, **{key: defaults[key] for key in FLAGS if key in defaults}})
         check_hyper(defaults, "")
@@ -180,10 +181,10 @@ class AdamOptimizer(Optimizer):
 
     @property
     def defaults(self) -> dict[str, Any]:
-        """The settings that param groups have unless they have their own."""
+        """The settings of param groups that do not set their own."""
         _neighbours.check_not_replaced(self, sys._getframe(1))
         if "defaults" not in self.__dict__:
-            raise AttributeError("defaults")  # of a wrapper that is of this class, and looks in the optimizer then
+            raise AttributeError("defaults")  # for a wrapper of this class, which then asks the optimizer
         defaults: dict[str, Any] = self.__dict__["defaults"]
         return defaults
 
@@ -192,7 +193,7 @@ class AdamOptimizer(Optimizer):
         self.__dict__["defaults"] = value
 
     def not_in_deepspeeds_adam(self) -> list[str]:
-        """In words: what would be lost if DeepSpeed's class took over with L2 and all else from these param groups."""
+        """What DeepSpeed's class with L2 would lose if built from these param groups, as words for a message."""
         groups = self.param_groups
         found = {
             "decoupled weight decay": self.adam_w_mode and any(group["weight_decay"] for group in groups),
@@ -204,12 +205,12 @@ class AdamOptimizer(Optimizer):
 
     @staticmethod
     def profile_hook_step(func: Callable[..., Any]) -> Callable[..., Any]:
-        """What Optimizer makes of step(), with hooks and profiling, hidden from torch.compile as a whole."""
+        """Wraps step() with hooks and profiling, as Optimizer does, and hides all of it from torch.compile."""
         return dynamo_disabled(profiled(func, AdamOptimizer._steps_in_backward))
 
     @after_async_step
     def add_param_group(self, param_group: dict[str, Any]) -> None:
-        """Adds a param group, as torch.optim.Optimizer does; its settings and params are checked first."""
+        """Adds a param group, as torch.optim.Optimizer does, after checking its settings and params."""
         where = f"param group {len(self.param_groups)}"
         settings = {**self.defaults, **param_group}
         check_flags({key: settings[key] for key in FLAGS if key in settings}, f" in {where}")
@@ -222,24 +223,23 @@ class AdamOptimizer(Optimizer):
             params = list(params)
         for i, entry in enumerate(params):
             param = entry[1] if isinstance(entry, tuple) else entry  # named_parameters() gives pairs
-            # Elsewhere than on the CPU a param may wait: ZeRO-Offload takes an optimizer made for the model on the
-            # GPU, and puts its own shards on the CPU into the groups. Those of lazy layers have no shape yet.
-            # step() checks again.
-            # Frozen params may be of any kind, as those of quantized models: step() checks what gets a grad.
+            # Params that are not on the CPU are accepted for now: ZeRO-Offload takes an optimizer built for the model
+            # on the GPU, then puts its own CPU shards into the groups. Params of lazy layers have no shape yet. Frozen
+            # params may be of any kind, such as those of quantized models. step() checks every param that gets a grad.
             if not isinstance(param, Tensor) or is_lazy(param) or _is_frozen(param):
                 continue
             sharding.check_placed(param, f"{where}, param {i}")
             if param.device.type == "cpu":
                 check_param(sharding.local(param), f"{where}, param {i}")
         param_group["params"] = params
-        _unguarded(Optimizer.add_param_group)(self, param_group)  # which keeps the dict itself, as others rely on
+        _unguarded(Optimizer.add_param_group)(self, param_group)  # keeps the dict itself; others rely on that
         if precision.stochastic_rounding:
             param_group.setdefault("stochastic_rounding_seed", 0)
         self._keep_precision(param_group, precision)
         _neighbours.expect_deepspeed(precision.state_dtype == EIGHT_BIT)
 
     def _checked_precision(self, group: dict[str, Any], where: str) -> Precision:
-        """The precision that the group's settings ask for, or else the optimizer's. Raises what precision_of() does."""
+        """The precision that the group's own settings give, else the optimizer's. Raises what precision_of() raises."""
         settings = own_settings(group)
         if not settings:
             return self._precision
@@ -253,15 +253,15 @@ class AdamOptimizer(Optimizer):
         self._group_precisions[id(group)] = group, settings, precision, -1 if settings else len(group)
 
     def _precision_of(self, group: dict[str, Any], where: str) -> Precision:
-        """In what precision the params and states of a group are kept.
+        """The precision of a group's params and states.
 
-        Raises ValueError if the group's settings have been changed, as its states are what they were before.
+        Raises ValueError if the group's precision settings were changed: its states still have the former precision.
         """
         kept = self._group_precisions.get(id(group))
         if kept is None:  # a copy of a group
             return self._checked_precision(group, where)
         _, before, precision, size = kept
-        if size == len(group):  # it had no such settings, and nothing was added since
+        if size == len(group):  # it had no precision settings, and no key was added since
             return precision
         settings = own_settings(group)
         if settings != before:
@@ -274,12 +274,12 @@ class AdamOptimizer(Optimizer):
 
     @after_async_step
     def zero_grad(self, set_to_none: bool = True) -> None:
-        """Sets the grads to None, or to zero, as torch.optim.Optimizer does."""
+        """Sets the grads to None or to zero, as torch.optim.Optimizer does."""
         self._clipped = None
         if not set_to_none:
             for i, group in enumerate(self.param_groups):
                 for index, name, _, grad in with_grads(group, f"param group {i}"):
-                    # torch says itself that it does not write zero tensors, but not of those in DTensors.
+                    # torch itself raises for zero tensors, but not for those inside DTensors.
                     is_sharded = sharding.is_sharded(group["params"][index])
                     (check_writable if is_sharded else check_readable)(grad, f"{name}: its grad")
         _unguarded(Optimizer.zero_grad)(self, set_to_none)
@@ -288,36 +288,36 @@ class AdamOptimizer(Optimizer):
     @in_default_float_environment
     @torch.no_grad()
     def clip_grad_norm_(self, max_norm: float, norm_type: float = 2.0, error_if_nonfinite: bool = False) -> Tensor:
-        """Clips the grads of all params to a norm, as torch.nn.utils.clip_grad_norm_ does, without writing them.
+        """Clips all params' grads to a maximum norm, as torch.nn.utils.clip_grad_norm_ does, but without writing them.
 
-        They are read once for their norm, which is the same bits for any number of threads; the next step() multiplies
-        them by ``min(1, max_norm / (norm + 1e-6))`` where it reads them anyway. The factor belongs to these grads as
-        they are now: it is dropped once they are replaced or written, by whomever. If ``self.grad_scale`` is set (what
-        the loss was multiplied by), the norm is that of the unscaled grads. On a GPU the norm stays there, nothing
-        waits for it, and step counts are kept there from then on. With grads on several devices torch's function does
-        it all, which writes them.
+        The grads are read once, for their norm, which is bit-identical for any number of threads. The next step()
+        multiplies them by ``min(1, max_norm / (norm + 1e-6))`` as it reads them. The factor belongs to these grads as
+        they are now: it is dropped once they are replaced or written, by anyone. If ``self.grad_scale`` is set (what
+        the loss was multiplied by), the norm is that of the unscaled grads.
+
+        On a GPU the norm stays on the device, nothing waits for it, and step counts are kept there from then on. If
+        grads are on several devices, torch's function does all of it, and writes them.
 
         Parameters
         ----------
         max_norm
             Maximum norm.
         norm_type
-            Which norm; may be infinity.
+            Order of the norm; may be infinity.
         error_if_nonfinite
-            Whether to raise if the norm is infinite or NaN. Otherwise the params become NaN in the next step, as with
-            torch.
+            Whether to raise if the norm is infinite or NaN. Otherwise the params become NaN in the next step, as they
+            do with torch's function.
 
         Returns
         -------
-        The norm before clipping, a 0-dim float32 tensor. With DTensors it is that of all processes: each must call
-        this, and gets the same bits.
+        The norm before clipping, a 0-dim float32 tensor. With DTensors it is the norm over all processes: each of them
+        must call this, and their results are bit-identical.
 
         Raises
         ------
         RuntimeError
-            If the norm is not finite and `error_if_nonfinite`; nothing is clipped then. Or if params are shards of
-            FullyShardedDataParallel, which has a clip_grad_norm_() of its own; or if adamops.step_in_backward() is at
-            work.
+            If the norm is not finite and `error_if_nonfinite` is set; nothing is clipped then. If params are shards of
+            FullyShardedDataParallel, which has its own clip_grad_norm_(). If adamops.step_in_backward() is in use.
         """
         self._refuse_in_backward("clip_grad_norm_()")
         max_norm, norm_type = float(max_norm), float(norm_type)
@@ -331,7 +331,7 @@ class AdamOptimizer(Optimizer):
         if len({grad.device for *_, grad in named}) > 1:
             return torch.nn.utils.clip_grad_norm_(params, max_norm, norm_type, error_if_nonfinite)
         backend = self._backend_of(named[0][2], named[0][0]) if named else self._backends[_HOST]
-        # By all params, not by those with a grad in this process: each process must add up the same parts.
+        # From all params, not only those with a grad in this process: every process must add up the same parts.
         layouts = [sharding.shard_layout(param) for param in params]
         parts: dict[sharding.ShardLayout, list[Tensor]] = {layout: [] for layout in layouts} or {None: []}
         for _, owner, _, grad in named:
@@ -371,10 +371,10 @@ class AdamOptimizer(Optimizer):
         closure
             Re-evaluates the model and returns the loss.
         zero_grads
-            Whether to set the grads to zero as well, where they are read anyway.
+            Whether to also set the grads to zero, in the pass that reads them.
         lowp_out
-            For each param of all groups, in order, None or a tensor of bfloat16 or float16 of its shape and strides,
-            which gets the new param, rounded to the nearest, in the same pass: what is to be copied to a GPU.
+            For each param of all groups, in order: None, or a bfloat16 or float16 tensor of its shape and strides. The
+            same pass writes the new param there, rounded to nearest, for example to be copied to a GPU.
 
         Returns
         -------
@@ -383,15 +383,15 @@ class AdamOptimizer(Optimizer):
         Raises
         ------
         TypeError, ValueError
-            For a grad or state that does not fit its param: sparse, or of another shape, dtype or device; or params
-            that share memory.
+            For a grad or state that does not fit its param (sparse, or of another shape, dtype or device), and for
+            params that share memory.
         """
         self._settle()
         loss = None
         if closure is not None:
             loss = evaluate(closure)
-            self._settle()  # the closure may have begun a step
-        # All that is to become a number first, as it may be an object that runs code of its own.
+            self._settle()  # the closure may have started a step in the background
+        # First convert everything that must become a number: it may be an object that runs code of its own.
         factor = self._grad_factor()
         groups = [
             (f"param group {i}", group, self._hyper(group, f"param group {i}", zero_grads, factor))
@@ -399,7 +399,7 @@ class AdamOptimizer(Optimizer):
         ]
         outs = self._checked_lowp_outs(lowp_out)
         steps = [self._prepare(group, where, hyper, outs) for where, group, hyper in groups]
-        # Python of tensor subclasses may have changed what was read of other groups.
+        # Python code of tensor subclasses may have changed what was read from other groups.
         if len(steps) > 1 and any(step.ran_python for step in steps):
             steps = [
                 step if step.ran_python else self._prepare(group, where, hyper, outs)
@@ -422,24 +422,24 @@ class AdamOptimizer(Optimizer):
         return loss
 
     def _grads_overlap(self, steps: list[GroupStep]) -> bool:
-        """Whether grads share memory, as autograd may give: then none may be zeroed before all are read."""
+        """Whether grads share memory, as autograd's may. Then none may be zeroed before all have been read."""
         by_backend: dict[int, tuple[Any, list[Any]]] = {}
         updates = [entry for step in steps for entry in step.updates]
         if len(updates) > 1 and any(update.table is None for _, update in updates):
-            return True  # perhaps; pure PyTorch does not look, and zeroes those of one update after it
+            return True  # perhaps: pure PyTorch does not check, and zeroes an update's grads right after it
         for backend, update in updates:
             if update.table is not None:
                 by_backend.setdefault(id(backend), (backend, []))[1].append(update.table)
         return any(backend.module.grads_overlap(tables) for backend, tables in by_backend.values())
 
     def _commit(self, steps: Sequence[GroupStep]) -> None:
-        """Does what was prepared: all of it, or nothing if a signal's handler raises before it begins."""
+        """Runs the prepared steps: all of them, or none if a signal handler raises before they begin."""
         if any(step.after for step in steps):
             check_torch_computes()
         if not any(step.ran_python for step in steps):
             self._commit_proved(steps)
             return
-        with torch._C.DisableTorchFunctionSubclass():  # from here on no Python of the tensors' own runs
+        with torch._C.DisableTorchFunctionSubclass():  # from here on, no Python code of tensor subclasses runs
             for update in [update for step in steps for _, update in step.updates]:
                 check_still_there(update.borrowed(), update.table.spans if update.table is not None else None)
             self._commit_proved(steps)
@@ -467,7 +467,7 @@ class AdamOptimizer(Optimizer):
                 self._finish(step)
 
     def _insert(self, new_states: list[tuple[Any, dict[str, Any]]]) -> dict[Any, Any]:
-        """Adds states of zeros in which no step is counted: they say no more than no state does. All, or none.
+        """Adds new states, all or none. They are zeros with no step counted, which is equivalent to no state.
 
         Returns what was there before, or None, by key.
         """
@@ -491,13 +491,13 @@ class AdamOptimizer(Optimizer):
     def _finish(self, step: GroupStep) -> None:
         for call in step.after:
             call()
-        # Of params and grads: autograd sees the DTensors, and what was written are their local tensors.
+        # For params and grads alike: autograd sees the DTensors, but their local tensors were written.
         for param in step.sharded:
             state = self.state.get(param) or {}
             count_writes([param, *(value for value in state.values() if sharding.is_sharded(value))])
 
     def _leave_to_background(self, steps: Sequence[GroupStep], background: AsyncStep) -> None:
-        """Hands updates of params on the CPU to the background; others are enqueued on the stream of this thread."""
+        """Hands updates of params on the CPU to the background; enqueues the others on this thread's stream."""
         for step in steps:
             for backend, update in step.updates:
                 if update.on_host:
@@ -512,26 +512,26 @@ class AdamOptimizer(Optimizer):
     def step_async(
         self, *, threads: int | None = None, zero_grads: bool = False, lowp_out: Sequence[Tensor | None] | None = None
     ) -> AsyncStep:
-        """Begins a step that goes on in the background, and returns a handle whose ``wait()`` returns once it is done.
+        """Starts a step in the background, and returns a handle whose ``wait()`` returns once the step is done.
 
-        Grads and hyper-parameters are those of now: grads may be set to None and learning rates changed meanwhile, but
-        until the step is done nobody may write to the grads, nor read or write params and states. Methods of the
-        optimizer wait for it. Params on a GPU are updated in the order of torch's current stream, as by step().
+        The step uses the current grads and hyper-parameters. Grads may be set to None and learning rates changed in the
+        meantime. But until the step is done, nobody may write the grads, nor read or write params and states. Methods
+        of the optimizer wait for it. Params on a GPU are updated in the order of torch's current stream, as by step().
 
         Parameters
         ----------
         threads
-            On how many threads the step runs; by default on as many as step(). Fewer leave cores to what goes on.
+            How many threads the step uses; by default as many as step(). Fewer leave cores to the other work.
         zero_grads, lowp_out
             As for step().
 
         Raises
         ------
         ValueError
-            If `threads` is less than 1. Whatever else is wrong is raised by ``wait()``, or, if that is not called, by
-            the next method of the optimizer.
+            If `threads` is less than 1. All other errors are raised by ``wait()`` or, if that is not called, by the
+            next method of the optimizer.
         RuntimeError
-            If there are hooks to be called after the step, as it will not be done by then.
+            If there are step post-hooks: the step would not be done when they are called.
         """
         if threads is not None and threads < 1:
             raise ValueError(f"Invalid threads: {threads}; expected 1 or more")
@@ -543,22 +543,22 @@ class AdamOptimizer(Optimizer):
         running, shared = AsyncStep(threads or torch.get_num_threads()), self._shared
         try:
             self._preparing = running
-            self.step(zero_grads=zero_grads, lowp_out=lowp_out)  # by its name, as schedulers and hooks watch it
+            self.step(zero_grads=zero_grads, lowp_out=lowp_out)  # by its name: schedulers and hooks wrap it
         except Exception as error:
             running.fail(error)
         else:
-            with deferred_signals():  # a thread that nobody knows of must not write to params
+            with deferred_signals():  # no thread may write params without the optimizer knowing
                 self._running = running
                 running.start()
         finally:
-            # Not by the attribute: in the Python of its setter a signal's handler may raise before it is set, and the
-            # next step would be left to a background that does nothing.
+            # Not through the attribute: a signal handler may raise inside its Python setter, before it is set. The next
+            # step would then hand its updates to a background step that never runs.
             shared["_preparing"] = None
         self._running = running
         return running
 
     def _settle(self) -> None:
-        """Waits for the step in the background, if there is one, and raises its error if nobody has seen it."""
+        """Waits for the background step, if there is one, and raises its error if nobody has seen it yet."""
         if self._running is not None:
             running = self._running
             try:
@@ -568,7 +568,7 @@ class AdamOptimizer(Optimizer):
                     self._running = None
 
     def _checked_lowp_outs(self, lowp_out: Sequence[Tensor | None] | None) -> dict[Tensor, Tensor]:
-        """Where to write each param in 16 bits. Raises TypeError or ValueError if that cannot be."""
+        """The 16-bit tensor to write each param to. Raises TypeError or ValueError if one does not fit."""
         if lowp_out is None:
             return {}
         named = [
@@ -590,7 +590,7 @@ class AdamOptimizer(Optimizer):
     def _prepare(
         self, group: dict[str, Any], where: str, hyper: AdamHyper, lowp_outs: dict[Tensor, Tensor]
     ) -> GroupStep:
-        """The step of a group whose hyper-parameters are given. Raises what is wrong; nothing is written."""
+        """Prepares a group's step with these hyper-parameters. Raises if anything is wrong; nothing is written."""
         params = group["params"]
         backend = self._backends.get(params[0].device) if params else None
         update = backend.prepare_group(where, hyper, params, self.state) if backend and not lowp_outs else None
@@ -608,7 +608,7 @@ class AdamOptimizer(Optimizer):
                 batch.lowp_outs = [left.pop(owner, None) for owner in batch.owners]
             self._prepare_batch(step, backend, batch)
         if hyper.zero_grads:
-            # Others were copied first, or belong to a step that is left out.
+            # The other grads were copied before the update, or belong to a step that is skipped.
             read = {id(grad) for _, batch in batches for grad in batch.grads}
             step.after += [grad.zero_ for grad in _zeroable_grads(group, where) if id(grad) not in read]
             step.sharded += _sharded_grads(params)
@@ -624,12 +624,12 @@ class AdamOptimizer(Optimizer):
     @after_async_step
     @torch.no_grad()
     def step_param(self, group_index: int, index: int) -> None:
-        """Updates one param, given by its places, as step() would; for adamops.step_in_backward()."""
+        """Updates the param at `index` of a group, as step() would; for adamops.step_in_backward()."""
         group, where = self.param_groups[group_index], f"param group {group_index}"
         own = {**group, "params": group["params"][index : index + 1]}
         try:
             step = self._prepare(own, where, self._hyper(group, where, rng_offset=index), {})
-        except (TypeError, ValueError) as error:  # it is the first of `own`, and so it is called there
+        except (TypeError, ValueError) as error:  # it is param 0 of `own`, and the message says so
             raise type(error)(str(error).replace(f"{where}, param 0", f"{where}, param {index}")) from None
         self._commit([step])
 
@@ -641,7 +641,7 @@ class AdamOptimizer(Optimizer):
         return self._params_in_backward == len(params) and all(param.grad is None for param in params)
 
     def _refuse_in_backward(self, what: str) -> None:
-        """Raises RuntimeError if adamops.step_in_backward() is at work, for what needs the grads after the pass."""
+        """Raises RuntimeError if adamops.step_in_backward() is in use: `what` needs grads after the backward pass."""
         if self._params_in_backward:
             raise RuntimeError(
                 f"{what} cannot be used while adamops.step_in_backward() updates the params of this optimizer: their "
@@ -649,7 +649,7 @@ class AdamOptimizer(Optimizer):
             )
 
     def _batches(self, group: dict[str, Any], where: str, hyper: AdamHyper) -> list[tuple[Backend, AdamBatch]]:
-        """The group's params that have a grad, by the backends that update them; without those to be skipped."""
+        """The group's params that have a grad, in a batch for each backend that does not skip this step."""
         batches: dict[torch.device, tuple[Backend, AdamBatch]] = {}
         for index, name, param, grad in with_grads(group, where):
             if param.device not in batches:
@@ -663,7 +663,7 @@ class AdamOptimizer(Optimizer):
         return [(backend, batch) for backend, batch in batches.values() if not backend.skips(hyper)]
 
     def _prepare_batch(self, step: GroupStep, backend: Backend, batch: AdamBatch) -> None:
-        """Adds a batch to the step of its group."""
+        """Adds a batch to its group's step."""
         complete = all(map(_is_complete, batch.states, batch.params, [batch] * len(batch.params)))
         if not complete:
             check_params_and_grads(batch)
@@ -681,7 +681,7 @@ class AdamOptimizer(Optimizer):
         step.sharded += [owner for owner in batch.owners if sharding.is_sharded(owner)]
 
     def _backend_of(self, param: Tensor, name: str) -> Backend:
-        """What updates the param. Raises ValueError if that can be nothing."""
+        """The backend that updates the param. Raises ValueError if there is none."""
         check_in_host_memory(param, name)
         return self._backends[_HOST]
 
@@ -693,7 +693,7 @@ class AdamOptimizer(Optimizer):
         grad_factor: float | Tensor | None = None,
         rng_offset: int = 0,
     ) -> AdamHyper:
-        """The group's hyper-parameters, checked, with what torch.amp.GradScaler sets for a step."""
+        """The group's hyper-parameters, checked, with what torch.amp.GradScaler sets on the optimizer for a step."""
         loss_scale, found_inf = getattr(self, "grad_scale", None), getattr(self, "found_inf", None)
         in_group, precision = f" in {where}", self._precision_of(group, where)
         hyper = AdamHyper.of_group(
@@ -714,7 +714,7 @@ class AdamOptimizer(Optimizer):
         return hyper
 
     def _grad_factor(self, grads: Sequence[Tensor] | None = None) -> float | Tensor:
-        """What the grads are to be multiplied by, as clip_grad_norm_() has found: 1 where they are others by now."""
+        """What to multiply the grads by, as clip_grad_norm_() found; 1 if they are no longer the grads that it saw."""
         if self._clipped is None:
             return 1.0
         if grads is None:
@@ -727,11 +727,11 @@ class AdamOptimizer(Optimizer):
         return self._to_number(self._clipped.factor, "clip factor")
 
     def _complete_states(self, backend: Backend, batch: AdamBatch) -> None:
-        """Gives the batch's states what they lack: a step count of 0, and zeros; master weights begin as the params."""
+        """Adds what the batch's states lack: a step count of 0, zeros, and master weights that start as the params."""
         held = [with_held_names(state, name) for name, state in zip(batch.names, batch.states, strict=True)]
         for name, param, state in zip(batch.names, batch.params, held, strict=True):
             check_nothing_lost(state, name)
-            check_state(batch.needed_of(state, param), param, name)  # before torch reads what is there
+            check_state(batch.needed_of(state, param), param, name)  # before torch reads them
         completed = [
             {**state} if "step" in state else {"step": backend.new_step_count(batch.hyper), **state} for state in held
         ]
@@ -743,7 +743,7 @@ class AdamOptimizer(Optimizer):
             ]
             like = [batch.params[i] for i in lacking]
             dtypes = [batch.state_dtypes(batch.params[i])[key] for i in lacking]
-            if key == AVERAGES[2]:  # beside averages of another dtype than new ones would have
+            if key == AVERAGES[2]:  # the other averages may have another dtype than new ones would
                 dtypes = [completed[i][AVERAGES[1]].dtype for i in lacking]
             for i, zeros in zip(lacking, backend.zeros_like(like, dtypes), strict=True):
                 completed[i][key] = _begun_master(zeros, batch.params[i], completed[i]) if key == MASTER else zeros
@@ -755,11 +755,11 @@ class AdamOptimizer(Optimizer):
     @after_async_step
     @in_default_float_environment
     def state_dict(self, dequantize: bool = False) -> dict[str, Any]:
-        """The state and settings, as torch.optim.Optimizer gives them.
+        """The state and settings, as torch.optim.Optimizer returns them.
 
-        With `dequantize`, states are float32 whatever they are here, without what belongs to the params' precision:
-        torch.optim.AdamW loads that. Of DTensors all states are DTensors that torch.distributed.checkpoint can cut
-        anew, float32 in the place of codes; see portable_state_dicts().
+        With `dequantize`, states are float32 whatever they are here, and what belongs to the params' precision is left
+        out: torch.optim.AdamW can load the result. All states of DTensors are DTensors that
+        torch.distributed.checkpoint can reshard, with float32 in place of quantized states; see portable_state_dicts().
         """
 
         is_called_for = True
@@ -776,10 +776,10 @@ class AdamOptimizer(Optimizer):
 
         handle = None
         try:
-            handle = self.register_state_dict_post_hook(convert, prepend=True)  # hooks of others see what is saved
+            handle = self.register_state_dict_post_hook(convert, prepend=True)  # other hooks see what is saved
             return super().state_dict()
         finally:
-            is_called_for = False  # a signal's handler may raise before or in remove(), and leave the hook
+            is_called_for = False  # a signal handler may raise before or in remove(), and leave the hook behind
             if handle is not None:
                 handle.remove()
 
@@ -787,10 +787,10 @@ class AdamOptimizer(Optimizer):
     @in_default_float_environment
     @torch.no_grad()
     def fp32_params(self) -> list[Tensor]:
-        """The params of all groups in order, in float32: new tensors, of the masters where there are any.
+        """The params of all groups, in order, as new float32 tensors; from the master weights where there are any.
 
-        Of DTensors they are DTensors placed alike. Params that are not of floats, as the frozen ones of quantized
-        models, are copied as they are.
+        For DTensors they are DTensors with the same placements. Params that are not floating-point, such as the frozen
+        ones of quantized models, are copied as they are.
         """
         own = self._params_with_precision()
         for i, (param, precision) in enumerate(own):
@@ -806,7 +806,7 @@ class AdamOptimizer(Optimizer):
         ]
 
     def _checked_master(self, param: Tensor, precision: Precision, name: str) -> Tensor | None:
-        """What this process holds of a param's master, or of the rest of it; None if there is neither."""
+        """The local part of a param's master weights or remainder; None if it has neither."""
         held = sharding.local(param).detach()
         check_viewable(held, name)
         state, kind = self.state.get(param) or {}, precision.master_of(param)
@@ -831,14 +831,15 @@ class AdamOptimizer(Optimizer):
     @in_default_float_environment
     @torch.no_grad()
     def load_fp32_params(self, params: Sequence[Tensor]) -> None:
-        """Sets the params of all groups, in order, and their masters from float32 tensors, as of a checkpoint.
+        """Sets the params of all groups, in order, and their master weights from float32 tensors, as from a checkpoint.
 
-        Of DTensors they must be DTensors placed alike; for params that are not of floats, of the same dtype.
+        For DTensors these must be DTensors with the same placements; for params that are not floating-point, tensors
+        of the same dtype.
 
         Raises
         ------
         ValueError, TypeError
-            If there are too few or too many, or a shape, dtype or placement differs; the params are then as they were.
+            If there are too few or too many, or a shape, dtype or placement differs; the params are then unchanged.
         """
         own = self._params_with_precision()
         if len(own) != len(params):
@@ -855,7 +856,7 @@ class AdamOptimizer(Optimizer):
     def _write_params(
         self, params: Sequence[Tensor], values: Sequence[Tensor], masters: Sequence[Tensor | None]
     ) -> None:
-        """Writes values to params, and to the memory for their masters, which then becomes part of the state."""
+        """Writes values to the params and to their new master weights or remainders, which become part of the state."""
         for param, value, master in zip(params, values, masters, strict=True):
             held = sharding.local(param)
             if master is None:
@@ -874,17 +875,16 @@ class AdamOptimizer(Optimizer):
     @after_async_step
     @in_default_float_environment
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """Loads the state of the classes here, of torch.optim.Adam or AdamW, or of DeepSpeed's or apex' Adam.
+        """Loads a state dict of the classes here, of torch.optim.Adam or AdamW, or of DeepSpeed's or apex's Adam.
 
-        Tensors of the state are taken as they are where they fit, and converted to this optimizer's state dtype
-        otherwise.
+        State tensors that fit are taken as they are. Others are converted to this optimizer's state dtype.
 
         Raises
         ------
         ValueError, TypeError
-            If a state does not fit its param; the optimizer is then as it was.
+            If a state does not fit its param; the optimizer is then unchanged.
         """
-        handle = self.register_load_state_dict_pre_hook(shield_states)  # last, so it sees what other hooks return
+        handle = self.register_load_state_dict_pre_hook(shield_states)  # last, to see what other hooks return
         try:
             super().load_state_dict(state_dict)
         finally:
@@ -893,7 +893,7 @@ class AdamOptimizer(Optimizer):
     def __setstate__(self, state: dict[str, Any]) -> None:
         """Called by unpickling and, with loaded state, by load_state_dict()."""
         state = {**state}
-        if "defaults" in state:  # a whole optimizer, perhaps of an older version
+        if "defaults" in state:  # a pickled optimizer, perhaps of an older version
             state.setdefault("_shared", {})
             state.setdefault("_backends", {_HOST: _load_host_backend()})
             state.setdefault("fp32_optimizer_states", True)
@@ -904,7 +904,7 @@ class AdamOptimizer(Optimizer):
         loaded = "state" in state and "param_groups" in state
         if loaded:
             groups = state["param_groups"]
-            if "defaults" not in state:  # by load_state_dict()
+            if "defaults" not in state:  # called by load_state_dict()
                 keep_own_settings(groups, self.param_groups)
             else:
                 self._precision = state["_precision"]
@@ -922,7 +922,7 @@ class AdamOptimizer(Optimizer):
             self._group_precisions.clear()
             for group, precision in zip(self.param_groups, precisions, strict=True):
                 self._keep_precision(group, precision)
-            self._shared["was_loaded"] = True  # the next step looks whether params share memory, as a first one does
+            self._shared["was_loaded"] = True  # the next step checks params for shared memory, as the first does
 
     @after_async_step
     def __getstate__(self) -> dict[str, Any]:
@@ -936,12 +936,12 @@ class AdamOptimizer(Optimizer):
 
 
 def _is_frozen(param: Tensor) -> bool:
-    """Whether a param is one that gets no grad; a plain tensor may get one from its user."""
+    """Whether a param gets no grad. A plain tensor is not frozen: its user may give it one."""
     return isinstance(param, torch.nn.Parameter) and not param.requires_grad
 
 
 def _value_for(param: Tensor, value: Tensor, name: str) -> Tensor:
-    """What this process holds of the value for a param. Raises ValueError or TypeError if it does not fit."""
+    """The local part of the value for a param. Raises ValueError or TypeError if it does not fit."""
     if not isinstance(value, Tensor):
         raise TypeError(f"{name}: a {type(value).__name__} was given; expected a tensor")
     if param.shape != value.shape:
@@ -962,25 +962,25 @@ def _value_for(param: Tensor, value: Tensor, name: str) -> Tensor:
     if held.layout == torch.strided and any(n > 1 and not s for n, s in zip(held.shape, held.stride(), strict=True)):
         if not torch.equal(held, value.to(held)):
             raise ValueError(f"{name} is expanded, and cannot be written")
-        return held  # a copy of it to itself does nothing
+        return held  # copying it to itself does nothing
     return value
 
 
 def _new_master(param: Tensor, kind: Master) -> Tensor | None:
-    """Memory for what a param has beside it; None for a param without, also a frozen one with gaps."""
+    """Memory for a param's master weights or remainder; None if it has neither, or has gaps, as frozen params may."""
     return torch.empty_like(param, dtype=kind.dtype, requires_grad=False) if kind and is_dense(param) else None
 
 
 def _begun_master(master: Tensor, param: Tensor, state: dict[str, Any]) -> Tensor:
-    """A float32 master as it begins: as the param, with the remainder that was loaded if there is one."""
+    """Initializes float32 master weights from the param, and from its loaded remainder if there is one."""
     rest = state.pop(REMAINDER, None)
     return master.copy_(param if rest is None else remainders.join(param, rest))
 
 
 def _rng_offset(group: dict[str, Any], where: str, offset: int) -> int:
-    """Where the random bits of a group's params begin, 32 bits.
+    """The rng_offset, 32 bits, of a group's first param, or of the one at `offset`.
 
-    It depends on what all replicas share: the seed, which is a setting, and the places of the group and of its params.
+    It depends only on what all replicas share: the seed, which is a setting, and the indices of the group and param.
     """
     seed = checked_seed(group.get("stochastic_rounding_seed"), f" in {where}")
     begin = int.from_bytes(hashlib.blake2s(f"{seed} {where}".encode(), digest_size=4).digest(), "little")
@@ -988,7 +988,7 @@ def _rng_offset(group: dict[str, Any], where: str, offset: int) -> int:
 
 
 def _is_complete(state: dict[str, Any], param: Tensor, batch: AdamBatch) -> bool:
-    """Whether a state has all that a step needs."""
+    """Whether a state has everything that a step needs."""
     needed = {"step", *batch.state_dtypes(param)} - {SCALES}
     if not state.keys() >= needed:
         return False
@@ -999,7 +999,7 @@ def _is_complete(state: dict[str, Any], param: Tensor, batch: AdamBatch) -> bool
 
 
 def _complete_scales(state: dict[str, Any], param: Tensor, amsgrad: bool) -> None:
-    """Gives a state in codes the scales that it lacks: of zeros, which all scales fit."""
+    """Adds the scales that a quantized state lacks. Its elements are zeros there, which any scale fits."""
     shape = scales_shape(param, amsgrad)
     scales = state.get(SCALES)
     if scales is None or scales.shape != shape:
@@ -1010,7 +1010,7 @@ def _complete_scales(state: dict[str, Any], param: Tensor, amsgrad: bool) -> Non
 
 
 def _norm_of(backend: Backend, device: torch.device, grads: list[Tensor], norm_type: float) -> Tensor:
-    """The norm of all elements of grads on the device, in float64 there."""
+    """The norm of all elements of grads on the device, as a float64 tensor there."""
     grads = [grad for grad in grads if grad.numel()]
     for grad in grads:
         check_readable(grad, "a grad")
@@ -1028,7 +1028,7 @@ def _norm_of(backend: Backend, device: torch.device, grads: list[Tensor], norm_t
 
 
 def _zeroable_grads(group: dict[str, Any], where: str) -> list[Tensor]:
-    """The local grads of a group that have memory to set to zero."""
+    """The local grads of a group that have memory to zero."""
     grads = [grad for *_, grad in with_grads(group, where) if not grad._is_zerotensor()]
     for grad in grads:
         check_writable(grad, f"{where}: a grad")
@@ -1048,7 +1048,7 @@ def evaluate(closure: Callable[[], Any] | None) -> Any:
 
 
 def with_grads(group: dict[str, Any], where: str) -> list[tuple[int, str, Tensor, Tensor]]:
-    """The index in the group, the name, the param and the grad of each that has one; of DTensors the local tensors."""
+    """The index in the group, name, param and grad of each param that has a grad; for DTensors, the local tensors."""
     return [
         (i, name, sharding.local(param), sharding.local(sharding.grad_like(param, param.grad, name)))
         for i, param in enumerate(group["params"])

@@ -1,4 +1,4 @@
-"""Goes through large tensors a piece at a time, so that what is computed on the way takes little memory.
+"""Iterates over large tensors a piece at a time, so that temporaries take little memory.
 
 Must not know what is computed.
 """
@@ -9,14 +9,14 @@ from collections.abc import Iterator
 
 from torch import Tensor
 
-PIECE = 2**19  # elements: a multiple of the size of quantization blocks
+PIECE = 2**19  # elements; a multiple of the quantization block size
 
 
 def line_of(dense: Tensor) -> Tensor:
-    """The elements of a dense tensor in the order of its memory."""
+    """The elements of a dense tensor as a 1-D view in memory order."""
     return dense.as_strided((dense.numel(),), (1,))
 
 
 def each_piece(*tensors: Tensor) -> Iterator[tuple[Tensor, ...]]:
-    """Views of the same elements of dense tensors that are laid out alike, in the order of memory."""
+    """Views of the same elements of dense tensors with the same layout, in memory order."""
     return zip(*(line_of(tensor).split(PIECE) for tensor in tensors), strict=True)

@@ -1,4 +1,4 @@
-"""In what precision an optimizer keeps states and params: the tensors in the state of a param, and their dtypes."""
+"""The precision in which an optimizer keeps states and params: the tensors in a param's state, and their dtypes."""
 
 from __future__ import annotations
 
@@ -16,41 +16,41 @@ from .settings import check_flags
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 EIGHT_BIT = "8bit"
 STATE_DTYPES = (torch.float32, torch.bfloat16, EIGHT_BIT)
-LEAST_QUANTIZED = 4096  # elements: states of smaller params are float32 where those of others are 8-bit codes
+LEAST_QUANTIZED = 4096  # elements: with 8-bit states, smaller params keep float32 states
 
 AVERAGES = tuple(CODES)
 SCALES = "block_scales"
-QUANTIZED = "quantized_"  # before the names of averages that are codes, in state dicts: nobody takes them for averages
+QUANTIZED = "quantized_"  # a prefix in state dicts: nobody takes quantized averages for floats
 MASTER = "master_param"
 REMAINDER = "param_remainder"
 STATE_TENSORS = (*AVERAGES, SCALES, MASTER, REMAINDER)
 
 SETTINGS = ("state_dtype", "fp32_optimizer_states", "master_weight_bits", "master_weights", "stochastic_rounding")
 _FLAGS = ("fp32_optimizer_states", "master_weights", "stochastic_rounding")
-_OF_STATES, _OF_MASTERS = SETTINGS[:2], SETTINGS[2:4]  # a param group with one of either has none of the optimizer's
+_OF_STATES, _OF_MASTERS = SETTINGS[:2], SETTINGS[2:4]  # a param group that sets one of a pair inherits neither
 
 
 class Master(enum.IntEnum):
-    """What a 16-bit param has beside it: enum Master in csrc/adam/adam_tensor.h."""
+    """The kind of master weights of a 16-bit param: enum Master in csrc/adam/adam_tensor.h."""
 
     NONE = 0
-    FP32 = 1  # a copy in float32, of which the param is the rounded copy
-    REMAINDER_8 = 2  # the bits that it lacks of a master of 24 bits
-    REMAINDER_16 = 3  # or of 32
+    FP32 = 1  # a float32 master, of which the param is a rounded copy
+    REMAINDER_8 = 2  # the bits that complete the param to a 24-bit master
+    REMAINDER_16 = 3  # or to a 32-bit master
 
     @property
     def key(self) -> str:
-        """The name of that tensor in the state of a param."""
+        """The name of the master or remainder in the state of a param."""
         return MASTER if self is Master.FP32 else REMAINDER
 
     @property
     def dtype(self) -> torch.dtype:
-        """The dtype of that tensor."""
+        """The dtype of the master or remainder."""
         return {Master.FP32: torch.float32, Master.REMAINDER_8: torch.int8, Master.REMAINDER_16: torch.int16}[self]
 
     @classmethod
     def of_bits(cls, bits: int | None) -> Master:
-        """That of `master_weight_bits`."""
+        """The kind that `master_weight_bits` asks for."""
         kinds = {None: cls.NONE, 24: cls.REMAINDER_8, 32: cls.REMAINDER_16}
         if isinstance(bits, bool) or not isinstance(bits, (int, type(None))) or bits not in kinds:
             raise ValueError(f"Invalid master_weight_bits: {bits!r}; expected None, 24 or 32")
@@ -59,7 +59,7 @@ class Master(enum.IntEnum):
 
 @dataclasses.dataclass(frozen=True)
 class Precision:
-    """The precision of an optimizer's states and params; `state_dtype` None: of as many bits as each param."""
+    """The precision of an optimizer's states and params. `state_dtype` None: states are as wide as their param."""
 
     state_dtype: torch.dtype | str | None = torch.float32
     master: Master = Master.NONE
@@ -84,22 +84,22 @@ class Precision:
             )
 
     def quantizes_states(self, param: Tensor) -> bool:
-        """Whether the states of a param are 8-bit codes."""
+        """Whether the states of a param are quantized to 8 bits."""
         return self.state_dtype == EIGHT_BIT and param.numel() >= LEAST_QUANTIZED
 
     def master_of(self, param: Tensor) -> Master:
-        """What a param has beside it; nothing if it is not of 16 bits."""
+        """The kind of master weights of a param; NONE if it is not a 16-bit param."""
         return self.master if param.dtype in DTYPES[1:] else Master.NONE
 
     def float_state_dtype(self, param: Tensor) -> torch.dtype:
-        """The dtype of states that are not codes."""
+        """The dtype of states that are not quantized."""
         if self.state_dtype is None:
-            # Never float16, for the reason above.
+            # Never float16, for the reason in __post_init__().
             return torch.float32 if param.dtype == torch.float32 else torch.bfloat16
         return torch.float32 if isinstance(self.state_dtype, str) else self.state_dtype
 
     def state_dtypes(self, param: Tensor, amsgrad: bool) -> dict[str, torch.dtype]:
-        """The tensors in the state of a param, by name, with their dtypes."""
+        """The dtypes of the tensors in the state of a param, by name."""
         names = averages_of(amsgrad)
         if self.quantizes_states(param):
             dtypes = {name: CODES[name].dtype for name in names} | {SCALES: torch.bfloat16}
@@ -110,15 +110,15 @@ class Precision:
 
 
 def own_settings(group: Mapping[str, Any]) -> dict[str, Any]:
-    """The settings of precision that a param group has of its own."""
+    """The precision settings that a param group sets itself."""
     return {name: group[name] for name in SETTINGS if name in group}
 
 
 def precision_of(settings: Mapping[str, Any], inherited: Precision) -> Precision:
-    """The precision of a param group, from settings by the names of the optimizers' arguments.
+    """The precision of a param group, from settings named like the optimizers' arguments.
 
-    What they do not say of states, of masters or of rounding is as `inherited`. Raises ValueError or TypeError if they
-    contradict each other, or one is none of the values that it may have.
+    What they do not say about states, masters or rounding comes from `inherited`. Raises ValueError or TypeError if
+    they contradict each other, or if one has an invalid value.
     """
     check_flags({name: settings[name] for name in _FLAGS if name in settings})
     state_dtype, master = inherited.state_dtype, inherited.master
@@ -138,10 +138,10 @@ def precision_of(settings: Mapping[str, Any], inherited: Precision) -> Precision
 
 
 def averages_of(amsgrad: bool) -> tuple[str, ...]:
-    """The names of the averages that a step keeps."""
+    """The names of the averages that a step maintains."""
     return AVERAGES if amsgrad else AVERAGES[:2]
 
 
 def scales_shape(param: Tensor, amsgrad: bool) -> tuple[int, int]:
-    """The shape of the scales of a param's states: a row for each block of elements, a column for each state."""
+    """The shape of the scales of a param's states: a row for each quantization block, a column for each state."""
     return blocks_of(param.numel()), len(averages_of(amsgrad))

@@ -1,6 +1,6 @@
-"""The 8-bit codes of states in pure PyTorch, for loading, saving and where no op is compiled.
+"""Quantizes states to 8 bits, and dequantizes them, in pure PyTorch: for loading, saving and where no op is compiled.
 
-The definition, with its reasons, is csrc/adam/quantized_blocks.h; the same bits come out here.
+csrc/adam/quantized_blocks.h has the definition and its reasons; results here are bit-identical.
 """
 
 from __future__ import annotations
@@ -11,17 +11,17 @@ import torch
 from torch import Tensor
 
 BLOCK = 256  # elements that share a scale
-NOT_FINITE = -128  # the code, in exp_avg, of an element of which a state is not finite
+NOT_FINITE = -128  # marks an element, in exp_avg, if one of its states is not finite
 _INFINITY = 0x7F800000
 _MAGNITUDE = 0x7FFFFFFF
 _LEAST_SCALE, _MOST_SCALE = (127 - 90) << 7, 0x7F7F
 
 
 class Format(NamedTuple):
-    """What the codes of a state mean: its SignedFormat or UnsignedFormat in csrc/adam/quantized_blocks.h."""
+    """The 8-bit format of a state: SignedFormat or UnsignedFormat in csrc/adam/quantized_blocks.h."""
 
     dtype: torch.dtype
-    power: int  # the bits are shifted by so much
+    power: int  # how many places the bits are shifted by
     shrink: float
     top_expanded: float
     top: int
@@ -31,24 +31,24 @@ class Format(NamedTuple):
 
 SIGNED = Format(torch.int8, 1, 2.0**-64, 8064.0, 127, 0x85EB, 0x9E37)
 UNSIGNED = Format(torch.uint8, 2, 2.0**-96, 528482304.0, 255, 0xCA6B, 0xC13F)
-CODES = {"exp_avg": SIGNED, "exp_avg_sq": UNSIGNED, "max_exp_avg_sq": UNSIGNED}  # in the order of their scales
+CODES = {"exp_avg": SIGNED, "exp_avg_sq": UNSIGNED, "max_exp_avg_sq": UNSIGNED}  # in the order of the columns of scales
 
 
 def blocks_of(numel: int) -> int:
-    """How many blocks a tensor has."""
+    """The number of quantization blocks of a tensor."""
     return -(-numel // BLOCK)
 
 
 def noise_of(index: Tensor, step: int, code: Format) -> Tensor:
-    """The noise of elements in a step, int64 in [0, 65536)."""
+    """The noise for elements in a step, int64 in [0, 65536)."""
     return (index * code.element_stride + step * code.step_stride) & 0xFFFF
 
 
 def quantize(values: Tensor, code: Format, noise: Tensor | int = 0x8000) -> tuple[Tensor, Tensor]:
-    """Codes and scales of a line of finite float32 values; the last block may be shorter.
+    """Quantizes a 1-D tensor of finite float32 values; the last quantization block may be shorter.
 
-    `noise` in [0, 65536) rounds up so often; by default to the nearest. Returns codes of the values' length and a
-    bfloat16 scale for each block.
+    `noise` in [0, 65536) is added, in units of 1/65536, before rounding down; the default rounds to the nearest.
+    Returns as many quantized values, and a bfloat16 scale for each quantization block.
     """
     blocks = _in_blocks(values)
     scale_bits = ((_largest(blocks).view(torch.int32) + (0x2000 + 0xFFFF)) >> 16).clamp(_LEAST_SCALE, _MOST_SCALE)
@@ -59,10 +59,11 @@ def quantize(values: Tensor, code: Format, noise: Tensor | int = 0x8000) -> tupl
 
 
 def requantize(values: Tensor, code: Format) -> tuple[Tensor, Tensor]:
-    """As quantize(), to the nearest, but what dequantize() gave is quantized to what it came from.
+    """Like quantize() to the nearest, but values from dequantize() get back the quantized values that they came from.
 
-    quantize() chooses a scale somewhat above the largest value, so what has gone through it once would get another.
-    After a step the largest of a block has one of the two highest codes: the scales of these are tried.
+    quantize() chooses a scale somewhat above the largest value, so a second pass would choose another scale. After a
+    step, the largest element of a quantization block has one of the two highest quantized values. The scales that
+    follow from these two are tried.
     """
     codes, scales = quantize(values, code)
     codes, largest = _in_blocks(codes), _largest(_in_blocks(values))
@@ -75,32 +76,32 @@ def requantize(values: Tensor, code: Format) -> tuple[Tensor, Tensor]:
 
 
 def _largest(blocks: Tensor) -> Tensor:
-    """The largest magnitude of each block."""
+    """The largest magnitude of each quantization block."""
     magnitude = blocks.abs()
     return magnitude.amax(1) if len(blocks) else magnitude.sum(1)
 
 
 def _inverse(scales: Tensor, code: Format) -> Tensor:
-    """The top code's number by scales, rounded once: torch takes a number by a tensor as a product of its inverse."""
+    """top_expanded / scales, rounded once; torch would compute number / tensor as a product with the reciprocal."""
     return torch.full_like(scales, code.top_expanded, dtype=torch.float32) / scales.float()
 
 
 def _codes(values: Tensor, inverse: Tensor, code: Format, noise: Tensor | int = 0x8000) -> Tensor:
-    """The codes of a line of finite float32 values, given what those of each block are multiplied by."""
+    """Quantizes a 1-D tensor of finite float32 values, given each quantization block's inverse scale."""
     blocks = _in_blocks(values)
     magnitude = blocks.view(torch.int32) & _MAGNITUDE
     relative = (magnitude.view(torch.float32) * inverse[:, None]).view(torch.int32)
     root = torch.copysign((relative >> code.power).view(torch.float32) / code.shrink, blocks)
     if isinstance(noise, Tensor):
         noise = _in_blocks(noise.float())
-    codes = (root + (noise / 65536 + 128)).to(torch.int32) - 128  # rounded down, since it was positive
+    codes = (root + (noise / 65536 + 128)).to(torch.int32) - 128  # rounds down, since the sum is positive
     if code is UNSIGNED:
         codes = torch.maximum(codes, magnitude.clamp(max=1))
     return codes.to(code.dtype).flatten()[: values.numel()]
 
 
 def dequantize(codes: Tensor, scales: Tensor, code: Format) -> Tensor:
-    """The float32 values of a line of codes. Those marked as not finite are not dealt with here."""
+    """Dequantizes a 1-D tensor to float32. Elements marked as not finite are not handled here."""
     unit = (scales.float().abs() * (1 / code.top_expanded))[:, None]
     number = _in_blocks(codes.to(torch.float32))
     shrunk = (number.abs() * code.shrink).view(torch.int32)
@@ -111,12 +112,13 @@ def dequantize(codes: Tensor, scales: Tensor, code: Format) -> Tensor:
 def quantize_states(
     states: dict[str, Tensor], step: int | None = None, first: int = 0
 ) -> tuple[dict[str, Tensor], Tensor]:
-    """Codes of the float32 states of a param, all lines of one length, and their scales, of shape (blocks, states).
+    """Quantizes a param's float32 states, 1-D tensors of equal length. Scales have shape (quantization blocks, states).
 
-    The lines may be a piece of the param's, which begins with the block of the element `first`.
+    The tensors may be a piece of the param's states, which begins with the quantization block of the element `first`.
 
-    With a step the rounding is that of a step; otherwise it is to the nearest, and what dequantize_states() gave is
-    quantized to what it came from. An element of which a state is infinite or NaN is marked in exp_avg.
+    With `step`, averages are rounded as in that step. Without it, they are rounded to the nearest, and what
+    dequantize_states() gave gets back the quantized values that it came from. An element with an infinite or NaN state
+    is marked in exp_avg.
     """
     finite = torch.stack([state.isfinite() for state in states.values()]).all(0)
     all_finite = bool(finite.all())
@@ -138,12 +140,12 @@ def quantize_states(
 
 
 def dequantize_states(codes: dict[str, Tensor], scales: Tensor) -> dict[str, Tensor]:
-    """The float32 states of a param from its codes, all lines of one length; marked elements have NaN in exp_avg."""
+    """Dequantizes a param's states, 1-D tensors of equal length, to float32. Marked elements get NaN in exp_avg."""
     states = {name: dequantize(line, scales[:, i], CODES[name]) for i, (name, line) in enumerate(codes.items())}
     states["exp_avg"][codes["exp_avg"] == NOT_FINITE] = torch.nan
     return states
 
 
 def _in_blocks(line: Tensor) -> Tensor:
-    """A line of numbers as rows of BLOCK, zeros at the end."""
+    """A 1-D tensor as rows of BLOCK elements, padded with zeros."""
     return torch.nn.functional.pad(line, (0, -line.numel() % BLOCK)).view(-1, BLOCK)

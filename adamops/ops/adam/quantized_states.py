@@ -1,6 +1,6 @@
-"""The states of a param between 8-bit codes and floats, in whatever order its elements lie in memory.
+"""Converts the states of a param between 8 bits and floats, whatever the memory order of its elements.
 
-All goes a piece at a time: beside what is returned there are some megabytes.
+Works a piece at a time, so it needs only some megabytes besides what it returns.
 """
 
 from __future__ import annotations
@@ -17,15 +17,15 @@ from .precision import AVERAGES, QUANTIZED, SCALES
 
 _SAVED = {name: QUANTIZED + name for name in AVERAGES}
 _HELD = {saved: name for name, saved in _SAVED.items()}
-SAVED_NAMES = tuple(_HELD)  # of averages that are codes, in state dicts
+SAVED_NAMES = tuple(_HELD)  # of quantized averages in state dicts
 
 
 def dequantized_states(
     state: Mapping[str, Any], names: Iterable[str] = AVERAGES, dtype: torch.dtype = torch.float32
 ) -> dict[str, Tensor]:
-    """New tensors of floats of the states that are codes."""
+    """Dequantizes the quantized states into new float tensors."""
     scales = state[SCALES]
-    # After amsgrad was switched off a state may be left without a column of scales.
+    # After amsgrad was switched off, a state may be left that has no column of scales.
     codes = {name: state[name] for name in AVERAGES[: scales.shape[1]] if name in names and name in state}
     floats = {name: torch.empty_like(tensor, dtype=dtype) for name, tensor in codes.items()}
     pieces = zip(each_piece(*codes.values()), each_piece(*floats.values()), _rows(scales), strict=True)
@@ -37,7 +37,7 @@ def dequantized_states(
 
 
 def quantized_states(floats: Mapping[str, Tensor], step: int | None = None) -> dict[str, Tensor]:
-    """Codes and scales of states, given as dense tensors laid out alike; rounded as in a step, or to the nearest."""
+    """Quantized states and scales, from dense tensors with the same layout; rounded as in `step`, or to the nearest."""
     floats = {name: floats[name] for name in AVERAGES if name in floats}
     codes = {name: torch.empty_like(tensor, dtype=quantization.CODES[name].dtype) for name, tensor in floats.items()}
     first, *_ = floats.values()
@@ -59,24 +59,24 @@ def _rows(scales: Tensor) -> tuple[Tensor, ...]:
 
 
 def store_quantized(state: dict[str, Any], floats: Mapping[str, Tensor], step: int) -> None:
-    """Writes states back into the codes that they came from."""
+    """Quantizes states into the tensors that they came from."""
     for name, tensor in quantized_states(floats, step).items():
         target = state[name]
-        if name == SCALES:  # they have a column more if amsgrad was switched off
+        if name == SCALES:  # there is one more column if amsgrad was switched off
             target = target[:, : tensor.shape[1]]
         target.copy_(tensor)
 
 
 def with_saved_names(state: Mapping[str, Any]) -> dict[str, Any]:
-    """The state of a param as state dicts have it: averages that are codes by names that only adamops knows.
+    """The state of a param as in state dicts: quantized averages have names that only adamops knows.
 
-    torch.optim.AdamW and others then miss a state, where they would take codes for numbers.
+    torch.optim.AdamW and others then find a state missing, instead of taking the integers for averages.
     """
     return {_SAVED.get(name, name): value for name, value in state.items()}
 
 
 def with_held_names(state: Mapping[str, Any], name: str) -> dict[str, Any]:
-    """The opposite; any other state is as it was. Raises ValueError if a tensor is there by both names."""
+    """The inverse; any other state stays as it is. Raises ValueError if a tensor is there under both names."""
     for held, saved in _SAVED.items():
         if held in state and saved in state:
             raise ValueError(

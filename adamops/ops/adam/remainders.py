@@ -1,6 +1,6 @@
-"""What a 16-bit param lacks of its master, in pure PyTorch, for loading, saving and where no op is compiled.
+"""Splits master weights into 16-bit params and remainders, in pure PyTorch.
 
-The definition is csrc/adam/rounding.h; the same bits come out here.
+For loading, saving and where no op is compiled. csrc/adam/rounding.h has the definition; results are bit-identical.
 """
 
 from __future__ import annotations
@@ -14,14 +14,14 @@ _BITS = {torch.int8: 8, torch.int16: 16}
 
 
 def split(master: Tensor, param_dtype: torch.dtype, rest_dtype: torch.dtype) -> tuple[Tensor, Tensor]:
-    """The 16-bit param and the rest of a dense float32 master: the param is the nearest to it."""
+    """Splits a dense float32 master into the 16-bit param nearest to it and the remainder."""
     param, rest = (torch.empty_like(master, dtype=dtype) for dtype in (param_dtype, rest_dtype))
     split_into(param, rest, master)
     return param, rest
 
 
 def split_into(param: Tensor, rest: Tensor, master: Tensor) -> None:
-    """Writes the 16-bit param and the rest of a master, all dense and laid out alike; it may be on another device."""
+    """Splits a master into `param` and `rest`. All are dense, with one layout; `master` may be on another device."""
     for upper, lower, piece in each_piece(param, rest, master):
         new_param, new_rest = _split(piece.to(param.device, torch.float32), param.dtype, rest.dtype)
         upper.copy_(new_param)
@@ -29,10 +29,9 @@ def split_into(param: Tensor, rest: Tensor, master: Tensor) -> None:
 
 
 def beside_nearest(master: Tensor, param_dtype: torch.dtype, rest_dtype: torch.dtype) -> Tensor:
-    """The rest of a dense float32 master whose param is its rounded copy, as beside masters of float32.
+    """The remainder of a dense float32 master whose param is its rounded copy, as with float32 master weights.
 
-    Where the master lies halfway between two params, the rest is one less than what it would take, if that is the
-    lower one.
+    If the master lies halfway between two params and its param is the lower one, the remainder is one unit too small.
     """
     rest = torch.empty_like(master, dtype=rest_dtype)
     for target, piece in each_piece(rest, master):
@@ -41,7 +40,7 @@ def beside_nearest(master: Tensor, param_dtype: torch.dtype, rest_dtype: torch.d
 
 
 def join(param: Tensor, rest: Tensor) -> Tensor:
-    """The float32 master of a 16-bit param and its rest, dense and laid out alike."""
+    """The float32 master from a 16-bit param and its remainder, dense with the same layout."""
     master = torch.empty_like(param, dtype=torch.float32)
     for target, upper, lower in each_piece(master, param, rest):
         target.copy_(_join(upper, lower))
@@ -49,7 +48,7 @@ def join(param: Tensor, rest: Tensor) -> Tensor:
 
 
 def converted(rest: Tensor, dtype: torch.dtype) -> Tensor:
-    """The rest, a dense tensor, with another number of bits."""
+    """The remainder, a dense tensor, with another number of bits."""
     if rest.dtype == dtype:
         return rest
     other = torch.empty_like(rest, dtype=dtype)
@@ -78,7 +77,7 @@ def _split(master: Tensor, param_dtype: torch.dtype, rest_dtype: torch.dtype) ->
 
 
 def _rest(master: Tensor, param: Tensor, bits: int) -> Tensor:
-    """The rest of a master beside a param that is one of its neighbours, as integers."""
+    """The remainder of a master, as integers, given a param that is one of its two neighbours."""
     most = 1 << (bits - 1)
     if param.dtype == torch.bfloat16:
         rest = _upper_bits(master, bits) - (param.view(torch.int16).long() << bits)
@@ -88,7 +87,7 @@ def _rest(master: Tensor, param: Tensor, bits: int) -> Tensor:
 
 
 def _upper_bits(master: Tensor, bits: int) -> Tensor:
-    """The bits of a bfloat16 param and as many more, rounded, as an integer with the sign of the float32 master."""
+    """The upper 16 + `bits` bits of the float32 master, rounded, as an integer with its sign."""
     as_int = master.nan_to_num(nan=torch.nan, posinf=torch.inf, neginf=-torch.inf).view(torch.int32).long()
     return torch.where(master.isnan(), 0x7FC00000, as_int + (0x80 if bits == 8 else 0)) >> (16 - bits)
 
@@ -106,7 +105,7 @@ def _units(master: Tensor, param: Tensor, bits: int) -> Tensor:
 
 
 def _unit(param: Tensor, bits: int) -> Tensor:
-    """What one of the rest stands for beside a float16 param."""
+    """The value of one unit of the remainder of a float16 param."""
     exponent = (param.float().view(torch.int32) & 0x7F800000).clamp(min=(127 - 14) << 23)
     return (exponent - ((10 + bits) << 23)).view(torch.float32)
 

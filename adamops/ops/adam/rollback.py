@@ -1,15 +1,15 @@
 """Undoes one step of Adam by arithmetic, for DeepSpeed's SuperOffload, which steps before it knows the global norm.
 
 The update rule is inverted in float64 from the grad, the hyper-parameters and the state after the step. Rounding in the
-step itself cannot be undone, so the former values come back to within these bounds (u is half an ulp of the stored
-dtype, 2**-24 for float32; `former` are the values before the step):
+step itself cannot be undone, so the former values are restored to within these bounds (u is half an ulp of the stored
+dtype, 2**-24 for float32; `former` is the value before the step):
 
     exp_avg      |error| <= 4u * max(|exp_avg|, |grad|) / beta1
     exp_avg_sq   |error| <= 4u * max(exp_avg_sq, grad**2) / beta2
     param        |error| <= 4u * (|former| + |former - param|) / (1 - lr * weight_decay), in AdamW mode and without
     decay
 
-measured in tests/test_subgroup.py. The state before the first step is known, zero, and restored exactly.
+tests/test_subgroup.py measures them. The state before the first step is known to be zero, and is restored exactly.
 """
 
 from __future__ import annotations
@@ -29,8 +29,8 @@ from .pieces import each_piece
 def undo_step(param: Tensor, grad: Tensor, state: dict[str, Any], hyper: AdamHyper) -> None:
     """Restores param, exp_avg and exp_avg_sq in place; the caller decrements the step count.
 
-    Raises RuntimeError, before anything is written, if the step left too little behind to be undone, and ValueError
-    if a tensor cannot be written.
+    Raises RuntimeError, before anything is written, if the step lost what is needed to undo it, and ValueError if a
+    tensor is not writable.
     """
     if hyper.precision.stochastic_rounding or hyper.precision.master or state["exp_avg"].dtype == torch.int8:
         raise RuntimeError("Cannot roll back a step with 8-bit states, master weights or stochastic rounding")
@@ -47,7 +47,7 @@ def undo_step(param: Tensor, grad: Tensor, state: dict[str, Any], hyper: AdamHyp
     keys = ["exp_avg", "exp_avg_sq", *(["max_exp_avg_sq"] if hyper.amsgrad else [])]
     for tensor in (param, *(state[key] for key in keys)):
         check_writable(tensor, "what a roll-back is to write")
-    for piece in each_piece(param, grad, *(state[key] for key in keys)):  # all are dense and laid out alike
+    for piece in each_piece(param, grad, *(state[key] for key in keys)):  # all are dense with the same layout
         _undo_piece(*piece, k=k, first=first)
 
 
@@ -64,7 +64,7 @@ def _undo_piece(
     m, v = exp_avg.double(), exp_avg_sq.double()
     largest_v = v if max_exp_avg_sq is None else max_exp_avg_sq.double()
     denominator = largest_v.sqrt() * k["inverse_sqrt_bias2"] + k["eps"]
-    # 0 / 0, with eps = 0 and a grad of zero, made the param NaN in the step; there is nothing better to return.
+    # With eps = 0 and a grad of zero, 0 / 0 made the param NaN in the step; there is nothing better to return.
     former = (param.double() - k["negative_step_size"] * (m / denominator)) / k["decay"]
     gradient = grad.double() * k["scale"] + k["l2"] * former
     param.copy_(former)

@@ -1,6 +1,6 @@
-"""States as checkpoints hold them: what another optimizer, or the same one on other processes, can go on with.
+"""States as checkpoints hold them: another optimizer, or the same one on other processes, can continue from them.
 
-The way back is loading.py. Must not know how a step is done.
+loading.py is the inverse. Must not know how a step is done.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ from .quantized_states import dequantized_states, with_held_names, with_saved_na
 
 
 def saved_state(entry: Any, dequantize: bool = False) -> Any:
-    """The state of a param as state_dict() gives it; what is no state of a param as it is."""
+    """The state of a param as state_dict() gives it; anything else is returned as it is."""
     if not isinstance(entry, Mapping):
         return entry
     if sharding.is_sharded(entry.get("exp_avg")) or sharding.is_sharded(entry.get(REMAINDER)):
@@ -31,15 +31,15 @@ def saved_state(entry: Any, dequantize: bool = False) -> Any:
 
 
 def in_fp32(entry: Mapping[str, Any]) -> dict[str, Any]:
-    """The state of a param with its averages in float32, and nothing of the param itself."""
+    """The state of a param with its averages in float32, without master or remainder."""
     plain = {key: value for key, value in without_quantized(entry).items() if key not in (MASTER, REMAINDER)}
     if plain.keys().isdisjoint(AVERAGES):
-        return {}  # the param has made no step, and others would miss the averages
+        return {}  # the param was never stepped, and other optimizers would miss the averages
     return {key: value.float() if key in AVERAGES else value for key, value in plain.items()}
 
 
 def without_quantized(entry: Mapping[str, Any]) -> dict[str, Any]:
-    """The state of a param with float32 in the place of codes and scales, and all else as it is."""
+    """The state of a param with quantized averages dequantized to float32, and all else as it is."""
     entry = with_held_names(entry, "a param")
     for key, value in entry.items():
         if isinstance(value, Tensor):
@@ -58,10 +58,10 @@ def without_quantized(entry: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def portable(entry: Mapping[str, Any]) -> dict[str, Any]:
-    """The state of a param as it can be cut anew: no codes, and the step count in a tensor, as torch.optim has it.
+    """The state of a param in a form that can be resharded: not quantized, and with the step count in a tensor.
 
-    What a param lacks of its master is in int32, of which the lower 16 bits count, however many the optimizer keeps:
-    gloo and NCCL cannot send int16, and torch.distributed.checkpoint converts dtypes by value.
+    A remainder is saved as int32, of which the lower 16 bits count, however many bits the optimizer keeps: gloo and
+    NCCL cannot send int16, and torch.distributed.checkpoint converts dtypes by value.
     """
     saved, step, rest = without_quantized(entry), entry.get("step"), entry.get(REMAINDER)
     if isinstance(step, int):
@@ -73,11 +73,11 @@ def portable(entry: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def portable_state_dicts(optimizer: Optimizer) -> None:
-    """Has ``optimizer.state_dict()`` give states that torch.distributed.checkpoint can cut anew, also of plain params.
+    """Makes ``optimizer.state_dict()`` give states that torch.distributed.checkpoint can reshard, also of plain params.
 
-    States are then float32 in the place of 8-bit codes, and step counts are 0-dim float32 tensors, as torch.optim.AdamW
-    has them. Of DTensors they always are. To be called on optimizers of plain params (of one process, or under
-    DistributedDataParallel) whose checkpoints are to be read by or come from sharded ones, or torch.optim.AdamW.
+    8-bit states then become float32, and step counts 0-dim float32 tensors, as in torch.optim.AdamW. States of DTensors
+    always have this form. Call this on optimizers of plain params (in one process, or under DistributedDataParallel)
+    that exchange checkpoints with sharded ones, or with torch.optim.AdamW.
     """
 
     def hook(_: Optimizer, state_dict: dict[str, Any]) -> dict[str, Any]:

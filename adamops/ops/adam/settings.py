@@ -1,4 +1,4 @@
-"""Checks the settings of a param group: each is what it should be, or an error says in words what it is instead.
+"""Checks the settings of a param group. Each error shows the bad value and says what was expected.
 
 Must not know what the settings do.
 """
@@ -16,7 +16,7 @@ from .memory import check_readable
 _RATES = {"lr": "learning rate", "eps": "epsilon value", "weight_decay": "weight_decay value"}
 FLAGS = ("bias_correction", "amsgrad", "maximize", "capturable")
 
-# Keys of param groups that only other optimizers have, also before their first step; Muon before SGD, as it has both.
+# Param group keys that only other optimizers have, even before their first step. Muon is before SGD, as it has both.
 _KEYS_OF_OTHERS = {
     "ns_coefficients": "Muon",
     "ns_steps": "Muon",
@@ -33,9 +33,9 @@ _KEYS_OF_OTHERS = {
 
 
 def check_hyper(group: Mapping[str, Any], where: str) -> None:
-    """Raises ValueError or TypeError for a hyper-parameter that cannot be used; `where` ends the message.
+    """Raises ValueError or TypeError for an invalid hyper-parameter; `where` ends the message.
 
-    A number may be a tensor of one element; its value is read, so this waits for a GPU.
+    A number may be a one-element tensor. Its value is read, so this waits for the GPU if the tensor is there.
     """
     check_numbers(group, where)
     for key, words in _RATES.items():
@@ -55,14 +55,14 @@ def checked_seed(seed: Any, where: str) -> int:
 
 
 def check_numbers(group: Mapping[str, Any], where: str) -> None:
-    """Raises ValueError or TypeError for a hyper-parameter that is no number, or for betas that are not two."""
+    """Raises ValueError or TypeError for a hyper-parameter that is not a number, or betas that are not two."""
     for key in _RATES:
         check_number(group[key], key, where)
     unpacked_betas(group["betas"], where)
 
 
 def unpacked_betas(betas: Any, where: str) -> tuple[Any, Any]:
-    """The two numbers of `betas`. Raises TypeError or ValueError if they are not."""
+    """The two numbers in `betas`. Raises TypeError or ValueError if it is not two numbers."""
     try:
         beta1, beta2 = betas
     except (TypeError, ValueError):
@@ -73,7 +73,7 @@ def unpacked_betas(betas: Any, where: str) -> tuple[Any, Any]:
 
 
 def check_number(value: Any, name: str, where: str) -> None:
-    """Raises TypeError or ValueError for what float() does not take, or takes although it is no number."""
+    """Raises TypeError or ValueError for what float() rejects, or accepts although it is not a number."""
     if type(value) is float:
         return
     if isinstance(value, Tensor):
@@ -99,14 +99,14 @@ def _check_number_in_tensor(value: Tensor, name: str, where: str) -> None:
 
 
 def check_betas(beta1: float, beta2: float, where: str) -> None:
-    """Raises ValueError for a decay rate out of its range."""
+    """Raises ValueError for a decay rate out of range."""
     for i, beta in enumerate((beta1, beta2)):
         if not 0.0 <= beta < 1.0:
             raise ValueError(f"Invalid beta parameter at index {i}: {beta}{where}; expected 0 <= beta < 1")
 
 
 def check_flags(flags: Mapping[str, Any], where: str = "") -> None:
-    """Raises TypeError for what is neither True nor False, such as an argument in another's place."""
+    """Raises TypeError for what is neither True nor False, such as an argument in the wrong position."""
     for name, value in flags.items():
         is_flag = isinstance(value, bool) or (isinstance(value, int) and value in (0, 1))
         if is_flag or type(value).__name__ in ("bool", "bool_"):  # NumPy's
@@ -118,7 +118,7 @@ def check_flags(flags: Mapping[str, Any], where: str = "") -> None:
 
 
 def check_is_of_adam(group: Mapping[str, Any], index: int) -> None:
-    """Raises ValueError for the param group of another optimizer's checkpoint, which says whose it is."""
+    """Raises ValueError for the param group of another optimizer's checkpoint; the message names that optimizer."""
     missing = [key for key in ("betas", "eps", "lr", "weight_decay") if key not in group]
     if not missing:
         return
@@ -148,7 +148,7 @@ _STATES_OF_OTHERS = {
 
 
 def other_optimizer(state: Mapping[str, Any]) -> str | None:
-    """Whose state this looks like, if not Adam's."""
+    """The optimizer whose state this looks like, if it is not Adam."""
     others = [name for key, name in _STATES_OF_OTHERS.items() if key in state]
     if not others and state.keys() & {"exp_avg"} and state.keys() <= {"exp_avg", "step"}:
         others = ["Lion"]

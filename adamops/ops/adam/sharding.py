@@ -1,7 +1,7 @@
-"""Params that are cut over processes, DTensors: what this process holds of them, who holds the rest, and the way back.
+"""Params sharded over processes (DTensors): their local tensors and shard layouts, and the way back to DTensors.
 
-Everything else in this package sees the local tensors only. torch.distributed is not imported here: where there are
-DTensors, it has been, and where there are none, it would cost each import of adamops a second.
+Everything else in this package sees only local tensors. torch.distributed is not imported here: if there are DTensors,
+it already is, and if there are none, it would add a second to each import of adamops.
 """
 
 from __future__ import annotations
@@ -18,12 +18,12 @@ from torch import Tensor
 from .memory import PLAIN_TYPES
 from .precision import SCALES, STATE_TENSORS
 
-# Over which dimensions of which mesh a param is cut; None if each process that has it has all of it.
+# The mesh, and its dimensions, over which a param is sharded; None if each process that has it has all of it.
 ShardLayout: TypeAlias = "tuple[Any, tuple[int, ...]] | None"
 
 
 def dtensor_class() -> Any:
-    """torch's class DTensor, or None as long as nobody has imported it."""
+    """torch's DTensor class, or None if nobody has imported it yet."""
     for name in ("torch.distributed.tensor", "torch.distributed._tensor"):  # the latter up to torch 2.4
         found = getattr(sys.modules.get(name), "DTensor", None)
         if found is not None:
@@ -32,7 +32,7 @@ def dtensor_class() -> Any:
 
 
 def is_sharded(tensor: object) -> bool:
-    """Whether this is a DTensor, however it is placed."""
+    """Whether this is a DTensor, whatever its placements."""
     if type(tensor) in PLAIN_TYPES:
         return False
     found = dtensor_class()
@@ -40,16 +40,16 @@ def is_sharded(tensor: object) -> bool:
 
 
 def local(tensor: Any) -> Any:
-    """What this process holds of a DTensor, in the DTensor's own memory; anything else as it is."""
-    # to_local() would make a view of a param, at each call
+    """The local tensor of a DTensor, sharing its memory; anything else is returned as it is."""
+    # Not to_local(), which would create a view of a param at each call.
     held = tensor._local_tensor if is_sharded(tensor) else tensor
     if type(held) not in PLAIN_TYPES and hasattr(held, "wait"):
-        return held.wait()  # what a collective is still bringing
+        return held.wait()  # a collective is still filling it
     return held
 
 
 def check_placed(param: Tensor, name: str) -> None:
-    """Raises ValueError for a DTensor of which each process holds a summand."""
+    """Raises ValueError for a DTensor of which each process holds a summand (a partial placement)."""
     if is_sharded(param) and any(placement.is_partial() for placement in _placements(param)):
         raise ValueError(
             f"{name} is a DTensor placed as {_placements(param)}, of which each process holds a summand; "
@@ -58,9 +58,10 @@ def check_placed(param: Tensor, name: str) -> None:
 
 
 def grad_like(param: Tensor, grad: Tensor, name: str) -> Tensor:
-    """The grad, placed as its param is. One placed otherwise is redistributed, once: the param keeps the new one.
+    """The grad with the placements of its param. Any other grad is redistributed once; the param keeps the result.
 
-    Grads of replicated params are often sums yet to be made (tensor parallelism). Each process must come here then.
+    Grads of replicated params are often partial, sums still to be reduced (tensor parallelism). Every process must then
+    call this.
 
     Raises
     ------
@@ -77,17 +78,17 @@ def grad_like(param: Tensor, grad: Tensor, name: str) -> Tensor:
     if not is_sharded(param) or _placed_alike(param, grad):
         return grad
     _check_mesh(param, grad, f"{name}: its grad")
-    if grad.shape == param.shape:  # what is wrong otherwise is said where shapes are checked
+    if grad.shape == param.shape:  # otherwise the check of shapes raises
         param.grad = grad.redistribute(placements=_placements(param))  # type: ignore[attr-defined]
     assert param.grad is not None
     return param.grad
 
 
 def local_state(state: Mapping[str, Any], param: Tensor, name: str, needed: Container[str] = STATE_TENSORS) -> Any:
-    """The state of a param with local tensors: the very same of a plain param, a new one of a DTensor.
+    """The state of a param with local tensors: the same dict for a plain param, a new one for a DTensor.
 
-    Raises TypeError or ValueError if a tensor in it that is `needed` is not placed as the param is; others stay as
-    they are.
+    Raises TypeError or ValueError if a tensor in it that is `needed` does not have the param's placements; others stay
+    as they are.
     """
     if not is_sharded(param):
         return state
@@ -112,7 +113,7 @@ def local_state(state: Mapping[str, Any], param: Tensor, name: str, needed: Cont
 
 
 def local_like(tensor: Tensor, param: Tensor, what: str) -> Tensor:
-    """What this process holds of a tensor. Raises TypeError or ValueError if it is not placed as the param is."""
+    """The local part of a tensor. Raises TypeError or ValueError if its placements differ from the param's."""
     if is_sharded(param) != is_sharded(tensor):
         kinds = ["a DTensor" if is_sharded(one) else "a plain tensor" for one in (tensor, param)]
         raise TypeError(f"{what} is {kinds[0]}, the param is {kinds[1]}; they must be of one kind")
@@ -124,9 +125,9 @@ def local_like(tensor: Tensor, param: Tensor, what: str) -> Tensor:
 
 
 def owned_state(state: Mapping[str, Any], param: Tensor, held: Mapping[str, Any] | None = None) -> Any:
-    """The opposite of local_state(): tensors become DTensors placed like the param, but for scales.
+    """The inverse of local_state(): tensors, except scales, become DTensors with the param's placements.
 
-    Of those in `held` that are of the same memory the DTensors are taken from there.
+    A DTensor in `held` is reused if it has the same local tensor.
     """
     if not is_sharded(param):
         return state
@@ -144,11 +145,11 @@ def owned_state(state: Mapping[str, Any], param: Tensor, held: Mapping[str, Any]
 
 
 def like_param_placed(tensor: Tensor, param: Tensor) -> Tensor:
-    """A DTensor placed like the param, of the same memory as this local tensor; the tensor itself of a plain param."""
+    """A DTensor with the param's placements and this local tensor's memory; for a plain param, the tensor itself."""
     if not is_sharded(param):
         return tensor
-    # Not from_local(), which moves what is elsewhere than the mesh: CPUOffloadPolicy has shards on the CPU, cut
-    # over a mesh of GPUs. fully_shard() makes its DTensors so too.
+    # Not from_local(), which moves tensors to the device of the mesh: CPUOffloadPolicy keeps the shards of a
+    # GPU mesh on the CPU. fully_shard() constructs its DTensors this way too.
     spec = param._spec  # type: ignore[attr-defined]
     meta = spec.tensor_meta._replace(dtype=tensor.dtype)
     return dtensor_class()(tensor, dataclasses.replace(spec, tensor_meta=meta), requires_grad=False)
@@ -158,7 +159,7 @@ def like_param_placed(tensor: Tensor, param: Tensor) -> Tensor:
 
 
 def shard_layout(param: Tensor) -> ShardLayout:
-    """How the param is cut."""
+    """How the param is sharded."""
     if not is_sharded(param):
         return None
     cut = tuple(i for i, placement in enumerate(_placements(param)) if not placement.is_replicate())
@@ -166,7 +167,7 @@ def shard_layout(param: Tensor) -> ShardLayout:
 
 
 def check_norm_is_known(params: Iterable[Tensor]) -> None:
-    """Raises RuntimeError if a param is a shard that does not say so: FullyShardedDataParallel's."""
+    """Raises RuntimeError for shards of FullyShardedDataParallel, which do not say who holds the others."""
     if any(getattr(p, "_fsdp_flattened", False) or getattr(p, "_is_flat_param", False) for p in params):
         raise RuntimeError(
             "The params are shards of FullyShardedDataParallel, which do not say who holds the rest: call "
@@ -175,10 +176,10 @@ def check_norm_is_known(params: Iterable[Tensor]) -> None:
 
 
 def all_reduce_norm(parts: Mapping[ShardLayout, Tensor], norm_type: float) -> Tensor:
-    """The norm of all elements of all processes, in float64.
+    """The norm of all elements on all processes, in float64.
 
-    `parts` has the norm of what this process holds of the grads of each spread. Each process must come here with the
-    same spreads, in the same order, and gets the same bits.
+    `parts` has, for each shard layout, the norm of the grads' elements that this process holds. Every process must call
+    this with the same layouts in the same order. All get bit-identical results.
     """
     if set(parts) == {None}:
         return parts[None]
@@ -192,7 +193,7 @@ def all_reduce_norm(parts: Mapping[ShardLayout, Tensor], norm_type: float) -> Te
 
 
 def norm_of_nothing(norm_type: float) -> float:
-    """The norm of no elements."""
+    """The norm of an empty set of elements."""
     return math.inf if norm_type < 0 else 0.0
 
 
@@ -209,14 +210,14 @@ def _joined(values: Tensor, norm_type: float) -> Tensor:
 def _over_processes(value: Tensor, norm_type: float, where: ShardLayout) -> Tensor:
     assert where is not None
     mesh, dims = where
-    if mesh.get_coordinate() is None:  # this process is not on the mesh, and holds nothing
+    if mesh.get_coordinate() is None:  # this process is not in the mesh, and holds nothing
         return value
     distributed = sys.modules["torch.distributed"]
     op = distributed.ReduceOp.SUM
     if math.isinf(norm_type):
         op = distributed.ReduceOp.MAX
         value = value if norm_type > 0 else -value
-    # A NaN must arrive everywhere, and some backends' MAX loses it: it goes as a number beside.
+    # A NaN must reach every process, but MAX loses it in some backends, so it is reduced as a number of its own.
     pair = torch.stack([value.nan_to_num(nan=0.0, posinf=math.inf, neginf=-math.inf), value.isnan().double()])
     pair = pair.to(mesh.device_type)
     for dim in dims:

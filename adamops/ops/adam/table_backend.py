@@ -1,7 +1,7 @@
-"""What the backends of the compiled ops share: they hand over params, grads and states as tables of addresses.
+"""The base class of backends with a compiled op: passes it params, grads and states as a table of addresses.
 
-The ops' kernels trust what they are given, so every tensor is checked on the way: plain ones by the op's own reader,
-all others by batch.py and memory.py, which also word the errors.
+The kernels trust what they are given, so every tensor is checked first: plain ones by the op's own reader, all others
+by batch.py and memory.py, which also word the errors.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ from .sharding import dtensor_class
 
 _DTYPE_CODE = {
     dtype: code for code, dtype in enumerate((*DTYPES, torch.int8))
-}  # enum Dtype in csrc/dtype.h; codes last
+}  # enum Dtype in csrc/dtype.h; quantized states last
 _DLPACK_DEVICE_TYPE = {"cpu": 1, "cuda": 2}
 _dtype = attrgetter("dtype")
 
@@ -37,16 +37,16 @@ def has_norm(grads: Sequence[Tensor], norm_type: float) -> bool:
 
 
 class TableBackend:
-    """Adam by an extension module that takes tables; a subclass says how a step is done."""
+    """Adam by an extension module that takes tables. Subclasses define how a step runs."""
 
     writes_copies = True
-    on_host = True  # whether a step has been done when the op returns
+    on_host = True  # whether a step is done when the op returns
 
     def __init__(self, module: Any, device: torch.device) -> None:
         self.module = module
         self.device = device
-        self._reader = self._new_reader()  # None: tensors are read, and checked, from Python
-        self._first_states: dict[str, int] = {}  # by group: where the next step finds its states without search
+        self._reader = self._new_reader()  # None: tensors are read and checked from Python
+        self._first_states: dict[str, int] = {}  # by group: where the next step first looks for states
 
     def _new_reader(self) -> Any:
         capsule = getattr(Tensor, "__dlpack_c_exchange_api__", None)  # torch 2.10 and later
@@ -54,7 +54,7 @@ class TableBackend:
         if layout is None:
             return None
         place = (_DLPACK_DEVICE_TYPE[self.device.type], self.device.index or 0)
-        with contextlib.suppress(ValueError):  # a table of another version of DLPack
+        with contextlib.suppress(ValueError):  # an exchange table of another DLPack version
             return self.module.TensorReader(capsule, PLAIN_TYPES, self.module.TensorLayout(**layout), *place)
         return None
 
@@ -69,7 +69,7 @@ class TableBackend:
 
     def prepare(self, batch: AdamBatch) -> Update:
         if batch.has_shards and self._reader is not None:
-            self._reader.sharded_type = dtensor_class()  # from now on prepare_group() takes them
+            self._reader.sharded_type = dtensor_class()  # from now on prepare_group() takes DTensors
         states = dict(zip(batch.params, batch.states, strict=True))
         table = self._table_of_params(batch.hyper, batch.params, states) if batch.has_all_defaults else None
         if table is not None:
@@ -92,7 +92,7 @@ class TableBackend:
         )
 
     def _prepare_checked(self, batch: AdamBatch) -> Update:
-        """The update of a batch that has been checked, its step counts kept as numbers."""
+        """The update of a batch that has been checked. Step counts are kept as numbers."""
         steps = batch.steps
         spare = set_spare_scales_aside(batch)
         counts_here = batch.counts_in_tensors
@@ -117,20 +117,20 @@ class TableBackend:
         )
 
     def _update_of_params(self, table: Any, hyper: AdamHyper) -> Update:
-        """The update of a table of the op's own reader, which is to tell autograd."""
+        """The update of a table that the op's own reader made. The op tells autograd what it writes."""
         call = self._call(table, hyper)
         return Update(self._runner(table, hyper, call), lambda: table.borrowed, (), table, call, self.on_host)
 
     def _runner(self, table: Any, hyper: AdamHyper, call: tuple[Any, ...] | None) -> Callable[[], None]:
-        """What does a step for a table when called; `call` is that of _call()."""
+        """The function that runs a step for a table. `call` is what _call() returned."""
         raise NotImplementedError
 
     def _call(self, table: Any, hyper: AdamHyper) -> tuple[Any, ...] | None:
-        """The arguments of the CPU op's `adam_steps`; None for another op."""
+        """The arguments of the CPU op's `adam_steps`; None for other ops."""
         return None
 
     def _counts_fit(self, table: Any, hyper: AdamHyper) -> bool:
-        """Whether step counts are kept as this step needs them: as numbers, or in tensors on the device."""
+        """Whether step counts are kept the way this step needs: as numbers, or as tensors on the device."""
         raise NotImplementedError
 
     def _table_of_params(
@@ -178,7 +178,7 @@ class TableBackend:
 
 
 def set_spare_scales_aside(batch: AdamBatch) -> list[tuple[Tensor, Tensor]]:
-    """Gives the batch copies of scales that have a column more than the step takes, as amsgrad was switched off.
+    """Replaces scales that have one column too many, because amsgrad was switched off, by copies without it.
 
     Returns the scales with their copies.
     """
@@ -188,13 +188,13 @@ def set_spare_scales_aside(batch: AdamBatch) -> list[tuple[Tensor, Tensor]]:
         if scales is not None and scales.shape[1] > columns:
             narrow = scales[:, :columns].contiguous()
             aside.append((scales, narrow))
-            if batch.owned_states is None:  # steps are counted in the dicts that the optimizer has, not in copies
+            if batch.owned_states is None:  # steps are counted in the optimizer's dicts, not in copies
                 batch.owned_states = [*batch.states]
             batch.states[i] = {**batch.states[i], SCALES: narrow}
     return aside
 
 
 def put_back_spare_scales(aside: list[tuple[Tensor, Tensor]]) -> None:
-    """Writes the copies back into the scales that they were made of."""
+    """Writes the copies back into the scales that they were made from."""
     for scales, narrow in aside:
         scales[:, : narrow.shape[1]] = narrow

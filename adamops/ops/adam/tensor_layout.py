@@ -1,8 +1,8 @@
-"""Finds, by experiment, where torch keeps what proves that a tensor's address may be used: csrc/tensor_layout.h.
+"""Finds by experiment the offsets, in torch's objects, of the fields that prove that a tensor's address may be used.
 
-Every read here lies within an object whose size is known. A place counts as found only if it alone agrees with what
-torch says of all of many different tensors; otherwise there is no layout, and tensors are checked through torch's
-Python API. Must not know of optimizers.
+csrc/tensor_layout.h reads them. Every read here lies within an object of known size. An offset is accepted only if it
+is the only one that agrees with what torch says about all of many different tensors. Otherwise there is no layout, and
+tensors are checked through torch's Python API. Must not know of optimizers.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ _WORD = 8
 _TENSOR_WORDS = 22  # a TensorImpl has 26 in torch 2.4 to 2.13, and torch asserts its size
 _STORAGE_WORDS = 8  # a StorageImpl has more
 _DTYPES = (torch.float32, torch.bfloat16, torch.complex64, torch.int8)
-_COUNTER_WORDS = 3  # a table of functions, a reference count, and the version in half a word
+_COUNTER_WORDS = 3  # vtable pointer, reference count, and the version in half a word
 
 
 class _UnclearError(Exception):
@@ -30,9 +30,9 @@ def arguments(device: torch.device) -> dict[str, int] | None:
     if layout is None:
         return None
     try:
-        with torch.inference_mode(False):  # tensors of inference mode are others, without a version counter
+        with torch.inference_mode(False):  # inference tensors differ: they have no version counter
             plain = torch.empty(0, device=device)
-    except (RuntimeError, AssertionError):  # torch's way to say that it cannot use the device
+    except (RuntimeError, AssertionError):  # how torch reports that it cannot use the device
         return None
     if type(plain) is not Tensor:  # made under a mode that replaces tensors
         return None
@@ -43,13 +43,13 @@ _found: dict[str, int] | None = None
 
 
 def _layout() -> dict[str, int] | None:
-    """The arguments but for `plain_keys`: offsets in bytes, and what stands there in a plain tensor."""
+    """The arguments except `plain_keys`: offsets in bytes, and the type words of a plain tensor and its storage."""
     global _found
     if _found is None:
         try:
             _found = _find()
         except (_UnclearError, AttributeError, RuntimeError, TypeError, ValueError):
-            return None  # perhaps because of a mode that is on now; the next optimizer tries again
+            return None  # perhaps because of a mode that is active now; the next optimizer tries again
     return _found
 
 
@@ -80,21 +80,21 @@ def _find() -> dict[str, int]:
 
 
 def _samples() -> list[Tensor]:
-    """Tensors that differ in all that is looked for."""
+    """Tensors that differ in everything that is searched for."""
     with torch.inference_mode(False), torch.no_grad():
         made = [torch.zeros(1009 + 37 * i, device="cpu", dtype=dtype) for i, dtype in enumerate(_DTYPES)]
         for times, tensor in enumerate(made):
             for _ in range(times):
                 tensor.zero_()
-        made.append(torch.frombuffer(bytearray(3000), dtype=torch.float32))  # its memory is another object's
+        made.append(torch.frombuffer(bytearray(3000), dtype=torch.float32))  # its memory belongs to another object
         made += [made[2].conj(), torch._neg_view(made[0]), torch.nn.Parameter(torch.zeros(77, device="cpu"))]
     return made
 
 
 def _version_counter() -> int:
-    """The word of a TensorImpl that points to the version counter: detach() shares it, and .data has another."""
+    """The word of a TensorImpl that points to the version counter, which detach() shares and .data does not."""
     with torch.inference_mode(False), torch.no_grad():
-        # Of five dimensions, as those that a tensor lacks are left as they were in memory, which may be anything.
+        # Five dimensions each: the slots of missing dimensions are uninitialized memory, which may hold anything.
         made = [torch.zeros((size, 1, 1, 1, 1), device="cpu") for size in (5, 11, 7, 13)]
         alike = [(tensor, tensor.detach(), tensor.data) for tensor in made]
     words = [[_words(tensor._cdata, _TENSOR_WORDS) for tensor in tensors] for tensors in alike]
@@ -107,7 +107,7 @@ def _version_counter() -> int:
 
 
 def _keys(tensor: Tensor) -> int:
-    """The set of dispatch keys of a tensor, as a number."""
+    """The dispatch key set of a tensor, as a number."""
     return torch._C._dispatch_keys(tensor).raw_repr()
 
 
@@ -116,7 +116,7 @@ def _words(address: int, count: int) -> list[int]:
 
 
 def _place(objects: Sequence[Sequence[int]], expected: Sequence[int]) -> int:
-    """The only index at which all objects have what is expected of them."""
+    """The only index at which every object has its expected value."""
     if len(set(expected)) < 2:
         raise _UnclearError
     places = set(range(min(map(len, objects))))

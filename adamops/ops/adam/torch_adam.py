@@ -1,6 +1,6 @@
-"""The last resort: the same update in pure PyTorch, a tensor at a time. Slow, and without the promise of equal bits.
+"""The last resort: the same update in pure PyTorch, a tensor at a time. Slow, and not guaranteed to be bit-identical.
 
-This is the module that the op "torch_adam" loads; it stands in where cpu_adam cannot be had.
+This is the module that the op "torch_adam" loads, the fallback where cpu_adam is not available.
 """
 
 from __future__ import annotations
@@ -34,10 +34,10 @@ class TorchBackend:
         return count
 
     def prepare_group(self, where: str, hyper: AdamHyper, params: list[Tensor], states: Any) -> None:
-        """None: there is no fast path here; prepare() does it."""
+        """Returns None: there is no fast path here, so prepare() is called."""
 
     def prepare(self, batch: AdamBatch) -> Update:
-        """Checks the batch, and returns what updates its params and states."""
+        """Checks the batch and returns the update of its params and states."""
         if batch.hyper.precision.stochastic_rounding:
             raise NotImplementedError(
                 "stochastic_rounding needs the compiled CPU op; python -m adamops.report says why it is not there"
@@ -59,11 +59,11 @@ class TorchBackend:
         names = averages_of(hyper.amsgrad)
         for i, step in enumerate(steps):
             param, grad, state = batch.params[i], batch.grads[i], batch.states[i]
-            kind, coded = hyper.precision.master_of(param), is_quantized(state)
+            kind, quantized = hyper.precision.master_of(param), is_quantized(state)
             master = param if kind is Master.NONE else _master(param, state, kind)
-            averages = dequantized_states(state, names) if coded else {name: state[name] for name in names}
+            averages = dequantized_states(state, names) if quantized else {name: state[name] for name in names}
             _adam_update(master, grad, averages, hyper.scalars(step), hyper.l2, step)
-            if coded:
+            if quantized:
                 store_quantized(state, averages, step)
             if kind is Master.FP32:
                 param.copy_(master)
@@ -77,7 +77,7 @@ class TorchBackend:
         batch.count_step(steps)
 
     def grad_norm(self, grads: Sequence[Tensor], norm_type: float) -> None:
-        """None: torch computes it."""
+        """Returns None: torch computes the norm."""
 
     def zeros_like(self, params: Sequence[Tensor], dtypes: Sequence[torch.dtype]) -> list[Tensor]:
         """New zero tensors laid out like the params."""
@@ -96,7 +96,7 @@ def _adam_update(
     l2: bool,
     step: int,
 ) -> None:
-    """adam_update() of csrc/adam/adam_update.h in pure PyTorch; float32 inside, whatever the tensors hold."""
+    """adam_update() of csrc/adam/adam_update.h in pure PyTorch, computed in float32 for every dtype."""
     (
         scale,
         beta1,

@@ -1,7 +1,7 @@
-"""Attributes that an optimizer and those who wrap it have in common.
+"""Attributes that an optimizer and its wrappers share.
 
-A wrapper may be of the optimizer's class without having its attributes, as Lightning's: it reads them from the
-optimizer, but what its methods set stays with itself. Must not know what is shared.
+A wrapper, such as Lightning's, may have the optimizer's class but not its attributes. It reads them from the optimizer,
+but what its methods set stays on the wrapper. Must not know what is shared.
 """
 
 from __future__ import annotations
@@ -12,7 +12,7 @@ T = TypeVar("T")
 
 
 class WrapperSharedAttribute(Generic[T]):
-    """An attribute kept in the optimizer's `_shared`, a dict, so that one set on a wrapper is set on the optimizer."""
+    """An attribute in the optimizer's dict `_shared`, so that setting it on a wrapper sets it on the optimizer."""
 
     def __init__(self, default: T) -> None:
         self._default = default
