@@ -120,10 +120,12 @@ void AdamTable::count_steps() const {
   }
 }
 
-void AdamTable::count_writes(bool zero_grads) const {
+void AdamTable::count_writes(bool zero_grads) {
   for (VersionCounter* const counter : written_) count_write(*counter);
   if (zero_grads)
     for (VersionCounter* const counter : grads_) count_write(*counter);
+  written_.clear();
+  grads_.clear();
 }
 
 std::vector<std::pair<uintptr_t, int64_t>> AdamTable::spans() const {

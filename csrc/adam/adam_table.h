@@ -47,9 +47,9 @@ class AdamTable {
   // Writes the step counts into the states that the table was made from, if any. Counts on the device are left alone.
   void count_steps() const;
 
-  // Tells autograd what the step writes, by version counters; with `zero_grads`, the grads too. Does nothing for a
-  // table made from addresses.
-  void count_writes(bool zero_grads) const;
+  // Tells autograd what the step writes, by version counters; with `zero_grads`, the grads too. Does nothing when
+  // called again, or for a table made from addresses.
+  void count_writes(bool zero_grads);
 
   // All tensors whose memory the table borrows; for DTensors, the local ones.
   pybind11::list borrowed() const;

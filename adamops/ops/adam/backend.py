@@ -30,6 +30,8 @@ class Update:
         The op's table, for backends that have one.
     call
         The arguments of the CPU op's `adam_steps` for this update, so that one call can run several updates.
+    count_writes
+        Tells autograd now what the op would tell it when it runs; None if the op tells it nothing.
     on_host
         Whether run() returns only when everything is done, and may be called from another thread.
     """
@@ -40,6 +42,7 @@ class Update:
     table: Any = None
     call: tuple[Any, ...] | None = None
     on_host: bool = True
+    count_writes: Callable[[], None] | None = None
 
     def __call__(self) -> None:
         if self.written:

@@ -10,7 +10,6 @@ from collections.abc import Sequence
 import torch
 
 from .backend import Backend, Update
-from .memory import PLAIN_TYPES
 
 
 class _Flag:
@@ -92,13 +91,12 @@ class AsyncStep:
     def add(self, backend: Backend | None, update: Update) -> None:
         """Adds an update to run in the background, and keeps the memory that it works on alive.
 
-        Holding the tensors alone would not do that: `param.data = ...` gives a tensor other memory, and
-        torch.utils.swap_tensors() gives it another version counter.
+        Holding the tensors alone would not do that: `param.data = ...` gives a tensor other memory.
         """
+        if update.count_writes is not None:
+            update.count_writes()  # now: torch.utils.swap_tensors() may later free the version counters
         self._updates.append((backend, update))
-        tensors = update.borrowed()
-        self._kept += [tensor.untyped_storage() for tensor in tensors]
-        self._kept += [tensor.detach() for tensor in tensors if type(tensor) in PLAIN_TYPES]
+        self._kept += [tensor.untyped_storage() for tensor in update.borrowed()]
 
     def fail(self, error: BaseException) -> None:
         """Ends the step with an error before it has begun."""

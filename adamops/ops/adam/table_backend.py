@@ -119,7 +119,14 @@ class TableBackend:
     def _update_of_params(self, table: Any, hyper: AdamHyper) -> Update:
         """The update of a table that the op's own reader made. The op tells autograd what it writes."""
         call = self._call(table, hyper)
-        return Update(self._runner(table, hyper, call), lambda: table.borrowed, (), table, call, self.on_host)
+        return Update(
+            self._runner(table, hyper, call),
+            lambda: table.borrowed,
+            table=table,
+            call=call,
+            on_host=self.on_host,
+            count_writes=lambda: table.count_writes(hyper.zero_grads),
+        )
 
     def _runner(self, table: Any, hyper: AdamHyper, call: tuple[Any, ...] | None) -> Callable[[], None]:
         """The function that runs a step for a table. `call` is what _call() returned."""
