@@ -18,7 +18,7 @@ from adamops import DeepSpeedCPUAdam
 from adamops.bench import OPTIMIZERS, OURS, Unavailable, new_params, time_in_rounds
 
 MAX_NORM = 1.0  # the Trainer's default
-CONTESTANTS: dict[str, Callable[[list[torch.nn.Parameter]], Optimizer]] = {
+IMPLEMENTATIONS: dict[str, Callable[[list[torch.nn.Parameter]], Optimizer]] = {
     OURS: lambda params: OPTIMIZERS[OURS](params, torch.float32),
     "torch.optim.AdamW": torch.optim.AdamW,
     "torch.optim.AdamW(fused=True), the Trainer's default": lambda params: torch.optim.AdamW(params, fused=True),
@@ -60,7 +60,7 @@ def median_times(numels: list[int], clip: bool, rounds: int) -> dict[str, float]
 
         calls[name] = step
 
-    for name, new_optimizer in CONTESTANTS.items():
+    for name, new_optimizer in IMPLEMENTATIONS.items():
         params = new_params(numels, torch.float32)
         try:
             add(name, params, accelerator.prepare_optimizer(new_optimizer(params)))

@@ -13,7 +13,7 @@ from adamops.bench import OPTIMIZERS, OURS, new_params, time_in_rounds
 
 MAX_NORM = 1.0
 SIZES = [256 * 256] * 60 + [256] * 120  # those of a model with 4 M params
-CONTESTANTS: dict[str, Callable[[list[torch.nn.Parameter]], Optimizer]] = {
+IMPLEMENTATIONS: dict[str, Callable[[list[torch.nn.Parameter]], Optimizer]] = {
     OURS: lambda params: OPTIMIZERS[OURS](params, torch.float32),
     "torch.optim.AdamW": torch.optim.AdamW,
     "torch.optim.AdamW(fused=True)": lambda params: torch.optim.AdamW(params, fused=True),
@@ -33,8 +33,9 @@ class Times(lightning.LightningModule):
         self.times: dict[str, list[float]] = {}
 
     def configure_optimizers(self) -> list[Optimizer]:
-        self.names = [*CONTESTANTS, IN_STEP] if self.clip else [*CONTESTANTS]
-        return [CONTESTANTS.get(name, CONTESTANTS[OURS])(new_params(SIZES, torch.float32)) for name in self.names]
+        self.names = [*IMPLEMENTATIONS, IN_STEP] if self.clip else [*IMPLEMENTATIONS]
+        makers = [IMPLEMENTATIONS.get(name, IMPLEMENTATIONS[OURS]) for name in self.names]
+        return [make(new_params(SIZES, torch.float32)) for make in makers]
 
     def training_step(self, batch: object, batch_idx: int) -> None:
         calls = {
@@ -58,7 +59,7 @@ def median_times(clip: bool, rounds: int) -> dict[str, float]:
     module = Times(clip, rounds)
     trainer = lightning.Trainer(
         accelerator="cpu",
-        max_steps=len(CONTESTANTS) + 1,
+        max_steps=len(IMPLEMENTATIONS) + 1,
         max_epochs=1,
         logger=False,
         enable_checkpointing=False,

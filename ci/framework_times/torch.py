@@ -69,7 +69,7 @@ def compiled_adamw(params: list[nn.Parameter]) -> Optimizer:
     return optimizer
 
 
-CONTESTANTS: dict[str, Callable[[list[nn.Parameter]], Optimizer]] = {
+IMPLEMENTATIONS: dict[str, Callable[[list[nn.Parameter]], Optimizer]] = {
     OURS: lambda params: adamops_optimizer(params, torch.float32),
     "torch default": lambda params: AdamW(params, **HYPER),
     "torch foreach": lambda params: torch_optimizer("foreach", params, torch.float32),
@@ -90,13 +90,13 @@ def measure() -> dict[str, dict[str, float]]:
 def _measure_case(make: Callable[[], nn.Module], shape: tuple[int, ...]) -> dict[str, float]:
     torch.manual_seed(0)
     x, steps, times = torch.randn(shape), {}, {}
-    for name, make_optimizer in CONTESTANTS.items():
+    for name, make_optimizer in IMPLEMENTATIONS.items():
         model = make()
         try:
             optimizer = make_optimizer(list(model.parameters()))
         except Unavailable:
             continue
-        times[name], steps[name] = [], _turn(model, optimizer.step, x)
+        times[name], steps[name] = [], _call(model, optimizer.step, x)
 
     def call(name: str) -> Callable[[], None]:
         return lambda: times[name].append(steps[name]())
@@ -105,7 +105,7 @@ def _measure_case(make: Callable[[], nn.Module], shape: tuple[int, ...]) -> dict
     return {name: statistics.median(measured[-ROUNDS:]) for name, measured in times.items()}
 
 
-def _turn(model: nn.Module, step: Callable[[], object], x: Tensor) -> Callable[[], float]:
+def _call(model: nn.Module, step: Callable[[], object], x: Tensor) -> Callable[[], float]:
     """A function that runs one training step and returns the milliseconds that the optimizer took."""
 
     def train() -> float:
