@@ -119,7 +119,8 @@ def test_converted_checkpoints_continue(tmp_path, before, after, cls, stage, kin
     assert converted.returncode == 0, converted.stderr
     for rank, found in enumerate(run_on_ranks(resume_converted, after, stage, cls, kind, str(tmp_path))):
         norms = [norm for *_, norm in found.values()]
-        assert norms[1:] == pytest.approx(norms[:1] * 2, rel=1e-3) and norms[0] < 1
+        cut = 1e-3 if before == after else 1e-2  # other ranks cut quantization blocks elsewhere, with other scales
+        assert norms[1:] == pytest.approx(norms[:1] * 2, rel=cut) and norms[0] < 1
         for name, (dtypes, losses, _) in found.items():
             assert dtypes == (QUANTIZED if "8-bit" in name else {torch.float32})
             if before != after:  # then the data of a step are others
