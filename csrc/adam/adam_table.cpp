@@ -51,6 +51,11 @@ int64_t blocks_of(int64_t numel) {
   return (numel + kQuantizationBlock - 1) / kQuantizationBlock;
 }
 
+// The bytes of an element.
+int64_t size_of(Dtype dtype) {
+  return dtype == kFloat32 ? 4 : dtype == kQuantized ? 1 : 2;
+}
+
 Master master_of_number(int number) {
   if (number < kNoMaster || number > kRemainder16)
     throw py::value_error("unknown kind of master " + std::to_string(number));
@@ -129,7 +134,6 @@ void AdamTable::count_writes(bool zero_grads) {
 }
 
 std::vector<std::pair<uintptr_t, int64_t>> AdamTable::spans() const {
-  const auto size_of = [](Dtype dtype) { return int64_t{dtype == kFloat32 ? 4 : dtype == kQuantized ? 1 : 2}; };
   std::vector<std::pair<uintptr_t, int64_t>> spans;
   for (size_t i = 0; i < tensors.size(); ++i) {
     const AdamTensor& tensor = tensors[i];
@@ -274,8 +278,7 @@ bool grads_overlap(const std::vector<const AdamTable*>& tables) {
     for (size_t i = 0; i < table->tensors.size(); ++i) {
       const AdamTensor& tensor = table->tensors[i];
       const auto* const begin = static_cast<const char*>(tensor.grad);
-      const int64_t element_size = table->dtypes[i].grad == kFloat32 ? 4 : 2;
-      if (tensor.numel) spans.emplace_back(begin, begin + tensor.numel * element_size);
+      if (tensor.numel) spans.emplace_back(begin, begin + tensor.numel * size_of(table->dtypes[i].grad));
     }
   }
   std::sort(spans.begin(), spans.end());

@@ -440,8 +440,9 @@ class AdamOptimizer(Optimizer):
             self._commit_proved(steps)
             return
         with torch._C.DisableTorchFunctionSubclass():  # from here on, no Python code of tensor subclasses runs
-            for update in [update for step in steps for _, update in step.updates]:
-                check_still_there(update.borrowed(), update.table.spans if update.table is not None else None)
+            for step in steps:
+                for _, update in step.updates:
+                    check_still_there(update.borrowed(), None if update.table is None else update.table.spans)
             self._commit_proved(steps)
 
     def _commit_proved(self, steps: Sequence[GroupStep]) -> None:
