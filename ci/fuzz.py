@@ -14,6 +14,7 @@ import contextlib
 import copy
 import faulthandler
 import functools
+import gc
 import math
 import os
 import random
@@ -1039,6 +1040,7 @@ def child(options: argparse.Namespace) -> int:
     torch.set_num_threads(options.threads)
     if options.emulated_cuda:
         add_emulated_cuda(options.emulated_cuda)
+    gc.freeze()  # step_in_backward() searches all objects for wrappers of modules; there are none so far
     try:
         if options.replay:
             run_session(options.seed, trace=lambda line: print(f"  {line}", flush=True))

@@ -292,10 +292,10 @@ def test_optimizers_made_without_a_layout_step_all_the_same(monkeypatch):
 
 def test_lazy_tensors_are_known_as_such():
     plain = torch.ones(3)
-    assert not memory.is_lazy(plain) and memory.resolved(plain) is plain
+    assert not memory.is_lazy(plain) and memory.in_memory(plain, "a grad") is plain
     for lazy in (torch._neg_view(plain), torch.ones(3, dtype=torch.complex64).conj(), torch._efficientzerotensor(3)):
         assert memory.is_lazy(lazy)
-        resolved = memory.resolved(lazy)
+        resolved = memory.in_memory(lazy, "a grad")
         assert not memory.is_lazy(resolved) and torch.equal(resolved, lazy.clone())
 
 

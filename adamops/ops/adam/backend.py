@@ -79,9 +79,10 @@ class Backend(Protocol):
         """Runs updates of this backend, one after another."""
 
     def grad_norm(self, grads: Sequence[Tensor], norm_type: float) -> float | Tensor | None:
-        """The norm of all elements of dense grads on this device; None if torch is to compute it.
+        """The norm of all elements of grads on this device; None if torch is to compute it.
 
-        It is a 0-dim float64 tensor on the device if only the device knows the value yet.
+        It is a 0-dim float64 tensor on the device if only the device knows the value yet. Raises what check_readable()
+        of memory.py raises.
         """
 
     def zeros_like(self, params: Sequence[Tensor], dtypes: Sequence[torch.dtype]) -> list[Tensor]:

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from .hyper import AdamHyper
-from .memory import aligned, check_memory, check_readable, check_writable, resolved
+from .memory import check_memory, check_readable, check_writable, in_memory
 from .precision import AVERAGES, DTYPES, MASTER, REMAINDER, SCALES, STATE_TENSORS, Master, averages_of, scales_shape
 from .quantization import CODES, blocks_of
 
@@ -192,10 +192,7 @@ def _checked_grad(param: Tensor, grad: Tensor, name: str) -> Tensor:
         raise ValueError(f"{described} has a grad on {grad.device}; copy it to the param's device")
     if grad.dtype not in (DTYPES if param.dtype == torch.float32 else (param.dtype, torch.float32)):
         raise TypeError(f"{described} has a grad of {grad.dtype}; use {_param_dtype_or_fp32(param)}")
-    check_readable(grad, f"{described}: its grad")
-    grad = aligned(resolved(grad))
-    check_memory(grad, f"{described}: its grad")
-    return like_param(grad, param)
+    return like_param(in_memory(grad, f"{described}: its grad"), param)
 
 
 def _described(param: Tensor, name: str) -> str:

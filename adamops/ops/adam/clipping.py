@@ -40,8 +40,8 @@ class ClippedGrads:
                 _without_repetition(grad).mul_(self.factor)
 
     def _has(self, grad: Tensor) -> bool:
-        reference, version = self._entries.get(id(grad), (None, None))
-        return reference is not None and reference() is grad and version_of(grad) == version
+        entry = self._entries.get(id(grad))
+        return entry is not None and entry[0]() is grad and entry[1] == version_of(grad)
 
 
 def _without_repetition(tensor: Tensor) -> Tensor:

@@ -17,7 +17,7 @@ from .backend import Update
 from .batch import AdamBatch
 from .hyper import AdamHyper
 from .memory import addresses
-from .table_backend import TableBackend, has_norm, put_back_spare_scales, set_spare_scales_aside
+from .table_backend import Columns, TableBackend, put_back_spare_scales, set_spare_scales_aside
 
 
 class CudaBackend(TableBackend):
@@ -29,11 +29,9 @@ class CudaBackend(TableBackend):
     def skips(self, hyper: AdamHyper) -> bool:
         return False  # the kernels check found_inf themselves
 
-    def grad_norm(self, grads: Sequence[Tensor], norm_type: float) -> Tensor | None:
-        if not has_norm(grads, norm_type):
-            return None
-        columns = self._columns(grads)
-        chunks = sum(-(-grad.numel() // self.module.NORM_CHUNK) for grad in grads)
+    def _norm_of(self, columns: Columns, norm_type: float) -> Tensor:
+        _, numels, _ = columns
+        chunks = sum(-(-numel // self.module.NORM_CHUNK) for numel in numels)
         partial = torch.empty(chunks + 1, dtype=torch.float64, device=self.device)
         (begin,) = addresses([partial], "what the norm needs on the device")
         place = {"partial": begin, "total": begin + 8 * chunks, **self._place()}

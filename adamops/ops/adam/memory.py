@@ -22,7 +22,7 @@ def is_lazy(tensor: Tensor) -> bool:
     return tensor.is_neg() or tensor.is_conj() or tensor._is_zerotensor()
 
 
-def resolved(tensor: Tensor) -> Tensor:
+def _resolved(tensor: Tensor) -> Tensor:
     """The tensor with its values in memory: itself, or a new one if it is lazy."""
     if not is_lazy(tensor):
         return tensor
@@ -31,7 +31,7 @@ def resolved(tensor: Tensor) -> Tensor:
     return tensor.resolve_conj().resolve_neg()
 
 
-def aligned(tensor: Tensor) -> Tensor:
+def _aligned(tensor: Tensor) -> Tensor:
     """The tensor at an address that is a multiple of its element size: itself, or a copy."""
     return tensor.clone() if _is_misaligned(tensor) else tensor
 
@@ -77,6 +77,18 @@ def check_readable(tensor: Tensor, what: str) -> None:
     if type(tensor) not in PLAIN_TYPES and hasattr(tensor, "__tensor_flatten__"):  # its elements are in other tensors
         return
     _check_storage(tensor, what)
+
+
+def in_memory(tensor: Tensor, what: str) -> Tensor:
+    """The tensor with its values in memory, at an address that an op can use: itself, or a copy.
+
+    Raises what check_memory() raises, if a copy does not help.
+    """
+    check_readable(tensor, what)
+    found = _aligned(_resolved(tensor))
+    if found is not tensor or type(tensor) not in PLAIN_TYPES:  # otherwise check_readable() has proved it all
+        check_memory(found, what)
+    return found
 
 
 def check_writable(tensor: Tensor, what: str) -> None:
@@ -176,5 +188,7 @@ def _bytes_spanned(tensor: Tensor) -> int:
     """The bytes from the start of the first element to the end of the last; 0 if there are no elements."""
     if not tensor.numel():
         return 0
+    if tensor.is_contiguous():
+        return tensor.numel() * tensor.element_size()
     last = sum((size - 1) * stride for size, stride in zip(tensor.shape, tensor.stride(), strict=True))
     return (last + 1) * tensor.element_size()

@@ -11,7 +11,7 @@ from torch import Tensor
 from .backend import Update
 from .hyper import AdamHyper
 from .memory import PLAIN_TYPES, addresses, count_writes
-from .table_backend import TableBackend, has_norm
+from .table_backend import Columns, TableBackend
 
 
 def _empty_like(params: Sequence[Tensor], dtypes: Sequence[torch.dtype]) -> list[Tensor]:
@@ -52,7 +52,9 @@ class NativeBackend(TableBackend):
         for dtype in dict.fromkeys(dtypes):
             chosen = [tensor for tensor in tensors if tensor.dtype == dtype]
             numels = list(map(Tensor.numel, chosen))
-            self.module.zero_fill(addresses(chosen, "a new state"), numels, dtype.itemsize, torch.get_num_threads())
+            columns = self._columns_of_plain(chosen)
+            begins = columns[0] if columns else addresses(chosen, "a new state")
+            self.module.zero_fill(begins, numels, dtype.itemsize, torch.get_num_threads())
         return tensors
 
     def _counts_fit(self, table: Any, hyper: AdamHyper) -> bool:
@@ -75,7 +77,5 @@ class NativeBackend(TableBackend):
     def _run(self, calls: list[Any]) -> None:
         self.module.adam_steps(calls)
 
-    def grad_norm(self, grads: Sequence[Tensor], norm_type: float) -> float | None:
-        if not has_norm(grads, norm_type):
-            return None
-        return self.module.grad_norm(*self._columns(grads), norm_type, torch.get_num_threads())
+    def _norm_of(self, columns: Columns, norm_type: float) -> float:
+        return self.module.grad_norm(*columns, norm_type, torch.get_num_threads())

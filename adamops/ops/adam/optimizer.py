@@ -43,14 +43,12 @@ from .interrupts import deferred_signals
 from .loading import adopted_states, check_groups, keep_own_settings, shield_states
 from .memory import (
     PLAIN_TYPES,
-    aligned,
     check_readable,
     check_still_there,
     check_torch_computes,
     check_viewable,
     check_writable,
     count_writes,
-    resolved,
 )
 from .native_backend import NativeBackend
 from .precision import (
@@ -719,8 +717,8 @@ class AdamOptimizer(Optimizer):
         if self._clipped is None:
             return 1.0
         if grads is None:
-            named = (with_grads(group, f"param group {i}") for i, group in enumerate(self.param_groups))
-            grads = [grad for entries in named for *_, grad in entries]
+            groups = enumerate(self.param_groups)
+            grads = [grad for i, group in groups for grad in _local_grads(group, f"param group {i}")]
         if not self._clipped.are(grads):
             self._clipped.settle(grads)
             self._clipped = None
@@ -736,14 +734,13 @@ class AdamOptimizer(Optimizer):
         completed = [
             {**state} if "step" in state else {"step": backend.new_step_count(batch.hyper), **state} for state in held
         ]
+        needed = list(map(batch.state_dtypes, batch.params))
         for key in STATE_TENSORS:
-            lacking = [
-                i
-                for i, param in enumerate(batch.params)
-                if key != SCALES and key in batch.state_dtypes(param) and key not in completed[i]
-            ]
+            lacking = [i for i, names in enumerate(needed) if key in names and key not in completed[i]]
+            if key == SCALES or not lacking:
+                continue
             like = [batch.params[i] for i in lacking]
-            dtypes = [batch.state_dtypes(batch.params[i])[key] for i in lacking]
+            dtypes = [needed[i][key] for i in lacking]
             if key == AVERAGES[2]:  # the other averages may have another dtype than new ones would
                 dtypes = [completed[i][AVERAGES[1]].dtype for i in lacking]
             for i, zeros in zip(lacking, backend.zeros_like(like, dtypes), strict=True):
@@ -1013,24 +1010,29 @@ def _complete_scales(state: dict[str, Any], param: Tensor, amsgrad: bool) -> Non
 def _norm_of(backend: Backend, device: torch.device, grads: list[Tensor], norm_type: float) -> Tensor:
     """The norm of all elements of grads on the device, as a float64 tensor there."""
     grads = [grad for grad in grads if grad.numel()]
-    for grad in grads:
-        check_readable(grad, "a grad")
     if not grads:
         return torch.full((), sharding.norm_of_nothing(norm_type), dtype=torch.float64, device=device)
-    if all(grad.layout == torch.strided for grad in grads):
-        dense = [grad if is_dense(grad) else grad.contiguous() for grad in map(aligned, map(resolved, grads))]
-        norm = backend.grad_norm(dense, norm_type)
-        if norm is not None:
-            return torch.as_tensor(norm, dtype=torch.float64, device=device)
+    norm = backend.grad_norm(grads, norm_type)
+    if norm is not None:
+        return torch.as_tensor(norm, dtype=torch.float64, device=device)
     for grad in grads:
         check_readable(grad, "a grad")
     norms = torch.stack([grad.float().norm(norm_type) for grad in grads])
     return torch.linalg.vector_norm(norms, norm_type).double()
 
 
+def _local_grads(group: dict[str, Any], where: str) -> list[Tensor]:
+    """The grad of each param that has one; for DTensors, the local tensor."""
+    params = group["params"]
+    grads = [grad for param in params if (grad := param.grad) is not None]
+    if {*map(type, params), *map(type, grads)}.issubset(PLAIN_TYPES):
+        return grads
+    return [grad for *_, grad in with_grads(group, where)]
+
+
 def _zeroable_grads(group: dict[str, Any], where: str) -> list[Tensor]:
     """The local grads of a group that have memory to zero."""
-    grads = [grad for *_, grad in with_grads(group, where) if not grad._is_zerotensor()]
+    grads = [grad for grad in _local_grads(group, where) if not grad._is_zerotensor()]
     for grad in grads:
         check_writable(grad, f"{where}: a grad")
     return grads

@@ -41,6 +41,8 @@ def is_sharded(tensor: object) -> bool:
 
 def local(tensor: Any) -> Any:
     """The local tensor of a DTensor, sharing its memory; anything else is returned as it is."""
+    if type(tensor) in PLAIN_TYPES:
+        return tensor
     # Not to_local(), which would create a view of a param at each call.
     held = tensor._local_tensor if is_sharded(tensor) else tensor
     if type(held) not in PLAIN_TYPES and hasattr(held, "wait"):

@@ -11,16 +11,16 @@ import itertools
 import math
 from collections.abc import Callable, Sequence
 from operator import attrgetter
-from typing import Any
+from typing import Any, TypeAlias
 
 import torch
 from torch import Tensor
 
 from . import tensor_layout
 from .backend import Update
-from .batch import AdamBatch, check_params_and_grads, check_states
+from .batch import AdamBatch, check_params_and_grads, check_states, is_dense
 from .hyper import AdamHyper
-from .memory import PLAIN_TYPES, addresses
+from .memory import PLAIN_TYPES, addresses, in_memory
 from .precision import DTYPES, SCALES, Master, averages_of
 from .sharding import dtensor_class
 
@@ -31,9 +31,15 @@ _DLPACK_DEVICE_TYPE = {"cpu": 1, "cuda": 2}
 _dtype = attrgetter("dtype")
 
 
-def has_norm(grads: Sequence[Tensor], norm_type: float) -> bool:
-    """Whether the ops compute this norm of these grads."""
-    return norm_type in (1.0, 2.0, math.inf) and all(grad.dtype in DTYPES for grad in grads)
+_NORM_TYPES = (1.0, 2.0, math.inf)
+
+Columns: TypeAlias = tuple[list[int], list[int], list[int]]  # addresses, sizes and dtype codes
+
+
+def _dense(grad: Tensor) -> Tensor:
+    """The grad with its values in memory, without gaps: itself, or a copy."""
+    grad = in_memory(grad, "a grad")
+    return grad if is_dense(grad) else grad.contiguous()
 
 
 class TableBackend:
@@ -82,14 +88,25 @@ class TableBackend:
         for update in updates:
             update()
 
-    def _columns(self, grads: Sequence[Tensor]) -> tuple[list[int], list[int], list[int]]:
-        """Addresses, sizes and dtype codes of dense grads, as the ops' grad_norm() takes them."""
-        found = None if self._reader is None else self.module.columns_of(self._reader, list(grads))
-        return found or (
-            addresses(grads, "a grad"),
-            list(map(Tensor.numel, grads)),
-            [DTYPES.index(grad.dtype) for grad in grads],
-        )
+    def grad_norm(self, grads: Sequence[Tensor], norm_type: float) -> float | Tensor | None:
+        if norm_type not in _NORM_TYPES:
+            return None
+        columns = self._columns_of_plain(grads)
+        if columns is not None:
+            return self._norm_of(columns, norm_type)
+        if any(grad.layout != torch.strided or grad.dtype not in DTYPES for grad in grads):
+            return None
+        dense = list(map(_dense, grads))  # kept alive until the op has read them
+        codes = [_DTYPE_CODE[grad.dtype] for grad in dense]
+        return self._norm_of((addresses(dense, "a grad"), list(map(Tensor.numel, dense)), codes), norm_type)
+
+    def _columns_of_plain(self, tensors: Sequence[Tensor]) -> Columns | None:
+        """None unless all are plain, contiguous and of a dtype in DTYPES. The op's reader proves every address."""
+        return None if self._reader is None else self.module.columns_of(self._reader, list(tensors))
+
+    def _norm_of(self, columns: Columns, norm_type: float) -> float | Tensor:
+        """The norm that grad_norm() returns, by the op."""
+        raise NotImplementedError
 
     def _prepare_checked(self, batch: AdamBatch) -> Update:
         """The update of a batch that has been checked. Step counts are kept as numbers."""
