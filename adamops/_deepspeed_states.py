@@ -18,7 +18,7 @@ from torch import Tensor
 from .ops.adam.batch import is_quantized
 from .ops.adam.optimizer import AdamOptimizer
 from .ops.adam.precision import AVERAGES, SCALES
-from .ops.adam.quantization import BLOCK
+from .ops.adam.quantization import QUANTIZATION_BLOCK
 from .ops.adam.quantized_states import dequantized_states, quantized_states
 from .ops.adam.saving import without_quantized
 
@@ -36,7 +36,7 @@ def read_piece(state: dict[str, Any], key: str, start: int, numel: int) -> Tenso
     """Dequantizes elements of an average of a flat param into a new float32 tensor."""
     if numel == 0:
         return torch.zeros(0, device=state[key].device)
-    return dequantized_states(_blocks(state, start, numel))[key].narrow(0, start % BLOCK, numel)
+    return dequantized_states(_blocks(state, start, numel))[key].narrow(0, start % QUANTIZATION_BLOCK, numel)
 
 
 def write_piece(state: dict[str, Any], key: str, start: int, values: Tensor) -> None:
@@ -46,7 +46,7 @@ def write_piece(state: dict[str, Any], key: str, start: int, values: Tensor) -> 
         return
     blocks = _blocks(state, start, values.numel())
     floats = dequantized_states(blocks)
-    floats[key].narrow(0, start % BLOCK, values.numel()).copy_(values)
+    floats[key].narrow(0, start % QUANTIZATION_BLOCK, values.numel()).copy_(values)
     for name, tensor in quantized_states(floats).items():
         held = blocks[name]
         (held[:, : tensor.shape[1]] if name == SCALES else held).copy_(tensor)
@@ -54,8 +54,9 @@ def write_piece(state: dict[str, Any], key: str, start: int, values: Tensor) -> 
 
 def _blocks(state: dict[str, Any], start: int, numel: int) -> dict[str, Tensor]:
     """Views of the quantization blocks that hold the elements."""
-    first, last = start // BLOCK, -(-(start + numel) // BLOCK)
-    views = {name: state[name][first * BLOCK : last * BLOCK] for name in AVERAGES if name in state}
+    first, last = start // QUANTIZATION_BLOCK, -(-(start + numel) // QUANTIZATION_BLOCK)
+    elements = slice(first * QUANTIZATION_BLOCK, last * QUANTIZATION_BLOCK)
+    views = {name: state[name][elements] for name in AVERAGES if name in state}
     return views | {SCALES: state[SCALES][first:last]}
 
 

@@ -131,7 +131,7 @@ def check_not_replaced(optimizer: Any, caller: types.FrameType) -> None:
 # Children of multiprocessing are new processes ----------------------------------------------------------------------
 
 
-class PatchesChildren:
+class PatchedChildren:
     """Sent to each spawned child with multiprocessing's settings. Patches DeepSpeed there when it is unpickled.
 
     The patch waits until the child imports DeepSpeed, as children that only load data do not need it.
@@ -159,7 +159,7 @@ class PatchesChildren:
         self._settings().pop(self._KEY, None)
 
 
-def _arrived_in_child(shm_comm: bool | None) -> PatchesChildren:
+def _arrived_in_child(shm_comm: bool | None) -> PatchedChildren:
     def patch() -> None:
         from . import deepspeed
 
@@ -169,4 +169,4 @@ def _arrived_in_child(shm_comm: bool | None) -> PatchesChildren:
             warnings.warn(f"adamops.deepspeed cannot patch DeepSpeed in this child process: {error}", stacklevel=2)
 
     when_imported("deepspeed", patch)
-    return PatchesChildren(shm_comm)
+    return PatchedChildren(shm_comm)

@@ -537,10 +537,10 @@ def print_skipped(console: Console, results: dict[str, Result]) -> None:
 
 
 def positive(text: str) -> int:
-    """Parses a whole number from 1, for argparse."""
+    """Parses a positive integer, for argparse."""
     value = int(text) if text.isdigit() else 0
     if value < 1:
-        raise argparse.ArgumentTypeError(f"{text!r} is not a whole number from 1")
+        raise argparse.ArgumentTypeError(f"{text!r} is not a positive integer")
     return value
 
 

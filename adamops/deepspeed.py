@@ -22,7 +22,7 @@ import torch
 from torch import Tensor
 
 from . import op_builder
-from ._neighbours import PatchesChildren
+from ._neighbours import PatchedChildren
 from .ops.adam import DeepSpeedCPUAdam, FusedAdam
 from .ops.adam.backend import Backend
 from .ops.adam.batch import AdamBatch, check_params_and_grads, check_states
@@ -249,7 +249,7 @@ class Patch:
             sequence.append(value)
             self._undo.append(functools.partial(sequence.remove, value))
 
-    def enable(self, thing: PatchesChildren) -> None:
+    def enable(self, thing: PatchedChildren) -> None:
         """Enables something; undo() disables it."""
         self._undo.append(thing.disable)
         thing.enable()
@@ -312,7 +312,7 @@ def patch(*, shm_comm: bool | None = None) -> Patch:
         _accept_as_client_optimizers(new)
         _keep_under_accelerate(new)
         _convert_quantized_states(new)
-        new.enable(PatchesChildren(shm_comm))
+        new.enable(PatchedChildren(shm_comm))
         if device_type == "cpu" and not (_can_compile() if shm_comm is None else shm_comm):
             new.set_entry(deepspeed.ops.__compatible_ops__, SHM_COMM, False)
     except BaseException:

@@ -240,7 +240,7 @@ def _refuse_wrapper(wrapper: str, modules: Iterable[nn.Module], params: Iterable
 def _with_wrapper(wrapper: str) -> str:
     return (
         f"step_in_backward() cannot be used with {wrapper}, which averages grads over processes after each param would "
-        "have been updated with its own process' grad: replicas would part. Use optimizer.step(), or fully_shard(), "
+        "have been updated with its own process' grad: replicas would diverge. Use optimizer.step(), or fully_shard(), "
         "whose params are updated once their grads are averaged"
     )
 

@@ -301,6 +301,27 @@ class Reference:
             if outs is not None and own_outs is not None and own_outs[i] is not None:
                 self._compare(f"the lowp_out of param {i}", outs[i], own_outs[i], param)
 
+    def check_read(self, what: str, read: Callable[[Any], list[Any]]) -> None:
+        """Raises Finding unless `read`, called with the session's optimizer, returns what it does with this one.
+
+        It returns a dict of tensors for each param, in the params' order.
+        """
+        if self.unreadable:
+            return
+        try:
+            all_expected = read(self.optimizer)
+        except IN_WORDS as error:
+            raise Finding(f"{what} returned, but not on clean copies of all tensors: {error}") from error
+        for param, ours, expected in zip(self._kept, read(self.session.optimizer), all_expected, strict=True):
+            for key in (ours.keys() & expected.keys()) if is_updated(param) else ():
+                if self._is_read_alike(param, key):
+                    self._compare(f"{key} from {what}", ours[key], expected[key], param)
+
+    def _is_read_alike(self, param: Tensor, key: str) -> bool:
+        """Whether a tensor's values do not depend on its memory layout, as those of 8-bit states do."""
+        state = self.session.optimizer.state.get(param) or {}
+        return "block_scales" not in state or held(state.get(key, param)).stride() == held(param).stride()
+
     def _compare_states(self, i: int, param: Tensor) -> None:
         ours, expected = self.session.optimizer.state[param], self.optimizer.state[self.params[param]]
         if int(ours["step"]) != int(expected["step"]):
@@ -318,7 +339,15 @@ class Reference:
             raise Finding(f"{what} differs from a step on clean copies: {ours} and {expected}")
 
 
-def lazy_sums(tensor: Tensor) -> Tensor:
+def read_averages(optimizer: Any) -> list[dict[str, Tensor]]:
+    """For each param, its float averages as a state dict has them."""
+    saved = optimizer.state_dict(True)
+    indices = [index for group in saved["param_groups"] for index in group["params"]]
+    states = [saved["state"].get(index) or {} for index in indices]
+    return [{key: value for key, value in state.items() if key.startswith("exp_avg")} for state in states]
+
+
+def lazily_negated(tensor: Tensor) -> Tensor:
     """The same values as a lazily negated tensor."""
     return torch._neg_view(-tensor)
 
@@ -352,7 +381,7 @@ def misaligned(tensor: Tensor) -> Tensor:
 # Mutations of a tensor, by name. The harmless ones keep its elements in memory, so that a step may accept them.
 HARMLESS: dict[str, Callable[[Tensor, random.Random], Any]] = {
     "clone": lambda t, r: t.clone(),
-    "negated": lambda t, r: lazy_sums(t),
+    "negated": lambda t, r: lazily_negated(t),
     "zero tensor": lambda t, r: torch._efficientzerotensor(t.shape, dtype=t.dtype),
     "strided": lambda t, r: torch.stack([t, t], -1)[..., 0],
     "transposed": lambda t, r: t.mT.contiguous().mT if t.dim() > 1 else t.clone(),
@@ -585,7 +614,8 @@ class Session:
         try:
             param.grad = grad
         except (RuntimeError, TypeError):
-            param.grad.data = grad
+            if not param.grad.is_quantized:  # torch itself crashes with such data
+                param.grad.data = grad
 
     def _change_param(self) -> None:
         param = self.random.choice(self.params)
@@ -823,7 +853,10 @@ class Session:
 
     def _save(self) -> None:
         dequantize = self.random.random() < 0.5
-        self.call(f"state_dict({dequantize})", lambda: self.optimizer.state_dict(dequantize))
+        reference = self._reference() if dequantize else None
+        returned = self.call(f"state_dict({dequantize})", lambda: self.optimizer.state_dict(dequantize))
+        if returned and reference:
+            reference.check_read("state_dict(dequantize=True)", read_averages)
 
     def _load(self) -> None:
         """Loads the optimizer's own state dict, intact or mutilated."""
@@ -886,7 +919,9 @@ class Session:
                   lambda: self.optimizer.load_state_dict(saved), must=was_clean and self._mesh is None)  # fmt: skip
 
     def _fp32_params(self) -> None:
-        self.call("fp32_params()", self.optimizer.fp32_params)
+        reference = self._reference()
+        if self.call("fp32_params()", self.optimizer.fp32_params) and reference:
+            reference.check_read("fp32_params()", lambda optimizer: [{"param": p} for p in optimizer.fp32_params()])
 
     def _load_fp32_params(self) -> None:
         try:

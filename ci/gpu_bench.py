@@ -139,16 +139,16 @@ def less_precision(elements: int, bandwidth: float, rounds: int) -> None:
         own.grad = torch.randn_like(own)
     ours, theirs = FusedAdam(params, **HYPER), torch.optim.AdamW(params, **HYPER, fused=True)
 
-    def our_turn() -> None:
+    def our_round() -> None:
         ours.clip_grad_norm_(1.0)
         ours.step(zero_grads=True)
 
-    def their_turn() -> None:
+    def their_round() -> None:
         torch.nn.utils.clip_grad_norm_(params, 1.0)
         theirs.step()
         theirs.zero_grad(set_to_none=False)
 
-    found = medians({"adamops": our_turn, "torch fused": their_turn}, rounds)
+    found = medians({"adamops": our_round, "torch fused": their_round}, rounds)
     print(f"clip, step and zero, 200 tensors: {found['adamops']:.3f} ms; torch fused {found['torch fused']:.3f} ms")
 
 

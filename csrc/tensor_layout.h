@@ -35,7 +35,7 @@ struct TensorLayout {
   // The version counter of `tensor` if its storage contains the `size` bytes at `address`; otherwise null. The type of
   // `tensor` must be one whose instances are torch tensors. The counter lives as long as this tensor, or one that
   // shares its memory.
-  VersionCounter* proven(const PyObject* tensor, const char* address, int64_t size) const {
+  VersionCounter* version_if_valid(const PyObject* tensor, const char* address, int64_t size) const {
     const char* const tensor_impl = at<const char*>(tensor, impl);
     if (!tensor_impl || at<uint64_t>(tensor_impl, 0) != tensor_type || at<uint64_t>(tensor_impl, key_set) != plain_keys)
       return nullptr;

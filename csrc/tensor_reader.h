@@ -58,7 +58,7 @@ class TensorReader {
   pybind11::object local(PyObject* sharded) const { return attribute(sharded, names_.local_tensor); }
 
   // Whether two DTensors are sharded the same way. Usually they share one spec.
-  bool cut_alike(PyObject* sharded, PyObject* other) const {
+  bool sharded_alike(PyObject* sharded, PyObject* other) const {
     const pybind11::object spec = attribute(sharded, names_.spec), other_spec = attribute(other, names_.spec);
     if (spec.is(other_spec)) return true;
     for (PyObject* const name : {names_.placements, names_.mesh}) {
@@ -110,8 +110,8 @@ class TensorReader {
     }
     const bool aligned = reinterpret_cast<uintptr_t>(view.address()) % std::max(tensor.dtype_bits / 8, 1) == 0;
     if ((!contiguous && view.numel != 0) || !aligned) return false;
-    view.version =
-        layout_.proven(object, static_cast<const char*>(view.address()), view.numel * (tensor.dtype_bits / 8));
+    view.version = layout_.version_if_valid(object, static_cast<const char*>(view.address()),
+                                            view.numel * (tensor.dtype_bits / 8));
     return view.version;
   }
 

@@ -121,7 +121,7 @@ def max_jobs() -> int:
     if not value:
         return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
     if not value.isdigit() or int(value) < 1:
-        raise ValueError(f"MAX_JOBS={value!r} is not valid; use a whole number from 1")
+        raise ValueError(f"MAX_JOBS={value!r} is not valid; use a positive integer")
     return int(value)
 
 

@@ -20,9 +20,10 @@ __device__ void compare(float ours, float expected, Wrong* wrong) {
 
 __global__ void roots(Wrong* wrong) {
   OwnFloats a;
-  for (int i = 0; i < kOwn; ++i) a[i] = __uint_as_float((blockIdx.x * blockDim.x + threadIdx.x) * kOwn + i);
+  for (int i = 0; i < kElementsPerThread; ++i)
+    a[i] = __uint_as_float((blockIdx.x * blockDim.x + threadIdx.x) * kElementsPerThread + i);
   const OwnFloats root = CudaOwnOps::sqrt(a);
-  for (int i = 0; i < kOwn; ++i) compare(root[i], __fsqrt_rn(a[i]), wrong);
+  for (int i = 0; i < kElementsPerThread; ++i) compare(root[i], __fsqrt_rn(a[i]), wrong);
 }
 
 enum Draw { kAnyBits, kFastRange, kSignificands, kDivisorsNearTwo };
@@ -33,8 +34,8 @@ __global__ void quotients(uint32_t key, Wrong* wrong) {
   const uint32_t thread = blockIdx.x * blockDim.x + threadIdx.x;
   for (int round = 0; round < 64; ++round) {
     OwnFloats a, b;
-    for (int i = 0; i < kOwn; ++i) {
-      const uint32_t x = mixed_bits(thread ^ mixed_bits(key + static_cast<uint32_t>(round * kOwn + i))),
+    for (int i = 0; i < kElementsPerThread; ++i) {
+      const uint32_t x = mixed_bits(thread ^ mixed_bits(key + static_cast<uint32_t>(round * kElementsPerThread + i))),
                      y = mixed_bits(~x);
       if (kDraw == kAnyBits) {
         a[i] = __uint_as_float(x), b[i] = __uint_as_float(y);
@@ -42,12 +43,12 @@ __global__ void quotients(uint32_t key, Wrong* wrong) {
         a[i] = __uint_as_float(0x1F800000u + x % 0x3F000001u), b[i] = __uint_as_float(0x20800000u + y % 0x3E000001u);
       } else {
         a[i] = __uint_as_float(kOne | (x & kFraction));
-        b[i] = __uint_as_float(kDraw == kSignificands ? kOne | ((thread * kOwn + i) & kFraction)
+        b[i] = __uint_as_float(kDraw == kSignificands ? kOne | ((thread * kElementsPerThread + i) & kFraction)
                                                       : (kOne | kFraction) - (y & 15));
       }
     }
     const OwnFloats quotient = CudaOwnOps::div(a, b);
-    for (int i = 0; i < kOwn; ++i) compare(quotient[i], __fdiv_rn(a[i], b[i]), wrong);
+    for (int i = 0; i < kElementsPerThread; ++i) compare(quotient[i], __fdiv_rn(a[i], b[i]), wrong);
   }
 }
 

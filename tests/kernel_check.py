@@ -21,7 +21,7 @@ COMBINATIONS = [(FLOAT32, FLOAT32, FLOAT32)] + [
     (p, g, s) for p in (BFLOAT16, FLOAT16) for g in (p, FLOAT32) for s in (p, FLOAT32)
 ]
 SIZES = (1, 7, 31, 32, 33, 64, 130, 1000)
-CODES = 3  # the dtype of quantized states of 8 bits
+QUANTIZED = 3  # the dtype of quantized states of 8 bits
 NO_MASTER, FP32_MASTER, REMAINDER_8, REMAINDER_16 = range(4)  # enum Master of csrc/adam/adam_tensor.h
 # What every wheel gives on every CPU. It changes with what is fed below, the update rule, the codes, the noise of
 # codes and of bfloat16 averages, or the order in which a norm is added up, and nothing else.
@@ -96,7 +96,7 @@ class SmallTensor:
 
     def code(self):
         """The code of its dtypes."""
-        return self.param + 3 * self.param + 9 * CODES + 36 * BFLOAT16
+        return self.param + 3 * self.param + 9 * QUANTIZED + 36 * BFLOAT16
 
     def bits(self):
         """All that is stored, every NaN made the same."""

@@ -1,4 +1,4 @@
-"""The update rule of DESIGN.md, section 3, in numpy: written from the text, one rounding an operation, and slow.
+"""The update rule of docs/numerics.md in numpy: written from the text, one rounding an operation, and slow.
 
 `exact` gives the very bits that every kernel must give; `float64` computes the same in double, to measure errors
 against.

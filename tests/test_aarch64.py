@@ -18,9 +18,9 @@ from adamops.op_builder.cpu import choose_targets
 from adamops.op_builder.cpu_adam import CPUAdamBuilder
 from kernel_check import (
     BFLOAT16,
-    CODES,
     COMBINATIONS,
     FLOAT32,
+    QUANTIZED,
     canonical,
     random_values,
     scalars_of,
@@ -132,7 +132,7 @@ def test_neon_has_the_bits_of_this_machine(monkeypatch, tmp_path, cpu_adam, seed
             tensor.columns,
             param=tensor.param,
             grad=tensor.param,
-            state=CODES,
+            state=QUANTIZED,
             lowp_out=BFLOAT16,
             **{
                 name: getattr(tensor, name)

@@ -102,7 +102,7 @@ def test_an_unknown_case_is_an_error_that_names_the_valid_ones(tmp_path):
 def test_a_count_that_is_none_is_an_error(tmp_path, value):
     done = run_bench(tmp_path, f"--elements={value}")
     assert done.returncode == 2
-    assert f"{value!r} is not a whole number from 1" in done.stderr
+    assert f"{value!r} is not a positive integer" in done.stderr
 
 
 def test_no_peers_and_threads(tmp_path):

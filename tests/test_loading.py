@@ -152,7 +152,7 @@ def test_scales_of_other_columns_are_refused_when_loaded(cls, columns):
     (param,), optimizer = trained(cls, [torch.randn(SIZE)], state_dtype="8bit")
     broken = copy.deepcopy(optimizer.state_dict())
     broken["state"][0][SCALES] = torch.ones(20, columns, dtype=torch.bfloat16)
-    with pytest.raises(ValueError, match="20 rows, one for each block, and a column for each state"):
+    with pytest.raises(ValueError, match="20 rows, one for each quantization block, and a column for each state"):
         optimizer.load_state_dict(broken)
 
 

@@ -9,7 +9,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from adamops import DeepSpeedCPUAdam, op_builder, portable_state_dicts
+from adamops import DeepSpeedCPUAdam, FusedAdam, op_builder, portable_state_dicts
 from adamops.ops.adam import quantization, remainders
 from adamops.ops.adam.precision import SCALES
 from adamops.ops.adam.quantized_states import dequantized_states, quantized_states
@@ -83,10 +83,10 @@ def near_the_largest_float(size):
     return torch.finfo(torch.float32).max * factors * torch.randn(size).sign()
 
 
-@pytest.mark.parametrize("name", quantization.CODES)
+@pytest.mark.parametrize("name", quantization.FORMATS)
 @pytest.mark.parametrize("noise", [0, 0x8000, 0xFFFF])
 def test_no_magnitude_is_beyond_the_top_code(name, noise, seed):
-    code = quantization.CODES[name]
+    code = quantization.FORMATS[name]
     values = near_the_largest_float(4096)
     values = values if code is quantization.SIGNED else values.abs()
     codes, scales = quantization.quantize(values, code, noise)
@@ -114,9 +114,9 @@ def test_squares_beyond_the_largest_scale(cpu_adam, target, seed):
         assert param.isfinite().all()
 
 
-@pytest.mark.parametrize("name", quantization.CODES)
+@pytest.mark.parametrize("name", quantization.FORMATS)
 def test_inverses_of_scales_are_rounded_once(name):
-    code = quantization.CODES[name]
+    code = quantization.FORMATS[name]
     scales = torch.arange(quantization._LEAST_SCALE, quantization._MOST_SCALE, dtype=torch.int16).view(torch.bfloat16)
     assert torch.equal(
         quantization._inverse(scales, code), (torch.full((1,), code.top_expanded).double() / scales.double()).float()
@@ -153,10 +153,10 @@ def test_codes_do_not_depend_on_threads_or_targets(data):
             assert_same(x[name], y[name], name)
 
 
-@pytest.mark.parametrize("name", quantization.CODES)
+@pytest.mark.parametrize("name", quantization.FORMATS)
 def test_round_trip_error(name, seed):
     """The bound that docs/low-precision.md states, for magnitudes of a block relative to its largest."""
-    code = quantization.CODES[name]
+    code = quantization.FORMATS[name]
     values = torch.rand(256 * 400) ** 6
     if code is quantization.SIGNED:
         values *= torch.randn(len(values)).sign()
@@ -169,10 +169,10 @@ def test_round_trip_error(name, seed):
     assert (error <= bound).all(), (error / bound).max()
 
 
-@pytest.mark.parametrize("name", quantization.CODES)
+@pytest.mark.parametrize("name", quantization.FORMATS)
 def test_rounding_makes_up_for_itself(name, seed):
     """Over the steps the mean of what is stored is what was to be stored: an average can change by less than a code."""
-    code = quantization.CODES[name]
+    code = quantization.FORMATS[name]
     values = torch.rand(1024) + 0.01
     values[::256] = 1.05
     total = torch.zeros(1024, dtype=torch.float64)
@@ -619,7 +619,7 @@ def test_torch_calls_do_nearly_the_same(arguments, dtype, seed):
     ({"state_dtype": torch.float16}, r"squares of small grads .* become zero, .* use torch.bfloat16, .* or '8bit'"),
     ({"state_dtype": "8bit", "fp32_optimizer_states": False}, "give one of them"),
     ({"master_weight_bits": 16}, "Invalid master_weight_bits: 16; expected None, 24 or 32"),
-    ({"master_weight_bits": 32, "stochastic_rounding": True}, "others lose nothing"),
+    ({"master_weight_bits": 32, "stochastic_rounding": True}, "wider ones lose nothing"),
 ])  # fmt: skip
 def test_wrong_arguments(arguments, message):
     with pytest.raises(ValueError, match=message):
@@ -650,3 +650,81 @@ def test_a_copied_optimizer_keeps_its_precision(seed):
     twin.step()
     assert twin.state[param]["exp_avg"].dtype == torch.int8
     assert twin.state[param]["param_remainder"].dtype == torch.int8
+
+
+# Memory layouts ----------------------------------------------------------------------------------------------------
+
+LAYOUTS = {
+    "transposed": lambda t: t.t().contiguous().t(),
+    "gaps": lambda t: torch.stack([t, torch.zeros_like(t)], -1)[..., 0],
+    "expanded": lambda t: t[:1].expand(t.shape),
+}
+
+
+def trained_with_odd_states(layout, state_dtype=torch.float32, bits=24):
+    """Params and optimizer, twice: the first param has no grad, and state tensors in this memory layout.
+
+    The second time they are contiguous, with the same values.
+    """
+    start = torch.randn(64, 80).bfloat16()
+    pair = []
+    for change in (LAYOUTS[layout], lambda t: LAYOUTS[layout](t).contiguous()):
+        params = [torch.nn.Parameter(start.clone()) for _ in range(2)]
+        optimizer = DeepSpeedCPUAdam(params, lr=1e-2, state_dtype=state_dtype, master_weight_bits=bits)
+        for param in params:
+            param.grad = start.clone()
+        optimizer.step()
+        state, params[0].grad = optimizer.state[params[0]], None
+        for key in ("exp_avg", "exp_avg_sq", *(["param_remainder"] if bits else [])):
+            state[key] = change(state[key])
+        pair.append((params, optimizer))
+    return pair
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+@pytest.mark.parametrize("bits", [24, 32])
+def test_remainders_in_other_memory_layouts_are_read_element_by_element(cpu_adam, layout, bits, seed):
+    (params, odd), (_, plain) = trained_with_odd_states(layout, bits=bits)
+    assert_same(odd.fp32_params()[0], plain.fp32_params()[0], "fp32_params()")
+    outs = [[torch.zeros(64, 80, dtype=torch.bfloat16) for _ in params] for _ in range(2)]
+    for optimizer, copies in zip((odd, plain), outs, strict=True):
+        optimizer.step(lowp_out=copies)  # the first param has no grad: its copy is written after the kernels have run
+    for ours, theirs in zip(*outs, strict=True):
+        assert_same(ours, theirs, "lowp_out")
+    for optimizer in (odd, plain):
+        portable_state_dicts(optimizer)
+    ours, theirs = (optimizer.state_dict()["state"][0]["param_remainder"] for optimizer in (odd, plain))
+    assert torch.equal(ours, theirs)
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_master_weights_start_from_remainders_in_other_memory_layouts(cpu_adam, layout, seed):
+    results = []
+    for (param, _), optimizer in trained_with_odd_states(layout):
+        state = optimizer.state[param]
+        other = FusedAdam([param], lr=0.0, master_weights=True)
+        other.state[param] = {"step": 0, "param_remainder": state["param_remainder"]}
+        param.grad = torch.zeros_like(param)
+        other.step()
+        results.append(other.state[param]["master_param"])
+    assert_same(*results, "master weights")
+
+
+@pytest.mark.parametrize("layout", ["gaps", "expanded"])
+def test_8bit_states_in_other_memory_layouts_are_dequantized_element_by_element(cpu_adam, layout, seed):
+    (_, odd), (_, plain) = trained_with_odd_states(layout, "8bit", None)
+    ours, theirs = (optimizer.state_dict(dequantize=True)["state"][0] for optimizer in (odd, plain))
+    for key in ("exp_avg", "exp_avg_sq"):
+        assert_same(ours[key], theirs[key], key)
+
+
+def test_a_rollback_of_states_in_another_memory_layout_is_refused(cpu_adam, seed):
+    param = torch.nn.Parameter(torch.randn(64, 80))
+    optimizer = DeepSpeedCPUAdam([param])
+    param.grad = torch.randn(64, 80)
+    optimizer.step_subgroup(0)
+    before, state = param.detach().clone(), optimizer.state[0]
+    state["exp_avg"] = LAYOUTS["transposed"](state["exp_avg"])
+    with pytest.raises(ValueError, match="Cannot roll back: a state has strides"):
+        optimizer.rollback_subgroup(0)
+    assert torch.equal(param, before) and state["step"] == 1

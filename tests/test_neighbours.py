@@ -13,7 +13,7 @@ import torch
 import adamops
 from adamops import _neighbours
 from adamops._deepspeed_runner import Command, parse
-from adamops._neighbours import PatchesChildren, when_imported
+from adamops._neighbours import PatchedChildren, when_imported
 
 
 @pytest.fixture
@@ -77,8 +77,8 @@ def test_children_of_children_inherit_the_patch(tmp_path, method):
         f"    process = multiprocessing.get_context('{method}').Process(target=grandchild)\n"
         "    process.start(); process.join(); assert process.exitcode == 0\n"
         "if __name__ == '__main__':\n"
-        "    from adamops._neighbours import PatchesChildren\n"
-        "    PatchesChildren(False).enable()\n"
+        "    from adamops._neighbours import PatchedChildren\n"
+        "    PatchedChildren(False).enable()\n"
         f"    process = multiprocessing.get_context('{method}').Process(target=child)\n"
         "    process.start(); process.join(); sys.exit(process.exitcode)\n"
     )
@@ -89,7 +89,7 @@ def test_children_of_children_inherit_the_patch(tmp_path, method):
 def test_no_child_inherits_what_is_disabled():
     settings = multiprocessing.current_process()._config
     before = dict(settings)
-    patches = PatchesChildren(None)
+    patches = PatchedChildren(None)
     patches.enable()
     assert settings != before
     patches.disable()
@@ -105,7 +105,7 @@ def test_a_child_that_cannot_be_patched_says_so_and_goes_on(monkeypatch):
     monkeypatch.setattr(sys.modules["adamops.deepspeed"], "patch", fails, raising=False)
     monkeypatch.setattr(adamops, "deepspeed", sys.modules["adamops.deepspeed"], raising=False)
     with pytest.warns(UserWarning, match="cannot patch DeepSpeed in this child process: no op here"):
-        pickle.loads(pickle.dumps(PatchesChildren(None)))
+        pickle.loads(pickle.dumps(PatchedChildren(None)))
 
 
 # The optimizers -----------------------------------------------------------------------------------------------------

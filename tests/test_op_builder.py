@@ -35,7 +35,7 @@ def test_get_names_the_ops_there_are():
         ("ADAMOPS_BUILD_CPU_ADAM", "2", lambda: environment.build_switch("cpu_adam"), "ADAMOPS_BUILD_CPU_ADAM='2'"),
         ("ADAMOPS_CPU_TARGETS", "avx9", lambda: environment.cpu_targets(["avx2"]), "native, all, or a list of avx2"),
         ("ADAMOPS_SIMD", "avx9", lambda: environment.simd(["avx2", "baseline"]), "use one of avx2, baseline"),
-        ("MAX_JOBS", "0", environment.max_jobs, "use a whole number from 1"),
+        ("MAX_JOBS", "0", environment.max_jobs, "use a positive integer"),
         ("MAX_JOBS", "many", environment.max_jobs, "MAX_JOBS='many'"),
     ],
 )

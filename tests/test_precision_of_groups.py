@@ -154,7 +154,7 @@ def test_a_change_in_the_middle_of_training_takes_effect_by_loading_only(cls, be
         ({}, {"stochastic_rounding": "yes"}, TypeError, "param group 1: Invalid stochastic_rounding: 'yes'"),
         ({}, {"master_weights": True, "state_dtype": "8bit"}, ValueError, "goes with float32 states, not 8bit"),
         ({"state_dtype": "8bit"}, {"master_weights": True}, ValueError, "goes with float32 states, not 8bit"),
-        ({"stochastic_rounding": True}, {"master_weight_bits": 32}, ValueError, "others lose nothing"),
+        ({"stochastic_rounding": True}, {"master_weight_bits": 32}, ValueError, "wider ones lose nothing"),
         ({}, {"state_dtype": "8bit", "fp32_optimizer_states": False}, ValueError, "give one of them"),
         ({}, {"master_weights": True, "master_weight_bits": 24}, ValueError, "give one of them"),
         ({}, {"master_weights": True, "fp32_optimizer_states": False}, ValueError, "those of the params' dtype"),

@@ -90,7 +90,7 @@ def test_is_quick_apart_from_torch(report, copied_package, prebuilt):
         ("ADAMOPS_CPU_TARGETS", "avx3", "native, all, or a list of"),
         ("ADAMOPS_BUILD_OPS", "yes", "use 0 (never build), 1 (must build)"),
         ("ADAMOPS_BUILD_CPU_ADAM", "2", "use 0 (never build), 1 (must build)"),
-        ("MAX_JOBS", "many", "whole number"),
+        ("MAX_JOBS", "many", "positive integer"),
     ],
 )
 def test_invalid_build_variable_is_shown_once(report, name, value, valid):

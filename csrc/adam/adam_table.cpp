@@ -190,7 +190,7 @@ bool AdamTable::add(const TensorReader& reader, PyObject* param, py::object grad
   row.param = py::reinterpret_borrow<py::object>(param);
   if (reader.is_sharded(grad.ptr()) != sharded) return false;
   if (sharded) {
-    if (!reader.cut_alike(param, grad.ptr())) return false;
+    if (!reader.sharded_alike(param, grad.ptr())) return false;
     row.param = reader.local(param);
     grad = reader.local(grad.ptr());
   }
@@ -239,7 +239,7 @@ bool AdamTable::add(const TensorReader& reader, PyObject* param, py::object grad
   }
 
   const AdamDtypes own_dtypes = {p.dtype, g.dtype, m.dtype, own_master, kFloat32};
-  if (!fit(own_dtypes) || !add_step(reader, row.step)) return false;
+  if (!is_supported(own_dtypes) || !add_step(reader, row.step)) return false;
   tensors.push_back({p.address(), g.address(), m.address(), v.address(), amsgrad ? max_v.address() : nullptr,
                      own_master == kNoMaster ? nullptr : master_view.address(),
                      m.dtype == kQuantized ? static_cast<uint16_t*>(scales.address()) : nullptr, nullptr, p.numel,
@@ -391,8 +391,8 @@ void bind_adam_table(py::module_& module) {
   module.def(
       "table_of_params", &table_of_params, py::arg("reader"), py::arg("params"), py::arg("states"), py::arg("amsgrad"),
       py::arg("master") = static_cast<int>(kNoMaster), py::arg("first_state") = 0, py::arg("rng_offset") = 0,
-      "A table of the params that have a grad, kept alive with what belongs to them, or None if any of it is out "
-      "of the ordinary. `first_state` is that of the group's last table: where to look for states first. `master` "
+      "A table of the params that have a grad, kept alive with what belongs to them, or None if any of it is not "
+      "eligible for the fast path. `first_state` is that of the group's last table: where to look for states first. `master` "
       "is a Master of csrc/adam/adam_tensor.h.");
   module.def(
       "table_of_addresses", &table_of_addresses, py::arg("params"), py::arg("grads"), py::arg("exp_avgs"),
@@ -401,7 +401,7 @@ void bind_adam_table(py::module_& module) {
       py::arg("master") = static_cast<int>(kMasterFp32), py::arg("scales") = py::none(),
       py::arg("lowp_outs") = py::none(), py::arg("rng_offsets") = py::none(), py::arg("states") = py::none(),
       "A table of columns of addresses, sizes, dtype codes (param + 3 * grad + 9 * state + 36 * lowp_out) and step "
-      "counts, or their addresses, all trusted. A master of 0 is none. Counts are written to the dicts in `states`.");
+      "counts, or their addresses, all trusted. A master of 0 means none. Counts are written to the dicts in `states`.");
 }
 
 }  // namespace adamops

@@ -37,7 +37,7 @@ struct AdamDtypes {
 // Whether kernels support this combination: grads have the param's dtype or fp32, or 16 bits for fp32 params. Master
 // weights require 16-bit params, and fp32 ones also fp32 states. Internal linkage, like everything that code compiled
 // for different CPUs shares.
-static constexpr bool fit(AdamDtypes d) {
+static constexpr bool is_supported(AdamDtypes d) {
   return (d.grad == d.param || d.grad == kFloat32 || d.param == kFloat32) &&
          (d.master == kNoMaster || (d.param != kFloat32 && (d.master != kMasterFp32 || d.state == kFloat32)));
 }

@@ -90,11 +90,11 @@ void adam_range(const AdamTensor& tensor, const AdamWork& work, int64_t begin, i
 template <class Param, class Grad, class State>
 void probe_range(const AdamTensor& tensor, int64_t begin, int64_t end, int prefetch_bytes) {
   using Word = uint64_t;
-  constexpr int64_t kParamWords = kBlock * sizeof(Param) / sizeof(Word),
-                    kGradWords = kBlock * sizeof(Grad) / sizeof(Word);
-  constexpr int64_t kStateWords = kBlock * sizeof(State) / sizeof(Word);
+  constexpr int64_t kParamWords = kVectorBlock * sizeof(Param) / sizeof(Word),
+                    kGradWords = kVectorBlock * sizeof(Grad) / sizeof(Word);
+  constexpr int64_t kStateWords = kVectorBlock * sizeof(State) / sizeof(Word);
   const Word zero = prefetch_bytes < 0;  // 0, but the compiler does not know
-  for (int64_t i = begin; i + kBlock <= end; i += kBlock) {
+  for (int64_t i = begin; i + kVectorBlock <= end; i += kVectorBlock) {
     Param* param = at<Param>(tensor.param, i);
     const Grad* grad = at<Grad>(tensor.grad, i);
     State* exp_avg = at<State>(tensor.exp_avg, i);
@@ -156,7 +156,7 @@ AdamRange choose_adam_range(AdamDtypes dtypes, AdamMode mode, bool in_blocks) {
   return direct ? direct : choose_staged_range(dtypes, mode);
 }
 
-ProbeRange choose_touch_range(AdamDtypes dtypes) {
+ProbeRange choose_probe_range(AdamDtypes dtypes) {
   return choose_types<ProbeRange>(
       dtypes, [](auto p, auto g, auto s) -> ProbeRange { return probe_range<decltype(p), decltype(g), decltype(s)>; });
 }
@@ -164,7 +164,7 @@ ProbeRange choose_touch_range(AdamDtypes dtypes) {
 }  // namespace
 
 // Constant data, so that inspecting a target runs none of its code.
-extern const AdamTarget target = {ADAMOPS_TARGET_NAME, Ops::kRequires, choose_adam_range, choose_touch_range,
+extern const AdamTarget target = {ADAMOPS_TARGET_NAME, Ops::kRequires, choose_adam_range, choose_probe_range,
                                   norm_range};
 
 }  // namespace ADAMOPS_TARGET

@@ -33,7 +33,7 @@ using NormRange = double (*)(const void* grad, Dtype dtype, Norm norm, int64_t c
 struct AdamTarget {
   const char* name;
   uint32_t required_features;  // of simd/cpu_features.h
-  // Null for combinations that do not exist: see fit(). `in_blocks` selects the kernel that can do everything, one
+  // Null for combinations that are not supported. `in_blocks` selects the kernel that can do everything, one
   // quantization block after another.
   AdamRange (*adam_range)(AdamDtypes dtypes, AdamMode mode, bool in_blocks);
   ProbeRange (*probe_range)(AdamDtypes dtypes);  // master weights are left alone

@@ -19,8 +19,8 @@ namespace adamops {
 namespace ADAMOPS_TARGET {
 namespace {
 
-static_assert(kQuantizationBlock % kBlock == 0, "blocks, and so pairs of vectors, fill quantization blocks");
-static_assert(kQuantizationBlock % (4 * Ops::kWidth) == 0, "codes are stored by four vectors");
+static_assert(kQuantizationBlock % kVectorBlock == 0, "blocks, and so pairs of vectors, fill quantization blocks");
+static_assert(kQuantizationBlock % (4 * Ops::kWidth) == 0, "quantized values are stored by four vectors");
 static_assert(kQuantizedOffset == 128, "store_bytes takes it off");
 
 // Single floats, for loops that the compiler vectorizes.
@@ -94,9 +94,9 @@ using VectorMagnitudes = Magnitudes<Ops::kWidth>;
 
 // A quantization block of a column in memory. If the tensor ends within it, a zero-padded copy.
 template <class T>
-class Block {
+class PaddedBlock {
  public:
-  Block(void* column, int64_t begin, int64_t count) : memory_(at<T>(column, begin)), count_(count) {
+  PaddedBlock(void* column, int64_t begin, int64_t count) : memory_(at<T>(column, begin)), count_(count) {
     if (count == kQuantizationBlock) return;
     std::memset(static_cast<void*>(copy_), 0, sizeof copy_);
     std::memcpy(static_cast<void*>(copy_), memory_, static_cast<size_t>(count) * sizeof(T));
@@ -139,14 +139,14 @@ using Byte = typename FormatTypes<Format>::Byte;
 template <class Format>
 class Dequantizer {
  public:
-  Dequantizer(const Byte<Format>* codes, uint16_t scale)
-      : codes_(codes), unit_(Ops::set(scale_in_fp32<FloatOps>(scale) * Format::kUnit)) {}
+  Dequantizer(const Byte<Format>* quantized, uint16_t scale)
+      : quantized_(quantized), unit_(Ops::set(scale_in_fp32<FloatOps>(scale) * Format::kUnit)) {}
   Number load(int64_t i) const {
-    return dequantize<Format, VectorOps>(VectorOps::to_number(VectorOps::load_bytes(codes_ + i)), unit_);
+    return dequantize<Format, VectorOps>(VectorOps::to_number(VectorOps::load_bytes(quantized_ + i)), unit_);
   }
 
  private:
-  const Byte<Format>* codes_;
+  const Byte<Format>* quantized_;
   Number unit_;
 };
 
@@ -171,7 +171,7 @@ class Quantizer {
 
   uint16_t scale() const { return scale_; }
 
-  void quantize_block(const float* __restrict from, Byte<Format>* __restrict codes) const {
+  void quantize_block(const float* __restrict from, Byte<Format>* __restrict quantized) const {
     const Integers stride = VectorOps::set_integers(static_cast<uint16_t>(Ops::kWidth * kElementStride<Format>));
     Integers noise = noise_, least = VectorOps::set_integers(kInfinity);
     for (int64_t i = 0; i < kQuantizationBlock; i += 4 * Ops::kWidth) {
@@ -181,13 +181,13 @@ class Quantizer {
             quantize<Format, VectorOps>(Ops::load(from + i + j * Ops::kWidth), inverse_, VectorOps::from_bits(noise));
         if (!Format::kSigned) least = VectorOps::smaller(least, four[j]);
       }
-      VectorOps::store_bytes(codes + i, four);
+      VectorOps::store_bytes(quantized + i, four);
     }
     const auto most_below_zero = VectorOps::cast<VectorMagnitudes::Vector>(-least);
     if (!Format::kSigned && VectorMagnitudes::largest_of(most_below_zero) == uint32_t{0} - kQuantizedOffset)  // rare
       for (int64_t i = 0; i < kQuantizationBlock; ++i)
-        if (codes[i] == 0)
-          codes[i] = static_cast<Byte<Format>>(least_code(static_cast<int32_t>(FloatOps::bits(from[i]))));
+        if (quantized[i] == 0)
+          quantized[i] = static_cast<Byte<Format>>(least_quantized(static_cast<int32_t>(FloatOps::bits(from[i]))));
   }
 
  private:
@@ -211,28 +211,28 @@ struct Random {
   uint32_t bits(int64_t i) const { return random_bits(key, index + static_cast<uint32_t>(i)); }
 };
 
-template <class Rest>
-inline void join(const bf16* param, const Rest* rest, float* to) {
+template <class Integer>
+inline void join(const bf16* param, const Integer* remainder, float* to) {
   for (int64_t i = 0; i < kQuantizationBlock; ++i)
-    to[i] = FloatOps::from_bits(Bf16Remainder<8 * sizeof(Rest)>::join(param[i].bits, rest[i]));
+    to[i] = FloatOps::from_bits(Bf16Remainder<8 * sizeof(Integer)>::join(param[i].bits, remainder[i]));
 }
-template <class Rest>
-inline void join(const fp16* param, const Rest* rest, float* to) {
+template <class Integer>
+inline void join(const fp16* param, const Integer* remainder, float* to) {
   widen(param, to);
   for (int64_t i = 0; i < kQuantizationBlock; ++i)
-    to[i] = Fp16Remainder<8 * sizeof(Rest), FloatOps>::join(to[i], rest[i]);
+    to[i] = Fp16Remainder<8 * sizeof(Integer), FloatOps>::join(to[i], remainder[i]);
 }
 
-template <class Rest>
-inline void split(const float* from, const Random& random, bf16* param, Rest* rest) {
-  using Remainder = Bf16Remainder<8 * sizeof(Rest)>;
+template <class Integer>
+inline void split(const float* from, const Random& random, bf16* param, Integer* remainder) {
+  using Remainder = Bf16Remainder<8 * sizeof(Integer)>;
   const auto run = [&](const auto& noise) {
     for (int64_t i = 0; i < kQuantizationBlock; ++i) {
       uint32_t upper;
       int32_t lower;
       Remainder::split(FloatOps::bits(from[i]), noise(i), upper, lower);
       param[i].bits = static_cast<uint16_t>(upper);
-      rest[i] = static_cast<Rest>(lower);
+      remainder[i] = static_cast<Integer>(lower);
     }
   };
   if (random.used)
@@ -240,9 +240,9 @@ inline void split(const float* from, const Random& random, bf16* param, Rest* re
   else
     run([](int64_t) { return Remainder::kHalf; });
 }
-template <class Rest>
-inline void split(const float* from, const Random& random, fp16* param, Rest* rest) {
-  using Remainder = Fp16Remainder<8 * sizeof(Rest), FloatOps>;
+template <class Integer>
+inline void split(const float* from, const Random& random, fp16* param, Integer* remainder) {
+  using Remainder = Fp16Remainder<8 * sizeof(Integer), FloatOps>;
   float rounded[kQuantizationBlock];
   narrow(from, param);
   widen(param, rounded);
@@ -253,9 +253,9 @@ inline void split(const float* from, const Random& random, fp16* param, Rest* re
     }
     widen(param, rounded);
     for (int64_t i = 0; i < kQuantizationBlock; ++i)
-      rest[i] = static_cast<Rest>(Remainder::rest(from[i], rounded[i], noise(i)));
+      remainder[i] = static_cast<Integer>(Remainder::of(from[i], rounded[i], noise(i)));
   };
-  if (random.used && sizeof(Rest) == 1)
+  if (random.used && sizeof(Integer) == 1)
     run([&](int64_t i) { return static_cast<float>(static_cast<int32_t>(random.bits(i) & 0xFFFF)) * 0x1p-16f; });
   else
     run([](int64_t) { return 0.5f; });
@@ -292,7 +292,7 @@ struct BlockOfTensor {
   // Runs visit(T*) on the quantization block of a column of T, and writes it back if `Written`.
   template <bool Written, class T, class Visit>
   void visit_as(void* column, const Visit& visit) const {
-    Block<T> block(column, begin, count);
+    PaddedBlock<T> block(column, begin, count);
     visit(block.begin());
     if (Written) block.write_back();
   }
@@ -304,12 +304,12 @@ struct BlockOfTensor {
   }
   // Runs visit(param, remainder) on a param and its remainder.
   template <bool Written, class Visit>
-  void visit_param_and_rest(const Visit& visit) const {
+  void visit_param_and_remainder(const Visit& visit) const {
     const auto with_rest = [&](auto* param) {
       if (work.dtypes.master == kRemainder8)
-        visit_as<Written, int8_t>(tensor.master, [&](int8_t* rest) { visit(param, rest); });
+        visit_as<Written, int8_t>(tensor.master, [&](int8_t* remainder) { visit(param, remainder); });
       else
-        visit_as<Written, int16_t>(tensor.master, [&](int16_t* rest) { visit(param, rest); });
+        visit_as<Written, int16_t>(tensor.master, [&](int16_t* remainder) { visit(param, remainder); });
     };
     if (work.dtypes.param == kBfloat16) return visit_as<Written, bf16>(tensor.param, with_rest);
     visit_as<Written, fp16>(tensor.param, with_rest);
@@ -348,7 +348,8 @@ struct BlockOfTensor {
     if (work.dtypes.master == kMasterFp32) return take(kFloat32, tensor.master, scratch);
     prefetch<bf16>(tensor.param);
     work.dtypes.master == kRemainder8 ? prefetch<uint8_t>(tensor.master) : prefetch<bf16>(tensor.master);
-    visit_param_and_rest<false>([&](const auto* param, const auto* rest) { join(param, rest, scratch); });
+    visit_param_and_remainder<false>(
+        [&](const auto* param, const auto* remainder) { join(param, remainder, scratch); });
     return scratch;
   }
   void put_param(const float* from) const {
@@ -357,7 +358,7 @@ struct BlockOfTensor {
                            random_key(tensor.rng_offset, work.scalars.step, static_cast<uint32_t>(index >> 32)),
                            static_cast<uint32_t>(index)};
     if (work.dtypes.master == kRemainder8 || work.dtypes.master == kRemainder16) {
-      visit_param_and_rest<true>([&](auto* param, auto* rest) { split(from, random, param, rest); });
+      visit_param_and_remainder<true>([&](auto* param, auto* remainder) { split(from, random, param, remainder); });
     } else {
       if (work.dtypes.master == kMasterFp32) put(kFloat32, tensor.master, from);
       if (random.used && work.dtypes.master == kNoMaster && work.dtypes.param != kFloat32)
@@ -498,24 +499,24 @@ inline void update_quantized_states(const AdamConstants<Ops>& k, const BlockOfTe
   block.prefetch<uint8_t>(tensor.exp_avg);
   block.prefetch<uint8_t>(tensor.exp_avg_sq);
   if constexpr (Amsgrad) block.prefetch<uint8_t>(tensor.max_exp_avg_sq);
-  Block<int8_t> m(tensor.exp_avg, block.begin, block.count);
-  Block<uint8_t> v(tensor.exp_avg_sq, block.begin, block.count);
-  Block<uint8_t> max_v(Amsgrad ? tensor.max_exp_avg_sq : tensor.exp_avg_sq, block.begin, block.count);
-  const QuantizedStates<Amsgrad> codes = {m.begin(), v.begin(), max_v.begin(),
-                                          tensor.scales + block.begin / kQuantizationBlock * (Amsgrad ? 3 : 2)};
+  PaddedBlock<int8_t> m(tensor.exp_avg, block.begin, block.count);
+  PaddedBlock<uint8_t> v(tensor.exp_avg_sq, block.begin, block.count);
+  PaddedBlock<uint8_t> max_v(Amsgrad ? tensor.max_exp_avg_sq : tensor.exp_avg_sq, block.begin, block.count);
+  const QuantizedStates<Amsgrad> quantized = {m.begin(), v.begin(), max_v.begin(),
+                                              tensor.scales + block.begin / kQuantizationBlock * (Amsgrad ? 3 : 2)};
   const FloatStates states = {scratch.exp_avg, scratch.exp_avg_sq, scratch.max_exp_avg_sq};
   Largest largest;
-  if (codes.scales[0] & kHasNotFinite) {
-    codes.dequantize_with_nan(scratch.exp_avg);
+  if (quantized.scales[0] & kHasNotFinite) {
+    quantized.dequantize_with_nan(scratch.exp_avg);
     struct : QuantizedStates<Amsgrad> {
       const float* dequantized;
       Number load_exp_avg(int64_t i) const { return Ops::load(dequantized + i); }
-    } with_nan{{codes}, scratch.exp_avg};
+    } with_nan{{quantized}, scratch.exp_avg};
     largest = update<L2, Amsgrad>(k, param, grad, with_nan, states);
   } else {
-    largest = update<L2, Amsgrad>(k, param, grad, codes, states);
+    largest = update<L2, Amsgrad>(k, param, grad, quantized, states);
   }
-  codes.quantize(states, largest, block.begin, block.work.scalars.step);
+  quantized.quantize(states, largest, block.begin, block.work.scalars.step);
   m.write_back();
   v.write_back();
   if (Amsgrad) max_v.write_back();
@@ -541,7 +542,7 @@ void staged_range(const AdamTensor& tensor, const AdamWork& work, int64_t begin,
 }  // namespace
 
 AdamRange choose_staged_range(AdamDtypes dtypes, AdamMode mode) {
-  if (!fit(dtypes)) return nullptr;
+  if (!is_supported(dtypes)) return nullptr;
   if (mode.l2) return mode.amsgrad ? staged_range<true, true> : staged_range<true, false>;
   return mode.amsgrad ? staged_range<false, true> : staged_range<false, false>;
 }

@@ -92,13 +92,13 @@ PYBIND11_MODULE(fused_adam, module) {
              py::arg("bias_correction"), py::arg("adamw_mode"), py::arg("maximize"), py::arg("loss_scale"),
              py::arg("found_inf"), py::arg("device"), py::arg("stream"), py::arg("grad_factor") = 0,
              "Enqueues the counting of the table's steps, which must be kept on the device, and writes each tensor's "
-             "scalars, SCALARS_SIZE bytes, to device memory at `scalars`. Addresses of 0 stand for nothing given.");
+             "scalars, SCALARS_SIZE bytes, to device memory at `scalars`. An address of 0 means that there is none.");
   module.attr("NORM_CHUNK") = kNormChunk;
   module.def("grad_norm", &grad_norm, py::arg("addresses"), py::arg("numels"), py::arg("dtypes"), py::arg("norm_type"),
              py::arg("partial"), py::arg("total"), py::arg("device"), py::arg("stream"),
              "Enqueues the computing of the norm of all elements of grads, a double at the device address `total`, of "
              "the bits that cpu_adam.grad_norm() has. `partial` is room for a double for every NORM_CHUNK elements of "
-             "each, begun ones counted.");
+             "each grad, rounded up.");
   module.def("problem", &cuda_problem, py::arg("device"),
              "Why the op cannot run on a device; an empty string if it can.");
   module.def(

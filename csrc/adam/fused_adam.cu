@@ -112,7 +112,7 @@ void cuda_adam_step(const CudaAdamStep& step, CudaPlace place) {
   std::vector<PlannedTensor> planned;
   planned.reserve(step.tensors.size());
   for (size_t i = 0; i < step.tensors.size(); ++i) {
-    if (!fit(step.dtypes[i]))
+    if (!is_supported(step.dtypes[i]))
       throw std::invalid_argument("tensor " + std::to_string(i) +
                                   ": no kernel for these dtypes of param, grad, state and master");
     const uint32_t row = step.device_scalars ? 0 : step.scalar_rows[i];

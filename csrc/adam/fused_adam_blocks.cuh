@@ -12,20 +12,20 @@
 
 namespace adamops {
 
-static_assert(kOwn == 8 && kChunk % kQuantizationBlock == 0,
+static_assert(kElementsPerThread == 8 && kChunk % kQuantizationBlock == 0,
               "a thread's elements in 16 bits are one access of 16 bytes");
 
 // As many integers of 8 or 16 bits as a thread has elements, packed into words, the first one lowest.
 template <class T>
 struct Words {
-  static constexpr int kPerWord = 4 / sizeof(T), kCount = kOwn / kPerWord;
+  static constexpr int kPerWord = 4 / sizeof(T), kCount = kElementsPerThread / kPerWord;
   uint32_t words[kCount];
 
   __device__ int32_t number(int i) const {
     return static_cast<T>(words[i / kPerWord] >> (8 * sizeof(T) * (static_cast<uint32_t>(i) % kPerWord)));
   }
   // Packs the lowest bits of integers.
-  static __device__ Words packed(const int32_t (&from)[kOwn]) {
+  static __device__ Words packed(const int32_t (&from)[kElementsPerThread]) {
     Words packed;
 #pragma unroll
     for (int word = 0; word < kCount; ++word) {
@@ -44,9 +44,9 @@ struct Words {
   }
 };
 
-// The elements of a thread, from `begin` on. If `Whole`, all kOwn are there and the tensor's columns are aligned, so
-// they are moved at once. Otherwise only `count` are there, possibly none; they are moved one by one, with zeros for
-// the missing ones.
+// The elements of a thread, from `begin` on. If `Whole`, all kElementsPerThread are there and the tensor's columns are
+// aligned, so they are moved at once. Otherwise only `count` are there, possibly none; they are moved one by one, with
+// zeros for the missing ones.
 template <bool Whole>
 struct OwnElements {
   int64_t begin;
@@ -54,28 +54,28 @@ struct OwnElements {
 
   __device__ OwnElements(int64_t begin, int64_t end)
       : begin(begin),
-        count(Whole || end - begin >= kOwn ? kOwn
-              : end > begin                ? static_cast<int>(end - begin)
-                                           : 0) {}
+        count(Whole || end - begin >= kElementsPerThread ? kElementsPerThread
+              : end > begin                              ? static_cast<int>(end - begin)
+                                                         : 0) {}
 
   template <class T>
   __device__ void load_as(const void* column, OwnFloats& to) const {
     const T* const from = static_cast<const T*>(column) + begin;
     if constexpr (Whole) {
-      load<kOwn>(from, to.x);
+      load<kElementsPerThread>(from, to.x);
     } else {
 #pragma unroll
-      for (int i = 0; i < kOwn; ++i) to[i] = i < count ? widen(T{}, load_bits(from + i)) : 0.0f;
+      for (int i = 0; i < kElementsPerThread; ++i) to[i] = i < count ? widen(T{}, load_bits(from + i)) : 0.0f;
     }
   }
   template <class T, class Narrow = ToNearest>
   __device__ void store_as(void* column, const OwnFloats& from, const Narrow& narrow = {}) const {
     T* const to = static_cast<T*>(column) + begin;
     if constexpr (Whole) {
-      store<kOwn>(to, from.x, narrow);
+      store<kElementsPerThread>(to, from.x, narrow);
     } else {
 #pragma unroll
-      for (int i = 0; i < kOwn; ++i)
+      for (int i = 0; i < kElementsPerThread; ++i)
         if (i < count) store_bits(to + i, narrow(T{}, from[i]));
     }
   }
@@ -101,9 +101,9 @@ struct OwnElements {
       const uint4 loaded = *reinterpret_cast<const uint4*>(from);
       return {{loaded.x, loaded.y, loaded.z, loaded.w}};
     } else {
-      int32_t numbers[kOwn];
+      int32_t numbers[kElementsPerThread];
 #pragma unroll
-      for (int i = 0; i < kOwn; ++i) numbers[i] = i < count ? from[i] : 0;
+      for (int i = 0; i < kElementsPerThread; ++i) numbers[i] = i < count ? from[i] : 0;
       return Words<T>::packed(numbers);
     }
   }
@@ -117,7 +117,7 @@ struct OwnElements {
       __stwb(reinterpret_cast<uint4*>(to), make_uint4(words[0], words[1], words[2], words[3]));
     } else {
 #pragma unroll
-      for (int i = 0; i < kOwn; ++i)
+      for (int i = 0; i < kElementsPerThread; ++i)
         if (i < count) to[i] = static_cast<T>(from.number(i));
     }
   }
@@ -139,7 +139,7 @@ __device__ inline int32_t magnitude_bits(float x) {
 __device__ inline int32_t largest_magnitude(const OwnFloats& x) {
   int32_t largest = 0;
 #pragma unroll
-  for (int i = 0; i < kOwn; ++i) largest = CudaBitOps::larger(largest, magnitude_bits(x[i]));
+  for (int i = 0; i < kElementsPerThread; ++i) largest = CudaBitOps::larger(largest, magnitude_bits(x[i]));
   return largest_of_warp(largest);
 }
 
@@ -148,21 +148,21 @@ constexpr uint32_t kEveryByte = 0x01010101, kEverySign = 0x80808080;
 template <class Format, class Byte, bool Whole>
 __device__ inline void dequantize_own(const OwnElements<Whole>& own, const void* column, uint16_t scale,
                                       OwnFloats& to) {
-  const Words<Byte> codes = own.template load_words<Byte>(column);
+  const Words<Byte> quantized = own.template load_words<Byte>(column);
   const float unit = __fmul_rn(scale_in_fp32<CudaBitOps>(scale), Format::kUnit);
   // With its sign bit flipped, a signed byte is an unsigned one that is 128 more.
   constexpr uint32_t kTurned = Format::kSigned ? kEverySign : 0;
   constexpr float kZero = CudaBitOps::kWholes + (Format::kSigned ? 128.0f : 0.0f);
 #pragma unroll
-  for (int i = 0; i < kOwn; ++i) {
-    const uint32_t turned = codes.words[i / 4] ^ kTurned;
-    const float code = __uint_as_float(__byte_perm(turned, CudaBitOps::kBitsOfWholes, 0x7650u | i % 4));
-    to[i] = dequantize<Format, CudaBitOps>(__fadd_rn(code, -kZero), unit);
+  for (int i = 0; i < kElementsPerThread; ++i) {
+    const uint32_t turned = quantized.words[i / 4] ^ kTurned;
+    const float value = __uint_as_float(__byte_perm(turned, CudaBitOps::kBitsOfWholes, 0x7650u | i % 4));
+    to[i] = dequantize<Format, CudaBitOps>(__fadd_rn(value, -kZero), unit);
   }
   if (Format::kSigned && (scale & kHasNotFinite)) {  // rare
 #pragma unroll
-    for (int i = 0; i < kOwn; ++i)
-      if (codes.number(i) == kNotFinite) to[i] = __uint_as_float(0x7FC00000u);
+    for (int i = 0; i < kElementsPerThread; ++i)
+      if (quantized.number(i) == kNotFinite) to[i] = __uint_as_float(0x7FC00000u);
   }
 }
 
@@ -173,14 +173,14 @@ __device__ inline uint16_t quantize_own(const OwnElements<Whole>& own, const Own
                                         uint32_t step, uint32_t not_finite, void* column) {
   const uint16_t scale = block_scale(largest);
   const float inverse = inverse_scale<Format, CudaBitOps>(scale);
-  int32_t codes[kOwn];
+  int32_t quantized[kElementsPerThread];
 #pragma unroll
-  for (int i = 0; i < kOwn; ++i) {
+  for (int i = 0; i < kElementsPerThread; ++i) {
     const float noise = __uint_as_float(kNoiseBits | noise_of<Format>(own.begin + i, step));
-    codes[i] = quantize<Format, CudaBitOps>(from[i], inverse, noise);
+    quantized[i] = quantize<Format, CudaBitOps>(from[i], inverse, noise);
   }
   static_assert(kQuantizedOffset == 128, "it is taken off by turning the highest bit");
-  Words<Byte> packed = Words<Byte>::packed(codes);
+  Words<Byte> packed = Words<Byte>::packed(quantized);
 #pragma unroll
   for (uint32_t& word : packed.words) word ^= kEverySign;
   uint32_t zeros = 0;  // nonzero if a byte is zero
@@ -188,14 +188,14 @@ __device__ inline uint16_t quantize_own(const OwnElements<Whole>& own, const Own
   for (const uint32_t word : packed.words) zeros |= (word - kEveryByte) & ~word & kEverySign;
   if (Format::kSigned ? not_finite : zeros) {  // rare
 #pragma unroll
-    for (int i = 0; i < kOwn; ++i) {
-      const int32_t code = packed.number(i);
+    for (int i = 0; i < kElementsPerThread; ++i) {
+      const int32_t value = packed.number(i);
       if (Format::kSigned)
-        codes[i] = not_finite >> i & 1u ? kNotFinite : code;
+        quantized[i] = not_finite >> i & 1u ? kNotFinite : value;
       else
-        codes[i] = CudaBitOps::larger(code, least_code(CudaBitOps::bits(from[i])));
+        quantized[i] = CudaBitOps::larger(value, least_quantized(CudaBitOps::bits(from[i])));
     }
-    packed = Words<Byte>::packed(codes);
+    packed = Words<Byte>::packed(quantized);
   }
   own.store_words(column, packed);
   return scale;
@@ -222,15 +222,15 @@ __device__ inline void load_states(const OwnElements<Whole>& own, const AdamTens
 }
 
 template <bool Amsgrad, bool Whole>
-__device__ inline void encode_states(const OwnElements<Whole>& own, const AdamTensor& tensor, uint32_t step,
-                                     uint16_t* scales, OwnStates& states) {
+__device__ inline void quantize_states(const OwnElements<Whole>& own, const AdamTensor& tensor, uint32_t step,
+                                       uint16_t* scales, OwnStates& states) {
   int32_t most_m = largest_magnitude(states.exp_avg), most_v = largest_magnitude(states.exp_avg_sq), most_max_v = 0;
   if constexpr (Amsgrad) most_max_v = largest_magnitude(states.max_exp_avg_sq);
   const bool all_finite = most_m < kInfinity && most_v < kInfinity && most_max_v < kInfinity;
   uint32_t not_finite = 0;
   if (!all_finite) {  // uniform across the warp
 #pragma unroll
-    for (int i = 0; i < kOwn; ++i) {
+    for (int i = 0; i < kElementsPerThread; ++i) {
       if (magnitude_bits(states.exp_avg[i]) < kInfinity && magnitude_bits(states.exp_avg_sq[i]) < kInfinity &&
           !(Amsgrad && magnitude_bits(states.max_exp_avg_sq[i]) >= kInfinity))
         continue;
@@ -259,54 +259,55 @@ __device__ inline void encode_states(const OwnElements<Whole>& own, const AdamTe
 
 // Params and their master weights ------------------------------------------------------------------------------------
 
-template <class Rest, bool Whole>
+template <class Integer, bool Whole>
 __device__ inline void join(const OwnElements<Whole>& own, const AdamTensor& tensor, bf16, OwnFloats& to) {
   const Words<uint16_t> upper = own.template load_words<uint16_t>(tensor.param);
-  const Words<Rest> rest = own.template load_words<Rest>(tensor.master);
+  const Words<Integer> remainder = own.template load_words<Integer>(tensor.master);
 #pragma unroll
-  for (int i = 0; i < kOwn; ++i)
-    to[i] =
-        __uint_as_float(Bf16Remainder<8 * sizeof(Rest)>::join(static_cast<uint32_t>(upper.number(i)), rest.number(i)));
+  for (int i = 0; i < kElementsPerThread; ++i)
+    to[i] = __uint_as_float(
+        Bf16Remainder<8 * sizeof(Integer)>::join(static_cast<uint32_t>(upper.number(i)), remainder.number(i)));
 }
-template <class Rest, bool Whole>
+template <class Integer, bool Whole>
 __device__ inline void join(const OwnElements<Whole>& own, const AdamTensor& tensor, fp16, OwnFloats& to) {
   own.template load_as<fp16>(tensor.param, to);
-  const Words<Rest> rest = own.template load_words<Rest>(tensor.master);
+  const Words<Integer> remainder = own.template load_words<Integer>(tensor.master);
 #pragma unroll
-  for (int i = 0; i < kOwn; ++i) to[i] = Fp16Remainder<8 * sizeof(Rest), CudaBitOps>::join(to[i], rest.number(i));
+  for (int i = 0; i < kElementsPerThread; ++i)
+    to[i] = Fp16Remainder<8 * sizeof(Integer), CudaBitOps>::join(to[i], remainder.number(i));
 }
 
-template <class Rest, bool Whole>
+template <class Integer, bool Whole>
 __device__ inline void split(const OwnElements<Whole>& own, const AdamTensor& tensor, bf16, const OwnFloats& from,
-                             bool at_random, const uint32_t (&random)[kOwn]) {
-  using Remainder = Bf16Remainder<8 * sizeof(Rest)>;
-  int32_t upper[kOwn], rest[kOwn];
+                             bool at_random, const uint32_t (&random)[kElementsPerThread]) {
+  using Remainder = Bf16Remainder<8 * sizeof(Integer)>;
+  int32_t upper[kElementsPerThread], remainder[kElementsPerThread];
 #pragma unroll
-  for (int i = 0; i < kOwn; ++i) {
+  for (int i = 0; i < kElementsPerThread; ++i) {
     uint32_t param;
-    Remainder::split(__float_as_uint(from[i]), at_random ? random[i] : Remainder::kHalf, param, rest[i]);
+    Remainder::split(__float_as_uint(from[i]), at_random ? random[i] : Remainder::kHalf, param, remainder[i]);
     upper[i] = static_cast<int32_t>(param);
   }
   own.store_words(tensor.param, Words<uint16_t>::packed(upper));
-  own.store_words(tensor.master, Words<Rest>::packed(rest));
+  own.store_words(tensor.master, Words<Integer>::packed(remainder));
 }
-template <class Rest, bool Whole>
+template <class Integer, bool Whole>
 __device__ inline void split(const OwnElements<Whole>& own, const AdamTensor& tensor, fp16, const OwnFloats& from,
-                             bool at_random, const uint32_t (&random)[kOwn]) {
-  using Remainder = Fp16Remainder<8 * sizeof(Rest), CudaBitOps>;
-  int32_t upper[kOwn], rest[kOwn];
+                             bool at_random, const uint32_t (&random)[kElementsPerThread]) {
+  using Remainder = Fp16Remainder<8 * sizeof(Integer), CudaBitOps>;
+  int32_t upper[kElementsPerThread], remainder[kElementsPerThread];
 #pragma unroll
-  for (int i = 0; i < kOwn; ++i) {
-    const float noise = at_random && sizeof(Rest) == 1
+  for (int i = 0; i < kElementsPerThread; ++i) {
+    const float noise = at_random && sizeof(Integer) == 1
                             ? __fmul_rn(static_cast<float>(static_cast<int32_t>(random[i] & 0xFFFFu)), 0x1p-16f)
                             : 0.5f;
     uint32_t param = narrow(fp16{}, from[i]);
     if (Remainder::overflows(from[i], widen(fp16{}, param), noise)) param += param & 0x8000u ? 0xFFFFu : 1u;
     upper[i] = static_cast<int32_t>(param & 0xFFFFu);
-    rest[i] = Remainder::rest(from[i], widen(fp16{}, param & 0xFFFFu), noise);
+    remainder[i] = Remainder::of(from[i], widen(fp16{}, param & 0xFFFFu), noise);
   }
   own.store_words(tensor.param, Words<uint16_t>::packed(upper));
-  own.store_words(tensor.master, Words<Rest>::packed(rest));
+  own.store_words(tensor.master, Words<Integer>::packed(remainder));
 }
 
 template <bool Whole>
@@ -323,12 +324,12 @@ __device__ inline void load_param(const OwnElements<Whole>& own, const AdamTenso
 template <bool Whole>
 __device__ inline void store_param(const OwnElements<Whole>& own, const AdamTensor& tensor, AdamDtypes dtypes,
                                    const OwnFloats& from, bool at_random, uint32_t step) {
-  uint32_t random[kOwn] = {};
+  uint32_t random[kElementsPerThread] = {};
   if (at_random) {
     const auto index = static_cast<uint64_t>(own.begin);
     const uint32_t key = random_key(tensor.rng_offset, step, static_cast<uint32_t>(index >> 32));
 #pragma unroll
-    for (int i = 0; i < kOwn; ++i)
+    for (int i = 0; i < kElementsPerThread; ++i)
       random[i] = random_bits(key, static_cast<uint32_t>(index) + static_cast<uint32_t>(i));
   }
   if (dtypes.master == kRemainder8 || dtypes.master == kRemainder16) {
@@ -344,7 +345,7 @@ __device__ inline void store_param(const OwnElements<Whole>& own, const AdamTens
     return own.store_floats(dtypes.param, tensor.param, from);
   OwnFloats rounded;
 #pragma unroll
-  for (int i = 0; i < kOwn; ++i) {
+  for (int i = 0; i < kElementsPerThread; ++i) {
     const uint32_t bits = __float_as_uint(from[i]);
     rounded[i] = __uint_as_float(dtypes.param == kBfloat16 ? stochastic_bf16(bits, random[i])
                                                            : stochastic_fp16<CudaBitOps>(bits, random[i]));
@@ -381,7 +382,7 @@ __device__ inline void update_own(const OwnElements<Whole>& own, const AdamLaunc
                                      states.max_exp_avg_sq);
     store_param(own, tensor, dtypes, param, launch.mode.stochastic_rounding, step);
     if constexpr (Quantized) {
-      encode_states<Amsgrad>(own, tensor, step, scales, states);
+      quantize_states<Amsgrad>(own, tensor, step, scales, states);
     } else {
       own.store_floats(dtypes.state, tensor.exp_avg, states.exp_avg, AsAverage<SignedFormat>{step});
       own.store_floats(dtypes.state, tensor.exp_avg_sq, states.exp_avg_sq, AsAverage<UnsignedFormat>{step});
@@ -398,12 +399,12 @@ __device__ inline void update_own(const OwnElements<Whole>& own, const AdamLaunc
 // As many thread blocks per multiprocessor as possible without spilling registers: each warp waits long for its roots
 // and quotients.
 template <bool Amsgrad, bool Quantized>
-constexpr int kBlocksAtOnce = Quantized && !Amsgrad ? 4 : 3;
+constexpr int kThreadBlocksPerMultiprocessor = Quantized && !Amsgrad ? 4 : 3;
 
 // One step for a launch's tensors, one thread block per chunk, one warp per quantization block. `Quantized` says
 // whether the states are.
 template <bool Amsgrad, bool Quantized>
-__global__ void __launch_bounds__(kThreads, kBlocksAtOnce<Amsgrad, Quantized>)
+__global__ void __launch_bounds__(kThreads, kThreadBlocksPerMultiprocessor<Amsgrad, Quantized>)
     adam_blocks_kernel(const __grid_constant__ AdamLaunch launch) {
   const bool skipped = launch.found_inf && *launch.found_inf != 0.0f;
   const uint32_t index = tensor_of_block(launch.first_block, launch.count, blockIdx.x);
@@ -416,7 +417,7 @@ __global__ void __launch_bounds__(kThreads, kBlocksAtOnce<Amsgrad, Quantized>)
 
   for (int64_t block = chunk + threadIdx.x / kWarp * kQuantizationBlock; block < end;
        block += kThreads / kWarp * kQuantizationBlock) {
-    const int64_t begin = block + threadIdx.x % kWarp * kOwn;
+    const int64_t begin = block + threadIdx.x % kWarp * kElementsPerThread;
     if (aligned && end - block >= kQuantizationBlock)
       update_own<Amsgrad, Quantized>(OwnElements<true>(begin, end), launch, tensor, k, scalars.step, block, skipped);
     else

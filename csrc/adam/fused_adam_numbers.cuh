@@ -7,7 +7,7 @@
 
 namespace adamops {
 
-constexpr int kWarp = 32, kOwn = kQuantizationBlock / kWarp;  // elements per thread
+constexpr int kWarp = 32, kElementsPerThread = kQuantizationBlock / kWarp;  // elements per thread
 
 // CudaOps with integers, for quantized_blocks.h and rounding.h. It converts between integers and floats by an addition,
 // since conversion instructions take several times as long: a float just above 1.5 * 2^23 has an ulp of 1.
@@ -49,7 +49,7 @@ inline float estimate_of_inverse_root(float a) {
 // The elements of a thread as one number, so that their roots and quotients overlap. One by one, each would check
 // whether its operands are in range for its fast path, and the next would wait for the answer.
 struct OwnFloats {
-  float x[kOwn];
+  float x[kElementsPerThread];
 
   __device__ float& operator[](int i) { return x[i]; }
   __device__ float operator[](int i) const { return x[i]; }
@@ -101,7 +101,7 @@ struct CudaOwnOps {
   template <class Visit>
   static __device__ void for_each(const Visit& visit) {
 #pragma unroll
-    for (int i = 0; i < kOwn; ++i) visit(i);
+    for (int i = 0; i < kElementsPerThread; ++i) visit(i);
   }
   template <class Of>
   static __device__ Number each(const Of& of) {

@@ -20,7 +20,7 @@ constexpr int64_t kNormLanes = 32, kNormStreams = 4;
 namespace {
 
 // Maps reading order to memory order: where in a full chunk the elements are that are read after the first `begin`.
-ADAMOPS_HOST_DEVICE inline int64_t norm_turn(int64_t begin) {
+ADAMOPS_HOST_DEVICE inline int64_t norm_index(int64_t begin) {
   const int64_t turn = begin / kNormLanes;
   return turn % kNormStreams * (kNormChunk / kNormStreams) + turn / kNormStreams * kNormLanes;
 }

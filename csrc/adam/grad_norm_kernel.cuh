@@ -56,10 +56,10 @@ __device__ inline double norm_of_lane(const T* grad, int64_t count) {
   constexpr int kAtOnce = 16;
   static_assert(kAtOnce % kNormStreams == 0, "from one time to the next all places move on by as much");
   for (int64_t begin = 0; begin < kNormChunk; begin += kAtOnce * kLanes) {
-    const T* const from = grad + norm_turn(begin) + lane;
+    const T* const from = grad + norm_index(begin) + lane;
     float x[kAtOnce];
 #pragma unroll
-    for (int i = 0; i < kAtOnce; ++i) x[i] = widen(T{}, load_bits(from + norm_turn(i * kLanes)));
+    for (int i = 0; i < kAtOnce; ++i) x[i] = widen(T{}, load_bits(from + norm_index(i * kLanes)));
 #pragma unroll
     for (int i = 0; i < kAtOnce; ++i) lane_norm.add(x[i]);
   }

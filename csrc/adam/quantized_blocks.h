@@ -2,8 +2,8 @@
 // adamops/ops/adam/quantization.py is the same in pure PyTorch; docs/low-precision.md compares formats.
 //
 // A tensor is split, in memory order, into quantization blocks of 256 elements. A quantization block has a scale, a
-// bfloat16 not below the largest magnitude in it. Each element is x = scale * expand(code) / expand(top code), where
-// the code is the stored integer. `expand` is nearly a square for exp_avg and nearly a fourth power for exp_avg_sq, so
+// bfloat16 not below the largest magnitude in it. Each element is x = scale * expand(q) / expand(largest q), where q is
+// its quantized value, an integer. `expand` is nearly a square for exp_avg and nearly a fourth power for exp_avg_sq, so
 // that the steps between quantized values shrink with the value, as Adam needs. It consists of shifts: the bits of a
 // float, taken as an integer, are a piecewise linear logarithm, and halving a logarithm takes a square root. So no
 // element needs a table, a division or a root, and the bits are the same everywhere.
@@ -24,7 +24,7 @@ namespace {
 
 constexpr int64_t kQuantizationBlock = 256;
 
-// What the quantized values of a state mean: expand(code) has the bits of code * kShrink, shifted left by kPower. The
+// What the quantized values of a state mean: expand(q) has the bits of q * kShrink, shifted left by kPower. The
 // factor brings the exponent to where the shift keeps it in range, and zero stays zero.
 struct SignedFormat {  // of exp_avg: -127 to 127, as int8
   static constexpr bool kSigned = true;
@@ -45,8 +45,8 @@ constexpr uint16_t kHasNotFinite = 0x8000;
 constexpr int32_t kMagnitudeBits = 0x7FFFFFFF, kInfinity = 0x7F800000;
 
 // The scale of a quantization block, as the bits of a bfloat16, given the bits of its largest magnitude, which is
-// finite. It has a thousandth of headroom, so that rounding never exceeds the top code. No scale is less than 2^-90, so
-// that its inverse fits a float, and none is infinite.
+// finite. It has a thousandth of headroom, so that rounding never exceeds the largest quantized value. No scale is less
+// than 2^-90, so that its inverse fits a float, and none is infinite.
 constexpr uint16_t kLeastScale = (127 - 90) << 7, kMostScale = 0x7F7F;
 ADAMOPS_HOST_DEVICE inline uint16_t block_scale(int32_t largest) {
   const uint32_t scale = (static_cast<uint32_t>(largest) + 0x2000 + 0xFFFF) >> 16;
@@ -58,8 +58,8 @@ ADAMOPS_HOST_DEVICE inline float scale_in_fp32(uint16_t scale) {
 }
 
 // The factor that a state is multiplied by to be quantized. Magnitudes beyond the largest scale, up to the largest
-// float, would exceed the top code. For that scale the factor is therefore 1.2 % less: the inverse of the bfloat16 that
-// would come second after kMostScale if infinity did not.
+// float, would exceed the largest quantized value. For that scale the factor is therefore 1.2 % less: the inverse of
+// the bfloat16 that would come second after kMostScale if infinity did not.
 template <class Format, class Ops>
 ADAMOPS_HOST_DEVICE inline float inverse_scale(uint16_t scale) {
   constexpr float kLeast = static_cast<float>(Format::kTopExpanded * 0x1.fcp-129);
@@ -92,10 +92,10 @@ ADAMOPS_HOST_DEVICE inline int32_t shifted_left(int32_t bits, int by) {
   return static_cast<int32_t>(static_cast<uint32_t>(bits) << by);
 }
 
-// `code` is a whole number; `unit` is scale * Format::kUnit.
+// `quantized` is an integer; `unit` is scale * Format::kUnit.
 template <class Format, class Ops>
-ADAMOPS_HOST_DEVICE inline typename Ops::Number dequantize(typename Ops::Number code, typename Ops::Number unit) {
-  const auto shrunk = Ops::bits(Ops::mul(code, Ops::set(Format::kShrink)));
+ADAMOPS_HOST_DEVICE inline typename Ops::Number dequantize(typename Ops::Number quantized, typename Ops::Number unit) {
+  const auto shrunk = Ops::bits(Ops::mul(quantized, Ops::set(Format::kShrink)));
   const auto magnitude = Ops::mul(Ops::from_bits(shifted_left(shrunk, Format::kPower)), unit);  // without the sign
   if constexpr (Format::kSigned)
     return Ops::from_bits(Ops::bits(magnitude) | (shrunk & ~kMagnitudeBits));
@@ -104,7 +104,7 @@ ADAMOPS_HOST_DEVICE inline typename Ops::Number dequantize(typename Ops::Number 
 }
 
 // Returns the quantized value plus kQuantizedOffset. `inverse` is inverse_scale(); `noise` is kNoiseBits | noise_of(),
-// as a float. An unsigned x must not be negative, and the caller raises its quantized value to least_code().
+// as a float. An unsigned x must not be negative, and the caller raises its quantized value to least_quantized().
 template <class Format, class Ops>
 ADAMOPS_HOST_DEVICE inline typename Ops::Integers quantize(typename Ops::Number x, typename Ops::Number inverse,
                                                            typename Ops::Number noise) {
@@ -118,7 +118,7 @@ ADAMOPS_HOST_DEVICE inline typename Ops::Integers quantize(typename Ops::Number 
 }
 // In unsigned states, quantized zero is for zero alone, or the next step would divide by eps alone. Takes the bits of
 // x.
-ADAMOPS_HOST_DEVICE inline int32_t least_code(int32_t bits) {
+ADAMOPS_HOST_DEVICE inline int32_t least_quantized(int32_t bits) {
   return bits > 0 ? 1 : 0;
 }
 

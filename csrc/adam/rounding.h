@@ -48,14 +48,14 @@ struct Bf16Remainder {
   // `noise` of 16 - Bits random bits rounds a float to a master stochastically; half of their range rounds to nearest.
   static constexpr uint32_t kNoiseMask = (1u << (16 - Bits)) - 1, kHalf = (kNoiseMask + 1) / 2;
 
-  ADAMOPS_HOST_DEVICE static void split(uint32_t bits, uint32_t noise, uint32_t& param, int32_t& rest) {
+  ADAMOPS_HOST_DEVICE static void split(uint32_t bits, uint32_t noise, uint32_t& param, int32_t& remainder) {
     const uint32_t quiet = is_nan_bits(bits) ? 0x7FC00000u : bits + (is_finite_bits(bits) ? noise & kNoiseMask : 0);
     const uint32_t master = quiet >> (16 - Bits);
     param = (master + (1u << (Bits - 1))) >> Bits;
-    rest = static_cast<int32_t>(master - (param << Bits));
+    remainder = static_cast<int32_t>(master - (param << Bits));
   }
-  ADAMOPS_HOST_DEVICE static uint32_t join(uint32_t param, int32_t rest) {
-    return (param << 16) + (static_cast<uint32_t>(rest) << (16 - Bits));
+  ADAMOPS_HOST_DEVICE static uint32_t join(uint32_t param, int32_t remainder) {
+    return (param << 16) + (static_cast<uint32_t>(remainder) << (16 - Bits));
   }
 };
 
@@ -80,7 +80,7 @@ struct Fp16Remainder {
   ADAMOPS_HOST_DEVICE static bool overflows(float master, float param, float noise) {
     return units(master, param, noise) >= kMost;
   }
-  ADAMOPS_HOST_DEVICE static int32_t rest(float master, float param, float noise) {
+  ADAMOPS_HOST_DEVICE static int32_t of(float master, float param, float noise) {
     // Truncating a non-negative number rounds down. For a param of infinity or NaN the result is one of the bounds, no
     // matter which.
     const float shifted = Ops::add(units(master, param, noise), kMost);
@@ -88,8 +88,8 @@ struct Fp16Remainder {
     const int32_t whole = static_cast<int32_t>(bounded < 2 * kMost - 1 ? bounded : 2 * kMost - 1);
     return whole - (1 << (Bits - 1));
   }
-  ADAMOPS_HOST_DEVICE static float join(float param, int32_t rest) {
-    return Ops::add(param, Ops::mul(static_cast<float>(rest), Ops::from_bits(unit(Ops::bits(param)))));
+  ADAMOPS_HOST_DEVICE static float join(float param, int32_t remainder) {
+    return Ops::add(param, Ops::mul(static_cast<float>(remainder), Ops::from_bits(unit(Ops::bits(param)))));
   }
 };
 

@@ -1,6 +1,6 @@
-// How an element-wise kernel walks over memory: in vector blocks of kBlock elements, or in pairs of vectors. The last
-// one is padded, so that all elements run through the same code. Included by kernels, which are compiled once per SIMD
-// target, after ADAMOPS_SIMD_HEADER. Must not know what is computed.
+// How an element-wise kernel walks over memory: in vector blocks of kVectorBlock elements, or in pairs of vectors. The
+// last one is padded, so that all elements run through the same code. Included by kernels, which are compiled once per
+// SIMD target, after ADAMOPS_SIMD_HEADER. Must not know what is computed.
 //
 // Nothing here may have external linkage outside the target's namespace, standard library templates included: the
 // linker would keep one copy for all targets, possibly one that only a newer CPU can run.
@@ -22,7 +22,7 @@ namespace {
 constexpr int64_t kCacheLine = 64;
 
 // Elements of a vector block: one cache line of 16-bit values, two of fp32.
-constexpr int64_t kBlock = 32;
+constexpr int64_t kVectorBlock = 32;
 
 // Inlined however large, since vectors passed to a real call go through memory.
 #define ADAMOPS_INLINE inline __attribute__((always_inline))
@@ -58,7 +58,7 @@ inline auto at_if(void* base, int64_t index) {
 
 // Prefetches the cache lines of the kElements elements that are `bytes_ahead` further on, or nothing if that is 0. It
 // is harmless past the end of a tensor.
-template <int64_t kElements = kBlock, class T>
+template <int64_t kElements = kVectorBlock, class T>
 inline void prefetch_block(const T* from, int64_t bytes_ahead) {
   if (!bytes_ahead) return;
   const char* line = reinterpret_cast<const char*>(from) + bytes_ahead;
@@ -75,7 +75,7 @@ struct Pair {
   static constexpr int64_t kElements = 2 * Ops::kWidth;
   Ops::Number a, b;
 };
-static_assert(kBlock % Pair::kElements == 0, "pairs fill blocks");
+static_assert(kVectorBlock % Pair::kElements == 0, "pairs fill blocks");
 
 template <bool EvenOdd = false, class T>
 inline Pair load_pair(const T* from) {
@@ -104,7 +104,7 @@ inline void store_pair(T* to, const Pair& from) {
 // A zero-padded copy of the tail, the elements that do not fill a vector block.
 template <class T>
 struct Padded {
-  T values[kBlock] = {};
+  T values[kVectorBlock] = {};
 
   Padded(const T* from, int64_t count) {
     for (int64_t i = 0; i < count; ++i) values[i] = from[i];
@@ -141,13 +141,13 @@ inline void update_tail(const Update& update, int64_t count, Columns... columns)
   run(decltype(padding_of(columns))(columns, count)...);
 }
 
-// Calls update(columns + i...) for vector blocks of kBlock elements until `count` elements are done. The software
+// Calls update(columns + i...) for vector blocks of kVectorBlock elements until `count` elements are done. The software
 // prefetch distance is `prefetch_bytes`, 0 for none. A column is a T*, a const T* if it is read-only, or a NoColumn.
 template <class Update, class... Columns>
 inline void for_each_block(int64_t count, int prefetch_bytes, const Update& update, Columns... columns) {
-  const int64_t tail = count % kBlock, body = count - tail;
-  for (int64_t i = 0; i < body; i += kBlock) {
-    (prefetch_block<kBlock>(columns + i, prefetch_bytes), ...);
+  const int64_t tail = count % kVectorBlock, body = count - tail;
+  for (int64_t i = 0; i < body; i += kVectorBlock) {
+    (prefetch_block<kVectorBlock>(columns + i, prefetch_bytes), ...);
     update((columns + i)...);
   }
   if (tail) update_tail(update, tail, (columns + body)...);

@@ -8,7 +8,7 @@ from typing import Any
 _LIGHTNING = ("lightning", "pytorch_lightning", "lightning_fabric")
 
 
-class UnscalesInStep:
+class StepSupportsAmpScaling:
     """The attribute that tells torch.amp.GradScaler to leave unscaling, and skipping steps, to step().
 
     Lightning reads it too, and takes True to mean that grads cannot be clipped, because they are scaled until the step.

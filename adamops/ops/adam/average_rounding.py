@@ -8,7 +8,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from .quantization import CODES
+from .quantization import FORMATS
 
 NEAREST = ("max_exp_avg_sq",)
 
@@ -19,7 +19,7 @@ def store_average(state: Tensor, name: str, value: Tensor, step: int) -> None:
         state.copy_(value)
         return
     bits = value.view(torch.int32)
-    rounded = bits + (step * CODES[name].step_stride & 0xFFFF)
+    rounded = bits + (step * FORMATS[name].step_stride & 0xFFFF)
     if name == "exp_avg_sq":
         rounded = torch.where((bits > 0) & (bits < 0x10000), 0x10000, rounded)
     kept = torch.where(value.isfinite(), rounded, bits) & -0x10000  # a bfloat16 value as a float32

@@ -32,7 +32,7 @@ class Update:
         The arguments of the CPU op's `adam_steps` for this update, so that one call can run several updates.
     count_writes
         Tells autograd now what the op would tell it when it runs; None if the op tells it nothing.
-    on_host
+    on_cpu
         Whether run() returns only when everything is done, and may be called from another thread.
     """
 
@@ -41,7 +41,7 @@ class Update:
     written: Sequence[Tensor] = ()
     table: Any = None
     call: tuple[Any, ...] | None = None
-    on_host: bool = True
+    on_cpu: bool = True
     count_writes: Callable[[], None] | None = None
 
     def __call__(self) -> None:

@@ -14,9 +14,10 @@ import torch
 from torch import Tensor
 
 from .hyper import AdamHyper
+from .layout import is_dense, like_param, same_layout
 from .memory import check_memory, check_readable, check_writable, in_memory
 from .precision import AVERAGES, DTYPES, MASTER, REMAINDER, SCALES, STATE_TENSORS, Master, averages_of, scales_shape
-from .quantization import CODES, blocks_of
+from .quantization import FORMATS, block_count
 
 MOST_STEPS = 2**53  # kMostSteps in csrc/adam/adam_table.h
 
@@ -171,7 +172,7 @@ def check_param(param: Tensor, name: str) -> None:
         )
 
 
-def check_in_host_memory(param: Tensor, name: str) -> None:
+def check_on_cpu(param: Tensor, name: str) -> None:
     """Raises ValueError for a param that is not on the CPU."""
     if param.device.type != "cpu":
         described = _described(param, name)
@@ -204,33 +205,6 @@ def _param_dtype_or_fp32(param: Tensor) -> str:
     if param.dtype == torch.float32:
         return "torch.float32, torch.bfloat16 or torch.float16"
     return f"{param.dtype} or torch.float32"
-
-
-def is_dense(tensor: Tensor) -> bool:
-    """Whether the elements fill their memory without gap or overlap, in any order of dimensions."""
-    if tensor.is_contiguous():
-        return True
-    expected = 1
-    for stride, size in sorted((s, n) for s, n in zip(tensor.stride(), tensor.shape, strict=True) if n != 1):
-        if stride != expected:
-            return False
-        expected *= size
-    return True
-
-
-def same_layout(tensor: Tensor, param: Tensor) -> bool:
-    """Whether two dense tensors of one shape hold their elements in the same order in memory."""
-    if tensor.is_contiguous() and param.is_contiguous():
-        return True
-    pairs = zip(tensor.stride(), param.stride(), param.shape, strict=True)
-    return all(size == 1 or ours == theirs for ours, theirs, size in pairs)
-
-
-def like_param(tensor: Tensor, param: Tensor) -> Tensor:
-    """The tensor itself if it has the param's memory layout, else a copy that has."""
-    if same_layout(tensor, param):
-        return tensor
-    return torch.empty_like(param, dtype=tensor.dtype).copy_(tensor)
 
 
 def check_no_overlap(params: Mapping[str, Tensor]) -> None:
@@ -328,7 +302,7 @@ def check_step(step: Any, name: str) -> None:
     try:
         count = int(step)
     except (TypeError, ValueError, OverflowError, RuntimeError) as error:  # NaN, infinity, a tensor without a value
-        raise ValueError(f"{name} has the step count {step}, which is no whole number ({error})") from error
+        raise ValueError(f"{name} has the step count {step}, which is not an integer ({error})") from error
     if not 0 <= count < MOST_STEPS:
         raise ValueError(f"{name} has the step count {count}; expected 0 or more, and less than {MOST_STEPS}")
 
@@ -381,16 +355,16 @@ def check_scales(state: Mapping[str, Any], param: Tensor, described: str) -> Non
     if SCALES in state and not quantized and any(key in state for key in AVERAGES):
         raise ValueError(
             f"{described} has float states beside {SCALES!r}, which are of 8-bit states (state_dtype='8bit'): "
-            "quantized states were taken for numbers, as by torch.cat; state_dict(dequantize=True) gives floats"
+            "quantized states were treated as plain numbers, as by torch.cat; state_dict(dequantize=True) gives floats"
         )
     if not quantized:
         return
     scales = state.get(SCALES)
-    fits = isinstance(scales, Tensor) and scales.dim() == 2 and len(scales) == blocks_of(param.numel())
+    fits = isinstance(scales, Tensor) and scales.dim() == 2 and len(scales) == block_count(param.numel())
     if not fits or scales is None or not 2 <= scales.shape[1] <= len(AVERAGES):
         raise ValueError(
             f"{described} has 8-bit states without the {SCALES!r} that belong to them (state_dtype='8bit'): expected "
-            f"{blocks_of(param.numel())} rows, one for each block, and a column for each state"
+            f"{block_count(param.numel())} rows, one for each quantization block, and a column for each state"
         )
 
 
@@ -409,7 +383,7 @@ def check_nothing_lost(state: Mapping[str, Any], name: str) -> None:
     if missing:
         raise ValueError(
             f"{name} has no {', '.join(map(repr, missing))} in its state but {', '.join(map(repr, held))}: it has been "
-            "lost; load a checkpoint, or delete the whole state of the param to begin anew"
+            "lost; load a checkpoint, or delete the whole state of the param to start from zero"
         )
     if is_quantized(state) and SCALES not in state:
         raise ValueError(f"{name} has 8-bit states (state_dtype='8bit') without the {SCALES!r} that belong to them")
@@ -428,4 +402,4 @@ def _allowed_dtypes(key: str, coded: bool) -> tuple[torch.dtype, ...]:
         return (torch.int8, torch.int16)
     if key == SCALES:
         return (torch.bfloat16,)
-    return (CODES[key].dtype,) if coded else DTYPES
+    return (FORMATS[key].dtype,) if coded else DTYPES

@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .batch import AdamBatch, check_in_host_memory, check_params_and_grads, check_state
+from .batch import AdamBatch, check_on_cpu, check_params_and_grads, check_state
 from .optimizer import AdamOptimizer, GroupStep, after_async_step, evaluate
 from .rollback import undo_step
 from .settings import check_flags
@@ -179,7 +179,7 @@ class DeepSpeedCPUAdam(AdamOptimizer):
         ((group, param, grad),) = found
         where = f"subgroup {subgroup_id}"
         batch = AdamBatch([where], self._hyper(group, where), [param], [grad], [])
-        check_in_host_memory(param, where)
+        check_on_cpu(param, where)
         check_params_and_grads(batch)
         return batch
 

@@ -17,14 +17,14 @@ from .backend import Update
 from .batch import AdamBatch
 from .hyper import AdamHyper
 from .memory import addresses
-from .table_backend import Columns, TableBackend, put_back_spare_scales, set_spare_scales_aside
+from .table_backend import Columns, TableBackend, replace_unused_scales, restore_unused_scales
 
 
 class CudaBackend(TableBackend):
     """Adam by the extension module fused_adam."""
 
     name = "fused_adam"
-    on_host = False  # the step is only enqueued, and must be on the calling thread's stream
+    on_cpu = False  # the step is only enqueued, and must be on the calling thread's stream
 
     def skips(self, hyper: AdamHyper) -> bool:
         return False  # the kernels check found_inf themselves
@@ -50,7 +50,7 @@ class CudaBackend(TableBackend):
         if not self._needs_device_counts(batch.hyper) and all(isinstance(s["step"], int) for s in batch.states):
             return super()._prepare_checked(batch)
         counts = [self._device_count(state["step"]) for state in batch.states]
-        spare = set_spare_scales_aside(batch)
+        spare = replace_unused_scales(batch)
         table = self._table_of_addresses(batch, addresses(counts), counts_on_device=True)
         launch = self._runner(table, batch.hyper, None)
 
@@ -58,9 +58,9 @@ class CudaBackend(TableBackend):
             for state, count in zip(batch.counted_states, counts, strict=True):
                 state["step"] = count
             launch()
-            put_back_spare_scales(spare)
+            restore_unused_scales(spare)
 
-        return Update(run, lambda: [*batch.borrowed(), *counts], batch.written(), table, on_host=False)
+        return Update(run, lambda: [*batch.borrowed(), *counts], batch.written(), table, on_cpu=False)
 
     def _runner(self, table: Any, hyper: AdamHyper, call: tuple[Any, ...] | None) -> Callable[[], None]:
         """The function that enqueues a step. All tensors that it needs are made now, because that can fail."""
@@ -82,7 +82,7 @@ class CudaBackend(TableBackend):
             table.count_writes(hyper.zero_grads)
             launch()
 
-        return Update(run, lambda: table.borrowed, (), table, on_host=False)
+        return Update(run, lambda: table.borrowed, (), table, on_cpu=False)
 
     def _counts_fit(self, table: Any, hyper: AdamHyper) -> bool:
         return table.counts_on_device or len(table) == 0 or not self._needs_device_counts(hyper)

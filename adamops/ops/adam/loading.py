@@ -14,7 +14,8 @@ from torch import Tensor
 from torch.optim import Optimizer
 
 from . import remainders, sharding
-from .batch import check_state, check_step, is_dense, is_quantized, is_shared_count, like_param, same_layout
+from .batch import check_state, check_step, is_quantized, is_shared_count
+from .layout import is_dense, like_param, same_layout
 from .memory import check_memory
 from .precision import AVERAGES, MASTER, REMAINDER, SCALES, SETTINGS, STATE_TENSORS, Master, Precision
 from .quantized_states import SAVED_NAMES, dequantized_states, quantized_states, with_held_names
@@ -155,10 +156,10 @@ def _group_step(states: dict[Any, Any], group: dict[str, Any], where: str) -> in
 
 def _narrow_remainder(state: dict[str, Any], name: str) -> dict[str, Any]:
     """The state, with the int32 remainder that saving.portable() writes narrowed to int16."""
-    rest = state.get(REMAINDER)
-    if isinstance(rest, Tensor) and rest.dtype == torch.int32:
-        check_memory(rest, f"{name}: its state {REMAINDER!r}")
-        return {**state, REMAINDER: rest.to(torch.int16)}
+    remainder = state.get(REMAINDER)
+    if isinstance(remainder, Tensor) and remainder.dtype == torch.int32:
+        check_memory(remainder, f"{name}: its state {REMAINDER!r}")
+        return {**state, REMAINDER: remainder.to(torch.int16)}
     return state
 
 
@@ -192,13 +193,9 @@ def _averages(tensors: Mapping[str, Tensor], param: Tensor, precision: Precision
         fits = all(is_dense(value) and same_layout(value, param) for value in averages.values())
         if is_to_be_quantized and fits:
             return {**averages, SCALES: tensors[SCALES].contiguous()}
-        averages = dequantized_states({key: _dense(value) for key, value in tensors.items()}, dtype=dtype)
+        averages = dequantized_states(tensors, dtype=dtype)
     if is_to_be_quantized:
         # Their float dtype does not matter: quantized_states() converts them to float32 a piece at a time.
         averages = {key: like_param(value, param) for key, value in averages.items()}
         return quantized_states(averages) if averages else averages
     return {key: like_param(value.to(dtype), param) for key, value in averages.items()}
-
-
-def _dense(tensor: Tensor) -> Tensor:
-    return tensor if is_dense(tensor) else tensor.contiguous()

@@ -62,7 +62,7 @@ def check_memory(tensor: Tensor, what: str) -> None:
     _check_storage(tensor, what)
     if _is_misaligned(tensor):
         raise ValueError(
-            f"{what} lies at an address that is no multiple of {tensor.element_size()} bytes, its elements' size; "
+            f"{what} is misaligned: its address is not a multiple of {tensor.element_size()} bytes, its element size; "
             "use tensor.clone()"
         )
 

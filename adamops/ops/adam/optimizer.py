@@ -19,27 +19,26 @@ from torch.optim.optimizer import _global_optimizer_post_hooks
 
 from ... import _neighbours, op_builder
 from . import remainders, sharding
-from .amp import UnscalesInStep
+from .amp import StepSupportsAmpScaling
 from .backend import Backend, Update
 from .background import AsyncStep, are_one_call, run_in_one_call, run_updates
 from .batch import (
     AdamBatch,
-    check_in_host_memory,
     check_lowp_out,
     check_no_overlap,
     check_nothing_lost,
+    check_on_cpu,
     check_param,
     check_params_and_grads,
     check_state,
-    is_dense,
     is_quantized,
-    like_param,
 )
 from .clipping import ClippedGrads
 from .dynamo_disabled import dynamo_disabled
 from .float_environment import in_default_float_environment
 from .hyper import AdamHyper, to_number
 from .interrupts import deferred_signals
+from .layout import is_dense, like_param
 from .loading import adopted_states, check_groups, keep_own_settings, shield_states
 from .memory import (
     PLAIN_TYPES,
@@ -72,7 +71,7 @@ from .settings import FLAGS, check_betas, check_flags, check_hyper, checked_seed
 from .torch_adam import TorchBackend
 from .wrapper_shared_attribute import WrapperSharedAttribute
 
-_HOST = torch.device("cpu")
+_CPU = torch.device("cpu")
 # By id() of a param group: the group, its own precision settings, the Precision they give, and its number of keys.
 _GroupPrecisions: TypeAlias = dict[int, tuple[dict[str, Any], dict[str, Any], Precision, int]]
 _Method = TypeVar("_Method", bound=Callable[..., Any])
@@ -140,7 +139,7 @@ class AdamOptimizer(Optimizer):
     _preparing = WrapperSharedAttribute[AsyncStep | None](None)  # what step() hands its updates to
     _params_in_backward = WrapperSharedAttribute[int](0)  # number that adamops.step_in_backward() updates
     _to_number = staticmethod(to_number)  # converts hyper-parameters; those on a GPU stay there
-    _step_supports_amp_scaling = UnscalesInStep()  # the attribute that GradScaler looks for
+    _step_supports_amp_scaling = StepSupportsAmpScaling()  # the attribute that GradScaler looks for
 
     def __init__(
         self,
@@ -175,7 +174,7 @@ class AdamOptimizer(Optimizer):
         check_flags({"adam_w_mode": adam_w_mode, **{key: defaults[key] for key in FLAGS if key in defaults}})
         check_hyper(defaults, "")
         super().__init__(params, defaults)
-        self._backends: dict[torch.device, Backend] = {_HOST: _load_host_backend()}
+        self._backends: dict[torch.device, Backend] = {_CPU: _load_host_backend()}
 
     @property
     def defaults(self) -> dict[str, Any]:
@@ -328,13 +327,13 @@ class AdamOptimizer(Optimizer):
         ]
         if len({grad.device for *_, grad in named}) > 1:
             return torch.nn.utils.clip_grad_norm_(params, max_norm, norm_type, error_if_nonfinite)
-        backend = self._backend_of(named[0][2], named[0][0]) if named else self._backends[_HOST]
+        backend = self._backend_of(named[0][2], named[0][0]) if named else self._backends[_CPU]
         # From all params, not only those with a grad in this process: every process must add up the same parts.
         layouts = [sharding.shard_layout(param) for param in params]
         parts: dict[sharding.ShardLayout, list[Tensor]] = {layout: [] for layout in layouts} or {None: []}
         for _, owner, _, grad in named:
             parts[sharding.shard_layout(owner)].append(grad)
-        device = named[0][3].device if named else _HOST
+        device = named[0][3].device if named else _CPU
         norms = {layout: _norm_of(backend, device, grads, norm_type) for layout, grads in parts.items()}
         norm = sharding.all_reduce_norm(norms, norm_type)
         scale = getattr(self, "grad_scale", None)
@@ -447,7 +446,7 @@ class AdamOptimizer(Optimizer):
         new_states = [entry for step in steps for entry in step.new_states]
         former = self._insert(new_states) if new_states else {}
         if self._preparing is not None:
-            self._leave_to_background(steps, self._preparing)
+            self._hand_to_background(steps, self._preparing)
             return
         updates = [entry for step in steps for entry in step.updates]
         others = [step for step in steps if step.after or step.sharded]
@@ -460,7 +459,7 @@ class AdamOptimizer(Optimizer):
                 run_updates(updates, done)
             except BaseException:
                 if not done:  # a device that refused the first launch
-                    self._put_back(former)
+                    self._restore_states(former)
                 raise
             for step in others:
                 self._finish(step)
@@ -476,11 +475,11 @@ class AdamOptimizer(Optimizer):
             for key, state in new_states:
                 states[key] = state
         except BaseException:
-            self._put_back(former)
+            self._restore_states(former)
             raise
         return former
 
-    def _put_back(self, former: dict[Any, Any]) -> None:
+    def _restore_states(self, former: dict[Any, Any]) -> None:
         for key, state in former.items():
             if state is None:
                 self.state.pop(key, None)
@@ -495,11 +494,11 @@ class AdamOptimizer(Optimizer):
             state = self.state.get(param) or {}
             count_writes([param, *(value for value in state.values() if sharding.is_sharded(value))])
 
-    def _leave_to_background(self, steps: Sequence[GroupStep], background: AsyncStep) -> None:
+    def _hand_to_background(self, steps: Sequence[GroupStep], background: AsyncStep) -> None:
         """Hands updates of params on the CPU to the background; enqueues the others on this thread's stream."""
         for step in steps:
             for backend, update in step.updates:
-                if update.on_host:
+                if update.on_cpu:
                     background.add(backend, update)
                 else:
                     update()
@@ -681,8 +680,8 @@ class AdamOptimizer(Optimizer):
 
     def _backend_of(self, param: Tensor, name: str) -> Backend:
         """The backend that updates the param. Raises ValueError if there is none."""
-        check_in_host_memory(param, name)
-        return self._backends[_HOST]
+        check_on_cpu(param, name)
+        return self._backends[_CPU]
 
     def _hyper(
         self,
@@ -744,7 +743,8 @@ class AdamOptimizer(Optimizer):
             if key == AVERAGES[2]:  # the other averages may have another dtype than new ones would
                 dtypes = [completed[i][AVERAGES[1]].dtype for i in lacking]
             for i, zeros in zip(lacking, backend.zeros_like(like, dtypes), strict=True):
-                completed[i][key] = _begun_master(zeros, batch.params[i], completed[i]) if key == MASTER else zeros
+                is_master = key == MASTER
+                completed[i][key] = _initialized_master(zeros, batch.params[i], completed[i]) if is_master else zeros
         for param, state in zip(batch.params, completed, strict=True):
             if is_quantized(state):
                 _complete_scales(state, param, batch.hyper.amsgrad)
@@ -893,7 +893,7 @@ class AdamOptimizer(Optimizer):
         state = {**state}
         if "defaults" in state:  # a pickled optimizer, perhaps of an older version
             state.setdefault("_shared", {})
-            state.setdefault("_backends", {_HOST: _load_host_backend()})
+            state.setdefault("_backends", {_CPU: _load_host_backend()})
             state.setdefault("fp32_optimizer_states", True)
             state.setdefault("master_weights", False)
             arguments = {key: state[key] for key in ("fp32_optimizer_states", "master_weights")}
@@ -969,10 +969,10 @@ def _new_master(param: Tensor, kind: Master) -> Tensor | None:
     return torch.empty_like(param, dtype=kind.dtype, requires_grad=False) if kind and is_dense(param) else None
 
 
-def _begun_master(master: Tensor, param: Tensor, state: dict[str, Any]) -> Tensor:
+def _initialized_master(master: Tensor, param: Tensor, state: dict[str, Any]) -> Tensor:
     """Initializes float32 master weights from the param, and from its loaded remainder if there is one."""
-    rest = state.pop(REMAINDER, None)
-    return master.copy_(param if rest is None else remainders.join(param, rest))
+    remainder = state.pop(REMAINDER, None)
+    return master.copy_(param if remainder is None else remainders.join(param, remainder))
 
 
 def _rng_offset(group: dict[str, Any], where: str, offset: int) -> int:

@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .quantization import CODES, blocks_of
+from .quantization import FORMATS, block_count
 from .settings import check_flags
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
@@ -18,7 +18,7 @@ EIGHT_BIT = "8bit"
 STATE_DTYPES = (torch.float32, torch.bfloat16, EIGHT_BIT)
 LEAST_QUANTIZED = 4096  # elements: with 8-bit states, smaller params keep float32 states
 
-AVERAGES = tuple(CODES)
+AVERAGES = tuple(FORMATS)
 SCALES = "block_scales"
 QUANTIZED = "quantized_"  # a prefix in state dicts: nobody takes quantized averages for floats
 MASTER = "master_param"
@@ -80,7 +80,7 @@ class Precision:
             raise ValueError(f"master_weights=True goes with float32 states, not {found}; use master_weight_bits=32")
         if self.stochastic_rounding and self.master in (Master.FP32, Master.REMAINDER_16):
             raise ValueError(
-                "stochastic_rounding=True goes with params without masters, or of 24 bits: others lose nothing"
+                "stochastic_rounding=True goes with no master weights, or with 24-bit ones: wider ones lose nothing"
             )
 
     def quantizes_states(self, param: Tensor) -> bool:
@@ -102,7 +102,7 @@ class Precision:
         """The dtypes of the tensors in the state of a param, by name."""
         names = averages_of(amsgrad)
         if self.quantizes_states(param):
-            dtypes = {name: CODES[name].dtype for name in names} | {SCALES: torch.bfloat16}
+            dtypes = {name: FORMATS[name].dtype for name in names} | {SCALES: torch.bfloat16}
         else:
             dtypes = dict.fromkeys(names, self.float_state_dtype(param))
         master = self.master_of(param)
@@ -144,4 +144,4 @@ def averages_of(amsgrad: bool) -> tuple[str, ...]:
 
 def scales_shape(param: Tensor, amsgrad: bool) -> tuple[int, int]:
     """The shape of the scales of a param's states: a row for each quantization block, a column for each state."""
-    return blocks_of(param.numel()), len(averages_of(amsgrad))
+    return block_count(param.numel()), len(averages_of(amsgrad))

@@ -10,7 +10,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-BLOCK = 256  # elements that share a scale
+QUANTIZATION_BLOCK = 256  # elements that share a scale
 NOT_FINITE = -128  # marks an element, in exp_avg, if one of its states is not finite
 _INFINITY = 0x7F800000
 _MAGNITUDE = 0x7FFFFFFF
@@ -31,20 +31,21 @@ class Format(NamedTuple):
 
 SIGNED = Format(torch.int8, 1, 2.0**-64, 8064.0, 127, 0x85EB, 0x9E37)
 UNSIGNED = Format(torch.uint8, 2, 2.0**-96, 528482304.0, 255, 0xCA6B, 0xC13F)
-CODES = {"exp_avg": SIGNED, "exp_avg_sq": UNSIGNED, "max_exp_avg_sq": UNSIGNED}  # in the order of the columns of scales
+# In the order of the columns of scales.
+FORMATS = {"exp_avg": SIGNED, "exp_avg_sq": UNSIGNED, "max_exp_avg_sq": UNSIGNED}
 
 
-def blocks_of(numel: int) -> int:
+def block_count(numel: int) -> int:
     """The number of quantization blocks of a tensor."""
-    return -(-numel // BLOCK)
+    return -(-numel // QUANTIZATION_BLOCK)
 
 
-def noise_of(index: Tensor, step: int, code: Format) -> Tensor:
+def noise_of(index: Tensor, step: int, fmt: Format) -> Tensor:
     """The noise for elements in a step, int64 in [0, 65536)."""
-    return (index * code.element_stride + step * code.step_stride) & 0xFFFF
+    return (index * fmt.element_stride + step * fmt.step_stride) & 0xFFFF
 
 
-def quantize(values: Tensor, code: Format, noise: Tensor | int = 0x8000) -> tuple[Tensor, Tensor]:
+def quantize(values: Tensor, fmt: Format, noise: Tensor | int = 0x8000) -> tuple[Tensor, Tensor]:
     """Quantizes a 1-D tensor of finite float32 values; the last quantization block may be shorter.
 
     `noise` in [0, 65536) is added, in units of 1/65536, before rounding down; the default rounds to the nearest.
@@ -53,26 +54,26 @@ def quantize(values: Tensor, code: Format, noise: Tensor | int = 0x8000) -> tupl
     blocks = _in_blocks(values)
     scale_bits = ((_largest(blocks).view(torch.int32) + (0x2000 + 0xFFFF)) >> 16).clamp(_LEAST_SCALE, _MOST_SCALE)
     scales = scale_bits.to(torch.int16).view(torch.bfloat16)
-    inverse = _inverse(scales, code)
-    inverse = torch.where(scale_bits == _MOST_SCALE, code.top_expanded * float.fromhex("0x1.fcp-129"), inverse)
-    return _codes(values, inverse, code, noise), scales
+    inverse = _inverse(scales, fmt)
+    inverse = torch.where(scale_bits == _MOST_SCALE, fmt.top_expanded * float.fromhex("0x1.fcp-129"), inverse)
+    return _quantized(values, inverse, fmt, noise), scales
 
 
-def requantize(values: Tensor, code: Format) -> tuple[Tensor, Tensor]:
+def requantize(values: Tensor, fmt: Format) -> tuple[Tensor, Tensor]:
     """Like quantize() to the nearest, but values from dequantize() get back the quantized values that they came from.
 
     quantize() chooses a scale somewhat above the largest value, so a second pass would choose another scale. After a
     step, the largest element of a quantization block has one of the two highest quantized values. The scales that
     follow from these two are tried.
     """
-    codes, scales = quantize(values, code)
-    codes, largest = _in_blocks(codes), _largest(_in_blocks(values))
-    for top in (code.top, code.top - 1):
-        tried = (largest / dequantize(largest.new_tensor([top]), largest.new_ones(1), code)).to(torch.bfloat16)
-        again = _codes(values, _inverse(tried, code), code)
-        same = (_in_blocks(dequantize(again, tried, code)) == _in_blocks(values)).all(1) & (largest > 0)
-        codes, scales = torch.where(same[:, None], _in_blocks(again), codes), torch.where(same, tried, scales)
-    return codes.flatten()[: values.numel()], scales
+    quantized, scales = quantize(values, fmt)
+    quantized, largest = _in_blocks(quantized), _largest(_in_blocks(values))
+    for top in (fmt.top, fmt.top - 1):
+        tried = (largest / dequantize(largest.new_tensor([top]), largest.new_ones(1), fmt)).to(torch.bfloat16)
+        again = _quantized(values, _inverse(tried, fmt), fmt)
+        same = (_in_blocks(dequantize(again, tried, fmt)) == _in_blocks(values)).all(1) & (largest > 0)
+        quantized, scales = torch.where(same[:, None], _in_blocks(again), quantized), torch.where(same, tried, scales)
+    return quantized.flatten()[: values.numel()], scales
 
 
 def _largest(blocks: Tensor) -> Tensor:
@@ -81,32 +82,32 @@ def _largest(blocks: Tensor) -> Tensor:
     return magnitude.amax(1) if len(blocks) else magnitude.sum(1)
 
 
-def _inverse(scales: Tensor, code: Format) -> Tensor:
+def _inverse(scales: Tensor, fmt: Format) -> Tensor:
     """top_expanded / scales, rounded once; torch would compute number / tensor as a product with the reciprocal."""
-    return torch.full_like(scales, code.top_expanded, dtype=torch.float32) / scales.float()
+    return torch.full_like(scales, fmt.top_expanded, dtype=torch.float32) / scales.float()
 
 
-def _codes(values: Tensor, inverse: Tensor, code: Format, noise: Tensor | int = 0x8000) -> Tensor:
+def _quantized(values: Tensor, inverse: Tensor, fmt: Format, noise: Tensor | int = 0x8000) -> Tensor:
     """Quantizes a 1-D tensor of finite float32 values, given each quantization block's inverse scale."""
     blocks = _in_blocks(values)
     magnitude = blocks.view(torch.int32) & _MAGNITUDE
     relative = (magnitude.view(torch.float32) * inverse[:, None]).view(torch.int32)
-    root = torch.copysign((relative >> code.power).view(torch.float32) / code.shrink, blocks)
+    root = torch.copysign((relative >> fmt.power).view(torch.float32) / fmt.shrink, blocks)
     if isinstance(noise, Tensor):
         noise = _in_blocks(noise.float())
-    codes = (root + (noise / 65536 + 128)).to(torch.int32) - 128  # rounds down, since the sum is positive
-    if code is UNSIGNED:
-        codes = torch.maximum(codes, magnitude.clamp(max=1))
-    return codes.to(code.dtype).flatten()[: values.numel()]
+    quantized = (root + (noise / 65536 + 128)).to(torch.int32) - 128  # rounds down, since the sum is positive
+    if fmt is UNSIGNED:
+        quantized = torch.maximum(quantized, magnitude.clamp(max=1))
+    return quantized.to(fmt.dtype).flatten()[: values.numel()]
 
 
-def dequantize(codes: Tensor, scales: Tensor, code: Format) -> Tensor:
+def dequantize(quantized: Tensor, scales: Tensor, fmt: Format) -> Tensor:
     """Dequantizes a 1-D tensor to float32. Elements marked as not finite are not handled here."""
-    unit = (scales.float().abs() * (1 / code.top_expanded))[:, None]
-    number = _in_blocks(codes.to(torch.float32))
-    shrunk = (number.abs() * code.shrink).view(torch.int32)
-    magnitude = (shrunk << code.power).view(torch.float32) * unit
-    return torch.copysign(magnitude, number).flatten()[: codes.numel()]
+    unit = (scales.float().abs() * (1 / fmt.top_expanded))[:, None]
+    number = _in_blocks(quantized.to(torch.float32))
+    shrunk = (number.abs() * fmt.shrink).view(torch.int32)
+    magnitude = (shrunk << fmt.power).view(torch.float32) * unit
+    return torch.copysign(magnitude, number).flatten()[: quantized.numel()]
 
 
 def quantize_states(
@@ -123,29 +124,29 @@ def quantize_states(
     finite = torch.stack([state.isfinite() for state in states.values()]).all(0)
     all_finite = bool(finite.all())
     index = torch.arange(first, first + finite.numel(), device=finite.device)
-    codes, scales = {}, []
+    quantized, scales = {}, []
     for name, state in states.items():
-        code = CODES[name]
+        fmt = FORMATS[name]
         line = state if all_finite else torch.where(finite, state, 0.0)
         if step is None:
-            codes[name], scale = requantize(line, code)
+            quantized[name], scale = requantize(line, fmt)
         else:
-            codes[name], scale = quantize(line, code, noise_of(index, step, code))
+            quantized[name], scale = quantize(line, fmt, noise_of(index, step, fmt))
         scales.append(scale)
     if not all_finite:
-        codes["exp_avg"][~finite] = NOT_FINITE
+        quantized["exp_avg"][~finite] = NOT_FINITE
         marked = ~_in_blocks(finite.to(torch.float32) - 1.0).eq(0).all(1)
         scales[0] = torch.where(marked, -scales[0], scales[0])
-    return codes, torch.stack(scales, 1)
+    return quantized, torch.stack(scales, 1)
 
 
-def dequantize_states(codes: dict[str, Tensor], scales: Tensor) -> dict[str, Tensor]:
+def dequantize_states(quantized: dict[str, Tensor], scales: Tensor) -> dict[str, Tensor]:
     """Dequantizes a param's states, 1-D tensors of equal length, to float32. Marked elements get NaN in exp_avg."""
-    states = {name: dequantize(line, scales[:, i], CODES[name]) for i, (name, line) in enumerate(codes.items())}
-    states["exp_avg"][codes["exp_avg"] == NOT_FINITE] = torch.nan
+    states = {name: dequantize(line, scales[:, i], FORMATS[name]) for i, (name, line) in enumerate(quantized.items())}
+    states["exp_avg"][quantized["exp_avg"] == NOT_FINITE] = torch.nan
     return states
 
 
 def _in_blocks(line: Tensor) -> Tensor:
-    """A 1-D tensor as rows of BLOCK elements, padded with zeros."""
-    return torch.nn.functional.pad(line, (0, -line.numel() % BLOCK)).view(-1, BLOCK)
+    """A 1-D tensor as rows of QUANTIZATION_BLOCK elements, padded with zeros."""
+    return torch.nn.functional.pad(line, (0, -line.numel() % QUANTIZATION_BLOCK)).view(-1, QUANTIZATION_BLOCK)

@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from . import quantization
+from .layout import dense
 from .pieces import PIECE, each_piece
 from .precision import AVERAGES, QUANTIZED, SCALES
 
@@ -26,11 +27,11 @@ def dequantized_states(
     """Dequantizes the quantized states into new float tensors."""
     scales = state[SCALES]
     # After amsgrad was switched off, a state may be left that has no column of scales.
-    codes = {name: state[name] for name in AVERAGES[: scales.shape[1]] if name in names and name in state}
-    floats = {name: torch.empty_like(tensor, dtype=dtype) for name, tensor in codes.items()}
-    pieces = zip(each_piece(*codes.values()), each_piece(*floats.values()), _rows(scales), strict=True)
+    quantized = {name: dense(state[name]) for name in AVERAGES[: scales.shape[1]] if name in names and name in state}
+    floats = {name: torch.empty_like(tensor, dtype=dtype) for name, tensor in quantized.items()}
+    pieces = zip(each_piece(*quantized.values()), each_piece(*floats.values()), _rows(scales), strict=True)
     for lines, targets, rows in pieces:
-        dequantized = quantization.dequantize_states(dict(zip(codes, lines, strict=True)), rows)
+        dequantized = quantization.dequantize_states(dict(zip(quantized, lines, strict=True)), rows)
         for target, values in zip(targets, dequantized.values(), strict=True):
             target.copy_(values)
     return floats
@@ -39,23 +40,24 @@ def dequantized_states(
 def quantized_states(floats: Mapping[str, Tensor], step: int | None = None) -> dict[str, Tensor]:
     """Quantized states and scales, from dense tensors with the same layout; rounded as in `step`, or to the nearest."""
     floats = {name: floats[name] for name in AVERAGES if name in floats}
-    codes = {name: torch.empty_like(tensor, dtype=quantization.CODES[name].dtype) for name, tensor in floats.items()}
+    dtypes = {name: quantization.FORMATS[name].dtype for name in floats}
+    quantized = {name: torch.empty_like(tensor, dtype=dtypes[name]) for name, tensor in floats.items()}
     first, *_ = floats.values()
-    blocks = quantization.blocks_of(first.numel())
+    blocks = quantization.block_count(first.numel())
     scales = torch.empty((blocks, len(floats)), dtype=torch.bfloat16, device=first.device)
-    pieces = zip(each_piece(*floats.values()), each_piece(*codes.values()), _rows(scales), strict=True)
+    pieces = zip(each_piece(*floats.values()), each_piece(*quantized.values()), _rows(scales), strict=True)
     for i, (lines, targets, rows) in enumerate(pieces):
         states = {name: line.float() for name, line in zip(floats, lines, strict=True)}
-        quantized, of_piece = quantization.quantize_states(states, step, first=i * PIECE)
+        values_of_piece, of_piece = quantization.quantize_states(states, step, first=i * PIECE)
         rows.copy_(of_piece)
-        for target, values in zip(targets, quantized.values(), strict=True):
+        for target, values in zip(targets, values_of_piece.values(), strict=True):
             target.copy_(values)
-    return {SCALES: scales, **codes}
+    return {SCALES: scales, **quantized}
 
 
 def _rows(scales: Tensor) -> tuple[Tensor, ...]:
     """The scales of each piece, as views."""
-    return scales.split(PIECE // quantization.BLOCK)
+    return scales.split(PIECE // quantization.QUANTIZATION_BLOCK)
 
 
 def store_quantized(state: dict[str, Any], floats: Mapping[str, Tensor], step: int) -> None:

@@ -8,63 +8,66 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from .layout import dense, like_param
 from .pieces import each_piece
 
 _BITS = {torch.int8: 8, torch.int16: 16}
 
 
-def split(master: Tensor, param_dtype: torch.dtype, rest_dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+def split(master: Tensor, param_dtype: torch.dtype, remainder_dtype: torch.dtype) -> tuple[Tensor, Tensor]:
     """Splits a dense float32 master into the 16-bit param nearest to it and the remainder."""
-    param, rest = (torch.empty_like(master, dtype=dtype) for dtype in (param_dtype, rest_dtype))
-    split_into(param, rest, master)
-    return param, rest
+    param, remainder = (torch.empty_like(master, dtype=dtype) for dtype in (param_dtype, remainder_dtype))
+    split_into(param, remainder, master)
+    return param, remainder
 
 
-def split_into(param: Tensor, rest: Tensor, master: Tensor) -> None:
-    """Splits a master into `param` and `rest`. All are dense, with one layout; `master` may be on another device."""
-    for upper, lower, piece in each_piece(param, rest, master):
-        new_param, new_rest = _split(piece.to(param.device, torch.float32), param.dtype, rest.dtype)
+def split_into(param: Tensor, remainder: Tensor, master: Tensor) -> None:
+    """Splits a master into `param` and `remainder`, dense tensors of one layout; `master` may be on another device."""
+    for upper, lower, piece in each_piece(param, remainder, master):
+        new_param, new_remainder = _split(piece.to(param.device, torch.float32), param.dtype, remainder.dtype)
         upper.copy_(new_param)
-        lower.copy_(new_rest)
+        lower.copy_(new_remainder)
 
 
-def beside_nearest(master: Tensor, param_dtype: torch.dtype, rest_dtype: torch.dtype) -> Tensor:
+def beside_nearest(master: Tensor, param_dtype: torch.dtype, remainder_dtype: torch.dtype) -> Tensor:
     """The remainder of a dense float32 master whose param is its rounded copy, as with float32 master weights.
 
     If the master lies halfway between two params and its param is the lower one, the remainder is one unit too small.
     """
-    rest = torch.empty_like(master, dtype=rest_dtype)
-    for target, piece in each_piece(rest, master):
-        target.copy_(_rest(piece, piece.to(param_dtype), _BITS[rest_dtype]))
-    return rest
+    remainder = torch.empty_like(master, dtype=remainder_dtype)
+    for target, piece in each_piece(remainder, master):
+        target.copy_(_remainder(piece, piece.to(param_dtype), _BITS[remainder_dtype]))
+    return remainder
 
 
-def join(param: Tensor, rest: Tensor) -> Tensor:
-    """The float32 master from a 16-bit param and its remainder, dense with the same layout."""
+def join(param: Tensor, remainder: Tensor) -> Tensor:
+    """The float32 master from a 16-bit param and its remainder, whatever their memory layouts."""
+    param = dense(param)
     master = torch.empty_like(param, dtype=torch.float32)
-    for target, upper, lower in each_piece(master, param, rest):
+    for target, upper, lower in each_piece(master, param, like_param(remainder, param)):
         target.copy_(_join(upper, lower))
     return master
 
 
-def converted(rest: Tensor, dtype: torch.dtype) -> Tensor:
-    """The remainder, a dense tensor, with another number of bits."""
-    if rest.dtype == dtype:
-        return rest
-    other = torch.empty_like(rest, dtype=dtype)
-    for target, piece in each_piece(other, rest):
+def converted(remainder: Tensor, dtype: torch.dtype) -> Tensor:
+    """The remainder with another number of bits."""
+    if remainder.dtype == dtype:
+        return remainder
+    remainder = dense(remainder)
+    other = torch.empty_like(remainder, dtype=dtype)
+    for target, piece in each_piece(other, remainder):
         wide = piece.to(torch.int32)
         target.copy_(wide << 8 if dtype == torch.int16 else ((wide + 128) >> 8).clamp(max=127))
     return other
 
 
-def _split(master: Tensor, param_dtype: torch.dtype, rest_dtype: torch.dtype) -> tuple[Tensor, Tensor]:
-    bits = _BITS[rest_dtype]
+def _split(master: Tensor, param_dtype: torch.dtype, remainder_dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+    bits = _BITS[remainder_dtype]
     if param_dtype == torch.bfloat16:
         as_int = _upper_bits(master, bits)
         upper = (as_int + (1 << (bits - 1))) >> bits
-        rest = as_int - (upper << bits)
-        return _int16(upper).view(torch.bfloat16), rest.to(rest_dtype)
+        remainder = as_int - (upper << bits)
+        return _int16(upper).view(torch.bfloat16), remainder.to(remainder_dtype)
     param = master.to(torch.float16)
     overflows = _units(master, param, bits) >= float(1 << (bits - 1))
     as_int = param.view(torch.int16)
@@ -73,15 +76,15 @@ def _split(master: Tensor, param_dtype: torch.dtype, rest_dtype: torch.dtype) ->
         .to(torch.int16)
         .view(torch.float16)
     )
-    return param, _rest(master, param, bits).to(rest_dtype)
+    return param, _remainder(master, param, bits).to(remainder_dtype)
 
 
-def _rest(master: Tensor, param: Tensor, bits: int) -> Tensor:
+def _remainder(master: Tensor, param: Tensor, bits: int) -> Tensor:
     """The remainder of a master, as integers, given a param that is one of its two neighbours."""
     most = 1 << (bits - 1)
     if param.dtype == torch.bfloat16:
-        rest = _upper_bits(master, bits) - (param.view(torch.int16).long() << bits)
-        return torch.where(param.isnan(), 0, rest).clamp(-most, most - 1)
+        remainder = _upper_bits(master, bits) - (param.view(torch.int16).long() << bits)
+        return torch.where(param.isnan(), 0, remainder).clamp(-most, most - 1)
     whole = (_units(master, param, bits) + most).nan_to_num(0.0, neginf=0.0).clamp(0.0, 2.0 * most - 1)
     return whole.to(torch.int32) - most
 
@@ -92,12 +95,12 @@ def _upper_bits(master: Tensor, bits: int) -> Tensor:
     return torch.where(master.isnan(), 0x7FC00000, as_int + (0x80 if bits == 8 else 0)) >> (16 - bits)
 
 
-def _join(param: Tensor, rest: Tensor) -> Tensor:
-    bits = _BITS[rest.dtype]
+def _join(param: Tensor, remainder: Tensor) -> Tensor:
+    bits = _BITS[remainder.dtype]
     if param.dtype == torch.bfloat16:
-        joined = (param.view(torch.int16).long() << 16) + (rest.long() << (16 - bits))
+        joined = (param.view(torch.int16).long() << 16) + (remainder.long() << (16 - bits))
         return _int32(joined).view(torch.float32)
-    return param.float() + rest.float() * _unit(param, bits)
+    return param.float() + remainder.float() * _unit(param, bits)
 
 
 def _units(master: Tensor, param: Tensor, bits: int) -> Tensor:

@@ -21,6 +21,7 @@ from torch import Tensor
 
 from .float_environment import in_default_float_environment
 from .hyper import AdamHyper
+from .layout import same_layout
 from .memory import check_writable
 from .pieces import each_piece
 
@@ -30,7 +31,7 @@ def undo_step(param: Tensor, grad: Tensor, state: dict[str, Any], hyper: AdamHyp
     """Restores param, exp_avg and exp_avg_sq in place; the caller decrements the step count.
 
     Raises RuntimeError, before anything is written, if the step lost what is needed to undo it, and ValueError if a
-    tensor is not writable.
+    tensor is not writable, or has another memory layout than the param.
     """
     if hyper.precision.stochastic_rounding or hyper.precision.master or state["exp_avg"].dtype == torch.int8:
         raise RuntimeError("Cannot roll back a step with 8-bit states, master weights or stochastic rounding")
@@ -47,7 +48,9 @@ def undo_step(param: Tensor, grad: Tensor, state: dict[str, Any], hyper: AdamHyp
     keys = ["exp_avg", "exp_avg_sq", *(["max_exp_avg_sq"] if hyper.amsgrad else [])]
     for tensor in (param, *(state[key] for key in keys)):
         check_writable(tensor, "what a roll-back is to write")
-    for piece in each_piece(param, grad, *(state[key] for key in keys)):  # all are dense with the same layout
+        if not same_layout(tensor, param):
+            raise ValueError(f"Cannot roll back: a state has strides {tensor.stride()}, its param {param.stride()}")
+    for piece in each_piece(param, grad, *(state[key] for key in keys)):
         _undo_piece(*piece, k=k, first=first)
 
 

@@ -63,12 +63,12 @@ def portable(entry: Mapping[str, Any]) -> dict[str, Any]:
     A remainder is saved as int32, of which the lower 16 bits count, however many bits the optimizer keeps: gloo and
     NCCL cannot send int16, and torch.distributed.checkpoint converts dtypes by value.
     """
-    saved, step, rest = without_quantized(entry), entry.get("step"), entry.get(REMAINDER)
+    saved, step, remainder = without_quantized(entry), entry.get("step"), entry.get(REMAINDER)
     if isinstance(step, int):
         saved["step"] = torch.tensor(float(step), dtype=torch.float32, device="cpu")
-    if isinstance(rest, Tensor) and rest.dtype != torch.int32:
-        wide = remainders.converted(sharding.local(rest), torch.int16).to(torch.int32)
-        saved[REMAINDER] = sharding.like_param_placed(wide, rest)
+    if isinstance(remainder, Tensor) and remainder.dtype != torch.int32:
+        wide = remainders.converted(sharding.local(remainder), torch.int16).to(torch.int32)
+        saved[REMAINDER] = sharding.like_param_placed(wide, remainder)
     return saved
 
 

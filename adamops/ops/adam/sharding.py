@@ -172,7 +172,7 @@ def check_norm_is_known(params: Iterable[Tensor]) -> None:
     """Raises RuntimeError for shards of FullyShardedDataParallel, which do not say who holds the others."""
     if any(getattr(p, "_fsdp_flattened", False) or getattr(p, "_is_flat_param", False) for p in params):
         raise RuntimeError(
-            "The params are shards of FullyShardedDataParallel, which do not say who holds the rest: call "
+            "The params are shards of FullyShardedDataParallel, which do not say which ranks hold the others: call "
             "model.clip_grad_norm_() of the outermost FullyShardedDataParallel instead, or use fully_shard()"
         )
 

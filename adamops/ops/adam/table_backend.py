@@ -18,8 +18,9 @@ from torch import Tensor
 
 from . import tensor_layout
 from .backend import Update
-from .batch import AdamBatch, check_params_and_grads, check_states, is_dense
+from .batch import AdamBatch, check_params_and_grads, check_states
 from .hyper import AdamHyper
+from .layout import dense
 from .memory import PLAIN_TYPES, addresses, in_memory
 from .precision import DTYPES, SCALES, Master, averages_of
 from .sharding import dtensor_class
@@ -36,17 +37,11 @@ _NORM_TYPES = (1.0, 2.0, math.inf)
 Columns: TypeAlias = tuple[list[int], list[int], list[int]]  # addresses, sizes and dtype codes
 
 
-def _dense(grad: Tensor) -> Tensor:
-    """The grad with its values in memory, without gaps: itself, or a copy."""
-    grad = in_memory(grad, "a grad")
-    return grad if is_dense(grad) else grad.contiguous()
-
-
 class TableBackend:
     """Adam by an extension module that takes tables. Subclasses define how a step runs."""
 
     writes_copies = True
-    on_host = True  # whether a step is done when the op returns
+    on_cpu = True  # whether a step is done when the op returns
 
     def __init__(self, module: Any, device: torch.device) -> None:
         self.module = module
@@ -96,9 +91,9 @@ class TableBackend:
             return self._norm_of(columns, norm_type)
         if any(grad.layout != torch.strided or grad.dtype not in DTYPES for grad in grads):
             return None
-        dense = list(map(_dense, grads))  # kept alive until the op has read them
-        codes = [_DTYPE_CODE[grad.dtype] for grad in dense]
-        return self._norm_of((addresses(dense, "a grad"), list(map(Tensor.numel, dense)), codes), norm_type)
+        read = [dense(in_memory(grad, "a grad")) for grad in grads]  # kept alive until the op has read them
+        codes = [_DTYPE_CODE[grad.dtype] for grad in read]
+        return self._norm_of((addresses(read, "a grad"), list(map(Tensor.numel, read)), codes), norm_type)
 
     def _columns_of_plain(self, tensors: Sequence[Tensor]) -> Columns | None:
         """None unless all are plain, contiguous and of a dtype in DTYPES. The op's reader proves every address."""
@@ -111,7 +106,7 @@ class TableBackend:
     def _prepare_checked(self, batch: AdamBatch) -> Update:
         """The update of a batch that has been checked. Step counts are kept as numbers."""
         steps = batch.steps
-        spare = set_spare_scales_aside(batch)
+        spare = replace_unused_scales(batch)
         counts_here = batch.counts_in_tensors
         table = self._table_of_addresses(batch, steps, states=None if counts_here else batch.counted_states)
         call = self._call(table, batch.hyper)
@@ -119,7 +114,7 @@ class TableBackend:
 
         def run_and_count() -> None:
             run()
-            put_back_spare_scales(spare)
+            restore_unused_scales(spare)
             if counts_here:
                 batch.count_step(steps)
 
@@ -130,7 +125,7 @@ class TableBackend:
             batch.written(),
             table,
             call if is_simple else None,
-            self.on_host,
+            self.on_cpu,
         )
 
     def _update_of_params(self, table: Any, hyper: AdamHyper) -> Update:
@@ -141,7 +136,7 @@ class TableBackend:
             lambda: table.borrowed,
             table=table,
             call=call,
-            on_host=self.on_host,
+            on_cpu=self.on_cpu,
             count_writes=lambda: table.count_writes(hyper.zero_grads),
         )
 
@@ -201,7 +196,7 @@ class TableBackend:
         )
 
 
-def set_spare_scales_aside(batch: AdamBatch) -> list[tuple[Tensor, Tensor]]:
+def replace_unused_scales(batch: AdamBatch) -> list[tuple[Tensor, Tensor]]:
     """Replaces scales that have one column too many, because amsgrad was switched off, by copies without it.
 
     Returns the scales with their copies.
@@ -218,7 +213,7 @@ def set_spare_scales_aside(batch: AdamBatch) -> list[tuple[Tensor, Tensor]]:
     return aside
 
 
-def put_back_spare_scales(aside: list[tuple[Tensor, Tensor]]) -> None:
+def restore_unused_scales(aside: list[tuple[Tensor, Tensor]]) -> None:
     """Writes the copies back into the scales that they were made from."""
     for scales, narrow in aside:
         scales[:, : narrow.shape[1]] = narrow

@@ -68,9 +68,9 @@ class TorchBackend:
             if kind is Master.FP32:
                 param.copy_(master)
             elif kind is not Master.NONE:
-                upper, rest = remainders.split(master, param.dtype, kind.dtype)
+                upper, remainder = remainders.split(master, param.dtype, kind.dtype)
                 param.copy_(upper)
-                state[kind.key].copy_(rest)
+                state[kind.key].copy_(remainder)
         if hyper.zero_grads:  # after all are read, as they may share memory
             for grad in batch.grads:
                 grad.zero_()

@@ -12,7 +12,7 @@ namespace {
 template <class T>
 void lion_range(const LionTensor& tensor, int64_t begin, int64_t end, const LionScalars& scalars, int prefetch_bytes) {
   const auto update_block = [&scalars](T* param, const T* grad, T* exp_avg) {
-    for (int64_t i = 0; i < kBlock; i += Pair::kElements) {
+    for (int64_t i = 0; i < kVectorBlock; i += Pair::kElements) {
       const Pair g = load_pair(grad + i);
       Pair p = load_pair(param + i), m = load_pair(exp_avg + i);
       lion_update<Ops>(scalars, p.a, g.a, m.a);

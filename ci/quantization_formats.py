@@ -1,6 +1,6 @@
 """Compares 8-bit formats for Adam's states, ours and others', on the states of a model that is being trained.
 
-    python ci/codes.py
+    python ci/quantization_formats.py
 
 Prints one table per state: the errors of the state and of the resulting update after quantizing once, to nearest; and
 how many elements of exp_avg_sq become zero, after which the update divides by eps alone. Every format has one scale per
@@ -22,7 +22,7 @@ from rich.table import Table
 from torch import Tensor
 from torch.nn import functional as F
 
-from adamops.ops.adam.quantization import BLOCK, SIGNED, UNSIGNED, dequantize, quantize
+from adamops.ops.adam.quantization import QUANTIZATION_BLOCK, SIGNED, UNSIGNED, dequantize, quantize
 
 EPS = 1e-8
 STATES = ("exp_avg", "exp_avg_sq")
@@ -35,7 +35,7 @@ def by_values(values: Tensor) -> RoundTrip:
     middles = (values[1:] + values[:-1]) / 2
 
     def round_trip(line: Tensor) -> Tensor:
-        blocks = F.pad(line, (0, -line.numel() % BLOCK)).view(-1, BLOCK)
+        blocks = F.pad(line, (0, -line.numel() % QUANTIZATION_BLOCK)).view(-1, QUANTIZATION_BLOCK)
         scales = blocks.abs().amax(1, keepdim=True).clamp(min=torch.finfo(torch.float32).tiny)
         rounded = values[torch.bucketize(blocks / scales, middles)] * scales
         return rounded.flatten()[: line.numel()]
@@ -51,8 +51,8 @@ def companded(signed: bool, expand: Callable[[Tensor], Tensor]) -> RoundTrip:
 
 def ours(signed: bool) -> RoundTrip:
     """This package's own format."""
-    code = SIGNED if signed else UNSIGNED
-    return lambda line: dequantize(*quantize(line, code), code)
+    fmt = SIGNED if signed else UNSIGNED
+    return lambda line: dequantize(*quantize(line, fmt), fmt)
 
 
 def floats_of_8_bits(signed: bool) -> RoundTrip:
@@ -84,7 +84,7 @@ def power(exponent: int) -> Callable[[bool], RoundTrip]:
     return lambda signed: companded(signed, lambda x: x**exponent)
 
 
-CODES = {
+FORMATS = {
     "ours": Format(ours, ours),
     "dynamic, bitsandbytes": Format(bitsandbytes, bitsandbytes),
     "softsign, as FlashOptim's": Format(lambda signed: companded(signed, lambda x: x / (2 - x)), None),
@@ -132,9 +132,9 @@ def table_of(name: str, kept: dict[int, tuple[Tensor, Tensor]]) -> Table:
     columns = [f"{what}, step {step}" for what in ("state", "update") for step in kept]
     if which:
         columns += [f"zeros, step {step}" for step in kept]
-    table = Table(f"{name} in a code", *columns)
-    for title, code in CODES.items():
-        make = getattr(code, name)
+    table = Table(f"{name} in each format", *columns)
+    for title, fmt in FORMATS.items():
+        make = getattr(fmt, name)
         if make is None:
             continue
         try:
