@@ -728,3 +728,25 @@ def test_a_rollback_of_states_in_another_memory_layout_is_refused(cpu_adam, seed
     with pytest.raises(ValueError, match="Cannot roll back: a state has strides"):
         optimizer.rollback_subgroup(0)
     assert torch.equal(param, before) and state["step"] == 1
+
+
+@pytest.mark.parametrize("settings", [{"master_weights": True}, {"master_weight_bits": 32}])
+def test_master_weights_on_the_device_meta_are_refused(settings):
+    params = [torch.nn.Parameter(torch.randn(50).bfloat16()) for _ in range(2)]
+    optimizer = FusedAdam(params, **settings)
+    for param in params:
+        param.grad = torch.randn(50).bfloat16()
+    optimizer.step()
+    state, params[0].grad = optimizer.state[params[0]], None
+    key = next(key for key in ("master_param", "param_remainder") if key in state)
+    state[key] = state[key].to("meta")
+    before = params[1].detach().clone()
+    saved = optimizer.state_dict()
+    for call in (
+        lambda: optimizer.fp32_params(),
+        lambda: optimizer.step(lowp_out=[torch.zeros(50, dtype=torch.bfloat16) for _ in params]),
+        lambda: optimizer.load_state_dict(saved),
+    ):
+        with pytest.raises(ValueError, match=f"has state '{key}' on meta"):
+            call()
+    assert torch.equal(params[1], before)

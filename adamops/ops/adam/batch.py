@@ -322,7 +322,10 @@ def _check_counts_on(step: Tensor, name: str) -> None:
 
 
 def check_state(state: Mapping[str, Any], param: Tensor, name: str, elsewhere: bool = False) -> None:
-    """Raises if a state tensor (exp_avg, ..., master_param) does not fit its param. `elsewhere`: on any device."""
+    """Raises if a state tensor (exp_avg, ..., master_param) does not fit its param.
+
+    With `elsewhere`, it may be on another device, but not on meta, where it has no values.
+    """
     described = _described(param, name)
     quantized = is_quantized(state)
     dtypes = set()
@@ -340,7 +343,7 @@ def check_state(state: Mapping[str, Any], param: Tensor, name: str, elsewhere: b
         allowed = _allowed_dtypes(key, quantized)
         if value.dtype not in allowed:
             raise TypeError(f"{described} has state {key!r} of {value.dtype}; use {' or '.join(map(str, allowed))}")
-        if value.device != param.device and not elsewhere:
+        if value.device != param.device and not (elsewhere and value.device.type != "meta"):
             raise ValueError(f"{described} has state {key!r} on {value.device}")
         if key in AVERAGES and not quantized:
             dtypes.add(value.dtype)
