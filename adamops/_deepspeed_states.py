@@ -219,6 +219,7 @@ def _wrap_loading() -> None:
 
     def load(original: Callable[..., None]) -> Callable[..., None]:
         def load_hp_checkpoint_state_from_checkpoint_dir(self: Any, lp_groups_name: str, *rest: Any) -> None:
+            _refuse_amsgrad(self.optimizer)
             original(self, lp_groups_name, *rest)
             if isinstance(self.optimizer, AdamOptimizer):
                 _adopt_states(self.optimizer)
@@ -230,6 +231,7 @@ def _wrap_loading() -> None:
 
     def load_stage3(original: Callable[..., None]) -> Callable[..., None]:
         def load_hp_checkpoint_state_from_checkpoint_dir_stage3(self: Any, *arguments: Any) -> None:
+            _refuse_amsgrad(self.optimizer)
             original(self, *arguments)
             if isinstance(self.optimizer, AdamOptimizer):
                 self._set_fp32_optimizer_param_groups()
@@ -240,6 +242,15 @@ def _wrap_loading() -> None:
 
     _wrap(ZeROOptimizer, "load_hp_checkpoint_state_from_checkpoint_dir", load)
     _wrap(Stage3, "load_hp_checkpoint_state_from_checkpoint_dir_stage3", load_stage3)
+
+
+def _refuse_amsgrad(optimizer: Any) -> None:
+    """Raises NotImplementedError for our optimizers with amsgrad: a universal checkpoint lacks one of its states."""
+    if isinstance(optimizer, AdamOptimizer) and any(group["amsgrad"] for group in optimizer.param_groups):
+        raise NotImplementedError(
+            "DeepSpeed's universal checkpoints do not hold max_exp_avg_sq, so they cannot be loaded with amsgrad=True; "
+            "load an ordinary checkpoint"
+        )
 
 
 def _adopt_states(optimizer: AdamOptimizer) -> None:

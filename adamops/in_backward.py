@@ -175,12 +175,25 @@ class InBackward:
             "it by add_param_group(), or freeze it"
         )
 
+    def _forget(self, gone: set[Tensor]) -> None:
+        """Releases params that are no longer in the model, if they are not in the optimizer either."""
+        ids = set(_ids_of_params(self._optimizer))
+        for param in gone:
+            if id(param) not in ids:
+                del self._names[param]
+                hook = self._hooks.pop(param, None)
+                if hook is not None:
+                    hook.remove()
+                    param.__dict__.pop(_ANCHOR, None)
+
     def _hook_params(self) -> None:
         """Registers hooks on the params of the model that have none, also on frozen ones, as they may be unfrozen."""
         model, ref = self._model(), weakref.ref(self)
         if model is not None:
             self._modules.update(model.modules())
-            self._names.update({param: name for name, param in model.named_parameters()})
+            names: dict[Tensor, str] = {param: name for name, param in model.named_parameters()}
+            self._forget(self._names.keys() - names.keys())
+            self._names.update(names)
         for param in self._names:
             hook = None if param in self._hooks else _register_hook(param, functools.partial(_on_grad, ref))
             if hook is not None:
@@ -302,15 +315,21 @@ def _outer_node() -> Any:
     """The node whose backward() runs this backward pass, as reentrant checkpointing does; None if there is none.
 
     Autograd does not tell a nested graph task that it is nested, nor in which task; the call stack does. If several
-    graph tasks surround this one, the node belongs to the outermost.
+    graph tasks surround this one, the node belongs to the outermost. Raises RuntimeError if a hook, which has no node,
+    has started one of them.
     """
     found, inside = None, False
     frame = sys._getframe(1)
     while frame is not None:
         if frame.f_code is torch.autograd.backward.__code__:
+            if inside:
+                raise RuntimeError(
+                    "step_in_backward() cannot be used with a hook that starts another backward pass: both passes "
+                    "would update the params; call optimizer.step() after the outer one instead"
+                )
             inside = True
         elif inside and frame.f_code in _APPLY:
-            found = frame.f_locals["self"]
+            found, inside = frame.f_locals["self"], False
         frame = frame.f_back  # type: ignore[assignment]
     return found
 

@@ -21,22 +21,28 @@ from . import op_builder
 
 def describe(entry_point: importlib.metadata.EntryPoint, seconds: float) -> dict[str, Any]:
     """The result of report.describe_plugin(), or an entry that says how its process ended."""
-    with tempfile.TemporaryDirectory(prefix="adamops-report-") as folder:
-        output = Path(folder) / "plugin.json"  # not a pipe, which a child of the plugin could keep open
-        outcome = _run([entry_point.name, entry_point.value, str(output)], seconds)
-        try:
-            return json.loads(output.read_text())
-        except (OSError, ValueError):
-            origin = f"plugin of {op_builder.origin_of(entry_point)}"
-            return {"name": entry_point.name, "origin": origin, "ok": False, "error": outcome}
+    try:
+        with tempfile.TemporaryDirectory(prefix="adamops-report-") as folder:
+            output = Path(folder) / "plugin.json"  # not a pipe, which a child of the plugin could keep open
+            outcome = _run([entry_point.name, entry_point.value, str(output)], seconds)
+            with contextlib.suppress(OSError, ValueError):
+                return json.loads(output.read_text())
+    except OSError as error:  # no folder for temporary files, or no more processes
+        outcome = f"the plugin could not be looked at: {error}"
+    origin = f"plugin of {op_builder.origin_of(entry_point)}"
+    return {"name": entry_point.name, "origin": origin, "ok": False, "error": outcome}
 
 
 def _run(arguments: list[str], seconds: float) -> str:
     """Runs this module in a process and says in words how that ended. Its output goes to standard error."""
     environment = {**os.environ, "PYTHONPATH": os.pathsep.join(filter(None, sys.path))}
     command = [sys.executable, "-m", __name__, *arguments]
+    try:
+        output = sys.stderr.fileno()
+    except (AttributeError, OSError):  # closed, or replaced by an object without a file
+        output = subprocess.DEVNULL
     process = subprocess.Popen(
-        command, env=environment, stdin=subprocess.DEVNULL, stdout=sys.stderr.fileno(), start_new_session=True
+        command, env=environment, stdin=subprocess.DEVNULL, stdout=output, stderr=output, start_new_session=True
     )
     try:
         status = process.wait(seconds)

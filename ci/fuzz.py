@@ -220,7 +220,7 @@ class Reference:
                 self.optimizer.state[self.params[param]] = self._state_of(param)
         clipped = optimizer._clipped
         if clipped is not None and clipped.are([held(p.grad) for p in session.params if p.grad is not None]):
-            self.optimizer._clipped = ClippedGrads(clipped.factor, self.grads)
+            self.optimizer._clipped = ClippedGrads(clipped.factor, clipped.norm, self.grads, [None] * len(self.grads))
         elif clipped is not None:  # some grads were replaced since: the factor applies to the remaining ones
             for param in session.params:
                 if self.params[param].grad is not None and clipped._has(held(param.grad)):

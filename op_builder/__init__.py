@@ -5,8 +5,10 @@ Imports neither torch nor adamops, so that setup.py can use it before anything i
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import importlib.metadata
+from collections.abc import Iterator
 from typing import NamedTuple
 
 from .builder import Compatibility, OpBuilder, OpUnavailableError
@@ -65,7 +67,20 @@ def builtin_ops() -> list[RegisteredOp]:
 
 def plugins() -> list[importlib.metadata.EntryPoint]:
     """The entry points under which other packages register ops. Loads none of them."""
-    return list(importlib.metadata.entry_points(group=ENTRY_POINT_GROUP))
+    try:
+        return list(importlib.metadata.entry_points(group=ENTRY_POINT_GROUP))
+    except Exception:  # the entry points of some package, perhaps one without ops, cannot be read
+        return list(_readable_plugins())
+
+
+def _readable_plugins() -> Iterator[importlib.metadata.EntryPoint]:
+    seen = set()
+    for distribution in importlib.metadata.distributions():
+        with contextlib.suppress(Exception):
+            name, found = distribution.name, distribution.entry_points.select(group=ENTRY_POINT_GROUP)
+            if name not in seen:  # the first on the path is the one that Python imports
+                seen.add(name)
+                yield from found
 
 
 @functools.cache

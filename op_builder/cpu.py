@@ -10,7 +10,7 @@ from typing import Any, NamedTuple
 
 from . import environment
 from .builder import Compatibility, OpBuilder
-from .compile import Compiler, CompileUnit, cannot_compile_extensions
+from .compile import BuildError, Compiler, CompileUnit, cannot_compile_extensions
 
 
 class SimdTarget(NamedTuple):
@@ -138,7 +138,10 @@ class CPUOpBuilder(OpBuilder):
         compiler = None if reason else Compiler.find()
         if compiler is None:
             return Compatibility(False, reason)
-        return Compatibility(True, f"{compiler.version} for {compiler.machine}")
+        try:
+            return Compatibility(True, f"{compiler.version} for {compiler.machine}")
+        except BuildError as error:  # what CXX names is no compiler
+            return Compatibility(False, str(error))
 
     def prepare(self, module: Any) -> Any:
         """Forces the SIMD target that ADAMOPS_SIMD names, if it is set."""

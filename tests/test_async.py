@@ -341,3 +341,51 @@ def test_an_interrupt_at_any_event_of_the_interpreter_loses_no_step(tmp_path):
     command = [sys.executable, "-W", "ignore", "-c", INTERRUPTED]
     done = subprocess.run(command, capture_output=True, text=True, cwd=tmp_path, timeout=300)
     assert done.stdout == "done\n", done.stderr
+
+
+@pytest.mark.parametrize("call", ["step", "step_subgroup"])
+def test_a_pre_hook_may_take_a_step_of_its_own(call):
+    results = []
+    for asynchronous in (False, True):
+        param = torch.nn.Parameter(torch.zeros(4))
+        optimizer = DeepSpeedCPUAdam([param], lr=0.1)
+        param.grad, seen = torch.ones(4), []
+
+        def hook(optimizer, args, kwargs, seen=seen, param=param):
+            if not seen:
+                seen.append(None)
+                optimizer.step() if call == "step" else optimizer.step_subgroup(5)
+                seen.append(param[0].item())  # the hook's own step is done when it returns
+
+        optimizer.register_step_pre_hook(hook)
+        optimizer.step_async().wait() if asynchronous else optimizer.step()
+        results.append((param.tolist(), seen, [state["step"] for state in optimizer.state.values()]))
+    assert results[0] == results[1]
+
+
+def test_a_step_of_another_thread_is_not_handed_to_the_background(monkeypatch):
+    param = torch.nn.Parameter(torch.zeros(4))
+    param.grad = torch.ones(4)
+    optimizer, counts = DeepSpeedCPUAdam([param], lr=0.1), []
+    optimizer.step()
+    hyper = optimizer._hyper
+
+    def slow(*args, **kwargs):  # while step_async() prepares its step, another thread takes one
+        monkeypatch.setattr(optimizer, "_hyper", hyper)
+        thread = threading.Thread(target=optimizer.step)
+        thread.start()
+        thread.join()
+        counts.append(optimizer.state[param]["step"])
+        return hyper(*args, **kwargs)
+
+    monkeypatch.setattr(optimizer, "_hyper", slow)
+    optimizer.step_async().wait()
+    counts.append(optimizer.state[param]["step"])
+    assert counts == [2, 3] and torch.allclose(param, torch.tensor(-0.3))
+
+
+@pytest.mark.parametrize("threads", [2.5, "2", float("nan")])
+def test_threads_that_are_no_integer_are_refused_at_the_call(threads):
+    param = torch.nn.Parameter(torch.zeros(4))
+    with pytest.raises(TypeError, match="cannot be interpreted as an integer"):
+        DeepSpeedCPUAdam([param]).step_async(threads=threads)

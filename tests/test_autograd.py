@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from optimizers import state_tensors
+from optimizers import EmulatedFusedAdam, state_tensors
 from torch.nn import Parameter
 
 import adamops
@@ -113,3 +113,13 @@ def test_tensors_of_inference_mode_have_no_version_and_are_updated(PathAdam):
         for step in STEPS.values():
             step(optimizer)
     assert (param < 1).all()
+
+
+def test_step_counts_on_the_device_are_written_in_place_too(cuda_op):
+    param = torch.nn.Parameter(torch.zeros(5))
+    optimizer = EmulatedFusedAdam([param], capturable=True)
+    for k in range(3):
+        param.grad = torch.ones(5)
+        before = optimizer.state[param]["step"]._version if k else 0
+        optimizer.step()
+        assert optimizer.state[param]["step"]._version > before

@@ -1,6 +1,8 @@
 """clip_grad_norm_() on the optimizer, whose factor the next step applies; and grads zeroed in the step."""
 
+import ctypes
 import math
+import platform
 
 import pytest
 import torch
@@ -191,3 +193,101 @@ def test_a_skipped_step_zeroes_grads_too(seed):
     optimizer.found_inf = torch.tensor(1.0)
     optimizer.step(zero_grads=True)
     assert torch.equal(params[0].detach(), after) and not params[0].grad.any()
+
+
+# Orders of calls ---------------------------------------------------------------------------------------------------
+
+
+def clip_like_torch(make, change):
+    """Clips, lets `change` do something to the params' grads, clips again, and steps: with ours, and with torch."""
+    found = []
+    for ours in (True, False):
+        params = [torch.nn.Parameter(torch.zeros(6)) for _ in range(3)]
+        settings = {"lr": 1.0, "betas": (0.0, 0.0), "eps": 1.0, "weight_decay": 0.0}
+        optimizer = make(params, **settings) if ours else torch.optim.Adam(params, **settings)
+        clip = optimizer.clip_grad_norm_ if ours else lambda m, params=params: torch.nn.utils.clip_grad_norm_(params, m)
+        for i, param in enumerate(params):
+            param.grad = torch.full((6,), 100.0 + i)
+        clip(1.0)
+        change(params)
+        norm = clip(2.0)
+        optimizer.step()
+        found.append(torch.cat([norm.reshape(1), *(param.detach() for param in params)]))
+    torch.testing.assert_close(*found)
+
+
+def replace_one(params):
+    params[1].grad = torch.ones(6)
+
+
+def drop_one(params):
+    params[2].grad = None
+
+
+def write_unseen(params):
+    for param in params:
+        param.grad.data.copy_(torch.arange(6.0))  # torch does not count this as a write to the grad
+
+
+@pytest.mark.parametrize("change", [replace_one, drop_one, write_unseen])
+def test_clipping_again_sees_what_the_grads_are_now(Adam, change):
+    clip_like_torch(Adam, change)
+
+
+def test_a_step_does_not_clip_grads_that_were_written_unseen_since():
+    param, other = torch.nn.Parameter(torch.zeros(4)), torch.nn.Parameter(torch.zeros(4))
+    optimizer = DeepSpeedCPUAdam([param, other], lr=1.0, betas=(0.0, 0.0), eps=1.0, weight_decay=0.0)
+    param.grad, other.grad = torch.full((4,), 100.0), torch.full((4,), 100.0)
+    optimizer.clip_grad_norm_(1.0)
+    param.grad.data.copy_(torch.tensor([1.0, 2.0, 3.0, 4.0]))
+    other.grad.data.fill_(1.0)
+    optimizer.step()
+    assert torch.allclose(param, -torch.tensor([1.0, 2.0, 3.0, 4.0]) / torch.tensor([2.0, 3.0, 4.0, 5.0]))
+    assert torch.allclose(other, torch.tensor(-0.5))
+
+
+def test_a_norm_of_grads_written_through_numpy_is_the_new_one():
+    numpy = pytest.importorskip("numpy")
+    buffer = numpy.full(4, numpy.inf, dtype=numpy.float32)
+    param = torch.nn.Parameter(torch.zeros(4))
+    optimizer = DeepSpeedCPUAdam([param])
+    param.grad = torch.from_numpy(buffer)
+    assert optimizer.clip_grad_norm_(1.0).isinf()
+    buffer[:] = 1.0
+    assert optimizer.clip_grad_norm_(1.0) == 2.0
+
+
+@pytest.mark.parametrize("share", [lambda grad: grad, lambda grad: grad[:], lambda grad: grad.detach()])
+def test_the_factor_is_applied_once_to_grads_that_share_memory(share):
+    params = [torch.nn.Parameter(torch.zeros(4)) for _ in range(3)]
+    optimizer = DeepSpeedCPUAdam(params, lr=1.0, betas=(0.0, 0.0), eps=1.0, weight_decay=0.0)
+    grad = torch.full((4,), 10.0)
+    params[0].grad, params[1].grad, params[2].grad = grad, share(grad), torch.zeros(4)
+    norm = optimizer.clip_grad_norm_(1.0)
+    params[2].grad = torch.ones(4)  # so the factor is applied to the others in memory
+    optimizer.step()
+    clipped = 10.0 / norm
+    assert torch.allclose(params[0], -clipped / (clipped + 1)) and torch.equal(params[0], params[1])
+
+
+@pytest.mark.parametrize("mode", [0x400, 0x800, 0xC00])
+def test_applying_the_factor_in_memory_does_not_depend_on_the_rounding_mode(mode):
+    if platform.machine() != "x86_64":
+        pytest.skip("rounding modes are numbered for x86-64")
+    libm = ctypes.CDLL("libm.so.6")
+    start, *grads = (torch.randn(3000) for _ in range(4))
+
+    def run(mode):
+        params = [torch.nn.Parameter(start.clone()) for _ in range(2)]
+        optimizer = DeepSpeedCPUAdam(params, lr=1e-2)
+        params[0].grad, params[1].grad = grads[0].clone(), grads[1].clone()
+        libm.fesetround(mode)
+        try:
+            optimizer.clip_grad_norm_(0.1)
+            params[1].grad = grads[2]
+            optimizer.step()
+        finally:
+            libm.fesetround(0)
+        return params[0].detach()
+
+    assert torch.equal(run(0), run(mode))

@@ -1,6 +1,9 @@
 """Bad calls: the message says what is wrong and what to do, and nothing is written."""
 
+import collections
 import copy
+import gc
+import weakref
 
 import pytest
 import torch
@@ -424,3 +427,70 @@ def test_the_op_refuses_columns_that_do_not_belong_together(cpu_adam):
         cpu_adam.adam_step(table, [(0.0,) * 10], False, 1)
     with pytest.raises(ValueError, match="no SIMD target 'avx1024' in this build; it has: .*baseline"):
         cpu_adam.use_target("avx1024")
+
+
+def test_removed_param_groups_are_released():
+    optimizer, alive = DeepSpeedCPUAdam([torch.nn.Parameter(torch.zeros(4))]), []
+    for _ in range(3):
+        param = torch.nn.Parameter(torch.zeros(100))
+        param.grad = torch.ones(100)
+        optimizer.add_param_group({"params": [param]})
+        optimizer.step()
+        alive.append(weakref.ref(param))
+        del optimizer.state[param], optimizer.param_groups[1:], param
+    optimizer.param_groups[0]["params"][0].grad = torch.ones(4)
+    optimizer.step()
+    gc.collect()
+    assert not any(ref() is not None for ref in alive)
+
+
+def test_a_precision_setting_in_place_of_another_key_is_noticed():
+    param = torch.nn.Parameter(torch.zeros(5000))
+    optimizer = DeepSpeedCPUAdam([{"params": [param], "name": "weights"}])
+    param.grad = torch.ones(5000)
+    optimizer.step()
+    del optimizer.param_groups[0]["name"]
+    optimizer.param_groups[0]["state_dtype"] = "8bit"
+    with pytest.raises(ValueError, match="The precision of param group 0 was set"):
+        optimizer.step()
+
+
+@pytest.mark.parametrize("key", ["decoupled_weight_decay", "adamw_mode", "adam_w_mode"])
+def test_a_group_cannot_have_another_kind_of_weight_decay(key):
+    param = torch.nn.Parameter(torch.zeros(4))
+    with pytest.raises(ValueError, match=f"param group 0 has {key}=False: whether weight decay is decoupled"):
+        DeepSpeedCPUAdam([{"params": [param], key: False}])
+    DeepSpeedCPUAdam([{"params": [param], key: True}])
+    DeepSpeedCPUAdam([{"params": [param], key: False}], adamw_mode=False)
+
+
+def test_params_that_share_memory_are_found_whichever_has_a_grad():
+    base = torch.zeros(1000)
+    a, b = torch.nn.Parameter(base[:600]), torch.nn.Parameter(base[500:])
+    optimizer = DeepSpeedCPUAdam([a, b])
+    a.grad = torch.ones(600)
+    optimizer.step()
+    a.grad, b.grad = None, torch.ones(500)
+    with pytest.raises(ValueError, match="param 0 and param group 0, param 1 share memory"):
+        optimizer.step()
+
+
+@pytest.mark.parametrize("make", [lambda t: t.to_sparse(), lambda t: t.to_mkldnn(), lambda t: t])
+def test_frozen_params_of_any_kind_do_not_hinder_lowp_outs(make):
+    param, frozen = torch.nn.Parameter(torch.zeros(50)), make(torch.eye(4))
+    others = [torch.nn.Parameter(frozen, requires_grad=False) for _ in range(2)]
+    optimizer = DeepSpeedCPUAdam([param, *others], lr=0.5)
+    param.grad, out = torch.ones(50), torch.zeros(50, dtype=torch.bfloat16)
+    optimizer.step(lowp_out=[out, None, None])
+    assert torch.allclose(out.float(), torch.tensor(-0.5))
+
+
+def test_groups_and_states_of_other_kinds_that_torch_takes_are_taken():
+    param = torch.nn.Parameter(torch.zeros(4))
+    optimizer = DeepSpeedCPUAdam([param], lr=0.5)
+    optimizer.param_groups = torch.optim.AdamW([param], lr=0.5).param_groups
+    optimizer.state = collections.UserDict()
+    param.grad = torch.ones(4)
+    optimizer.step()
+    optimizer.step()
+    assert optimizer.state[param]["step"] == 2 and torch.allclose(param, torch.tensor(-1.0), atol=0.02)

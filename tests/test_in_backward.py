@@ -574,3 +574,33 @@ def test_layers_exchanged_for_as_many_others_are_updated():
     model(torch.ones(1, 3)).sum().backward()
     assert not torch.equal(model[1].weight, before)
     assert all(param.grad is None for param in model.parameters())
+
+
+def test_a_hook_that_starts_another_backward_pass_is_an_error():
+    a, b = nn.Linear(4, 4), nn.Linear(4, 4)
+    model = nn.ModuleList([a, b])
+    optimizer = DeepSpeedCPUAdam(model.parameters())
+    in_backward.step_in_backward(model, optimizer)
+    x = torch.randn(3, 4)
+    hidden, other = a(x), b(x).square().mean()
+    hidden.register_hook(lambda grad: other.backward() and None)
+    with pytest.raises(RuntimeError, match="a hook that starts another backward pass"):
+        b(hidden).square().mean().backward()
+
+
+def test_layers_that_were_replaced_are_released():
+    model = nn.Sequential(nn.Linear(4, 4), nn.Linear(4, 4))
+    optimizer = DeepSpeedCPUAdam(model.parameters())
+    handle, alive = in_backward.step_in_backward(model, optimizer), []
+    for _ in range(3):
+        model(torch.randn(3, 4)).sum().backward()
+        alive += map(weakref.ref, model[1].parameters())
+        for param in model[1].parameters():
+            optimizer.state.pop(param, None)
+        model[1] = nn.Linear(4, 4)
+        optimizer.param_groups[0]["params"][2:] = list(model[1].parameters())
+    model(torch.randn(3, 4)).sum().backward()
+    del param
+    gc.collect()
+    assert not any(ref() is not None for ref in alive)
+    handle.remove()

@@ -652,3 +652,65 @@ def test_states_whose_scales_are_lost_are_not_dequantized(cls, scales):
         optimizer.state[param][SCALES] = scales
     with pytest.raises((TypeError, ValueError), match=SCALES):
         optimizer.state_dict(dequantize=True)
+
+
+@pytest.mark.parametrize("cls", CLASSES)
+@pytest.mark.parametrize("dtypes", [(torch.float64, torch.float64), (torch.bfloat16, torch.float32)])
+@pytest.mark.parametrize("state_dtype", [torch.float32, torch.bfloat16, "8bit"])
+def test_float_states_of_any_dtypes_are_loaded(cls, dtypes, state_dtype):
+    values = [torch.rand(SIZE).to(dtype) for dtype in dtypes]
+    state = {"step": torch.tensor(3.0), "exp_avg": values[0], "exp_avg_sq": values[1]}
+    loaded = []
+    for given in (state, {**state, "exp_avg": values[0].float(), "exp_avg_sq": values[1].float()}):
+        given = copy.deepcopy(given)  # a tensor that fits is kept, and updated
+        param = torch.nn.Parameter(torch.zeros(SIZE))
+        optimizer = cls([param], state_dtype=state_dtype)
+        optimizer.load_state_dict({**optimizer.state_dict(), "state": {0: given}})
+        param.grad = torch.ones(SIZE)
+        optimizer.step()
+        loaded.append(param.detach())
+    assert torch.equal(*loaded)
+
+
+@pytest.mark.parametrize("entry", [None, [1, 2], "state"])
+def test_a_state_that_is_no_dict_is_refused(entry):
+    param = torch.nn.Parameter(torch.zeros(3))
+    optimizer = DeepSpeedCPUAdam([param])
+    with pytest.raises(TypeError, match=r"param group 0, param 0 has a \w+ as its state; expected a dict"):
+        optimizer.load_state_dict({**optimizer.state_dict(), "state": {0: entry}})
+    param.grad = torch.ones(3)
+    optimizer.state[param] = entry
+    with pytest.raises(TypeError, match=r"param 0 has a \w+ as its state; expected a dict"):
+        optimizer.step()
+
+
+def test_an_interrupted_load_does_not_affect_later_ones(monkeypatch):
+    _, optimizer = trained(DeepSpeedCPUAdam, [torch.randn(SIZE)])
+    saved = copy.deepcopy(optimizer.state_dict())
+    register = optimizer.register_load_state_dict_pre_hook
+
+    def interrupted(hook, prepend=False):
+        handle = register(hook, prepend)
+        monkeypatch.undo()
+        raise KeyboardInterrupt(handle)
+
+    monkeypatch.setattr(optimizer, "register_load_state_dict_pre_hook", interrupted)
+    with pytest.raises(KeyboardInterrupt):
+        optimizer.load_state_dict(saved)
+    optimizer.load_state_dict(saved)
+    optimizer.load_state_dict(saved)
+
+
+def test_state_dicts_asked_for_during_another_are_their_own():
+    """As by a signal handler that saves a checkpoint, or by another thread."""
+    params, optimizer = trained(FusedAdam, [torch.randn(SIZE).bfloat16()], state_dtype="8bit", master_weight_bits=24)
+    inner = []
+    optimizer.register_state_dict_pre_hook(lambda o: inner or inner.append(0) or inner.append(o.state_dict()))
+    optimizer.register_state_dict_post_hook(lambda o, saved: None)
+    outer = optimizer.state_dict(dequantize=True)
+    assert outer["state"][0].keys() == {"step", "exp_avg", "exp_avg_sq"}
+    assert {"param_remainder", "block_scales"} <= inner[1]["state"][0].keys()
+    seen = []
+    optimizer.register_state_dict_post_hook(lambda o, saved: seen.append((o is optimizer, saved["state"][0].keys())))
+    assert optimizer.state_dict(dequantize=True)["state"][0].keys() == {"step", "exp_avg", "exp_avg_sq"}
+    assert seen == [(True, {"step", "exp_avg", "exp_avg_sq"})]  # hooks see what is saved

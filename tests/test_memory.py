@@ -402,3 +402,37 @@ def test_clipped_grads_that_are_expanded_are_multiplied_once(PathAdam):
     params[1].grad = torch.ones(N)
     optimizer.step()
     torch.testing.assert_close(params[0].grad, torch.full((N,), float(0.1 / (norm + 1e-6))))
+
+
+class FreesMemory(torch.Tensor):
+    """A subclass whose Python code frees another tensor's memory at a chosen call."""
+
+    victim, calls = None, 0
+
+    @classmethod
+    def __torch_function__(cls, function, types, args=(), kwargs=None):
+        FreesMemory.calls -= 1
+        if FreesMemory.calls == 0:
+            FreesMemory.victim.untyped_storage().resize_(0)
+        return super().__torch_function__(function, types, args, kwargs or {})
+
+
+@pytest.mark.parametrize("call", range(1, 60, 3))
+@pytest.mark.parametrize("what", ["clip", "load"])
+def test_memory_that_a_subclass_frees_meanwhile_is_not_touched(Adam, what, call):
+    params = [torch.nn.Parameter(torch.zeros(1 << 16)), torch.nn.Parameter(torch.zeros(64))]
+    optimizer = Adam(params)
+    if what == "clip":
+        params[0].grad, params[1].grad = torch.ones(1 << 16), torch.ones(64).as_subclass(FreesMemory)
+        FreesMemory.victim = params[0].grad
+    else:
+        params[1].data = params[1].data.as_subclass(FreesMemory)
+        values = [torch.ones(1 << 16), torch.ones(64).as_subclass(FreesMemory)]
+        FreesMemory.victim = params[0].detach()
+    FreesMemory.calls = call
+    try:
+        optimizer.clip_grad_norm_(1.0) if what == "clip" else optimizer.load_fp32_params(values)
+    except (RuntimeError, TypeError, ValueError):
+        pass
+    finally:
+        FreesMemory.calls = 0

@@ -2,6 +2,8 @@
 
 import json
 import os
+import subprocess
+import sys
 import sysconfig
 import textwrap
 import threading
@@ -346,3 +348,33 @@ def test_cut_thread_counts_change_no_bit(threads):
         DeepSpeedCPUAdam([param]).step_async(threads=count).wait()
         results.append(param.detach())
     assert all(torch.equal(results[0], other) for other in results[1:])
+
+
+def test_an_optimizer_given_to_a_spawned_process_shares_its_step_counts(tmp_path):
+    script = tmp_path / "train.py"
+    script.write_text(
+        textwrap.dedent("""
+        import torch, torch.multiprocessing as mp
+        from adamops import DeepSpeedCPUAdam
+
+        def train(param, optimizer, steps):
+            torch.set_num_threads(1)
+            for _ in range(steps):
+                param.grad = torch.full_like(param, 1e-3)
+                optimizer.step()
+
+        if __name__ == "__main__":
+            param = torch.nn.Parameter(torch.zeros(800))
+            param.share_memory_()
+            optimizer = DeepSpeedCPUAdam([param], lr=1e-3, weight_decay=0.0)
+            train(param, optimizer, 1)
+            process = mp.get_context("spawn").Process(target=train, args=(param, optimizer, 200))
+            process.start()
+            process.join()
+            before = param[0].item()
+            train(param, optimizer, 1)
+            print(int(optimizer.state[param]["step"]), round((param[0].item() - before) * 1e6))
+        """)
+    )
+    done = subprocess.run([sys.executable, str(script)], capture_output=True, text=True, timeout=300, check=True)
+    assert done.stdout == "202 -1000\n"

@@ -155,3 +155,21 @@ def test_odd_characters_do_not_break_a_pipe(report):
     result = report(PYTHONIOENCODING="ascii", ADAMOPS_CACHE_DIR="/tmp/caché")
     assert result.returncode == 0, result.stderr
     assert "/tmp/cach\\xe9" in result.stdout
+
+
+def test_a_compiler_that_does_not_run_leaves_the_prebuilt_op_in_use(report):
+    done = report("--json", CXX="false")
+    (op,) = [op for op in json.loads(done.stdout)["ops"] if op["name"] == "cpu_adam"]
+    assert not op["compatible"] and "false --version failed" in op["reason"]
+    assert op["ok"] and op["in_use"] == "prebuilt extension"
+
+
+def test_entry_points_of_others_that_cannot_be_read_cost_nothing(tmp_path, report):
+    for name, content in (("one", b"[adamops.op_builders]\ngarbage line\n"), ("two", b"[x]\na = \xff\xfe\n")):
+        folder = tmp_path / "site" / f"{name}-1.0.dist-info"
+        folder.mkdir(parents=True)
+        (folder / "METADATA").write_text(f"Metadata-Version: 2.1\nName: {name}\nVersion: 1.0\n")
+        (folder / "entry_points.txt").write_bytes(content)
+    # torch itself reads all entry points, unless it is told not to.
+    done = report("--json", PYTHONPATH=python_path(tmp_path / "site"), TORCH_DEVICE_BACKEND_AUTOLOAD="0")
+    assert {op["name"] for op in json.loads(done.stdout)["ops"]} >= {"cpu_adam", "torch_adam"}, done.stderr

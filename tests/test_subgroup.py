@@ -1,9 +1,14 @@
 """step_subgroup() and rollback_subgroup(), by which ZeRO-3 and SuperOffload lend shards to the optimizer."""
 
+import copy
+import os
+import signal
+
 import pytest
 import torch
 
 from adamops import DeepSpeedCPUAdam
+from adamops.ops.adam import rollback
 
 U = 2.0**-24  # half an ulp of 1 in float32
 
@@ -172,3 +177,48 @@ def test_closure_of_a_subgroup():
 
     assert optimizer.step_subgroup(0, closure) == 42
     assert optimizer.rollback_subgroup(0, closure) == 42
+
+
+@pytest.mark.parametrize("key", ["step", "exp_avg", "exp_avg_sq"])
+def test_a_state_that_lacks_something_cannot_be_rolled_back(key):
+    optimizer, *_ = stepped(2)
+    del optimizer.state[7][key]
+    with pytest.raises(RuntimeError, match=f"its state has no '{key}'"):
+        optimizer.rollback_subgroup(7)
+
+
+@pytest.mark.parametrize("count", [torch.tensor(2), torch.tensor(2.0)])
+def test_a_count_in_shared_memory_is_rolled_back_there(count):
+    optimizer, *_ = stepped(2)
+    optimizer.state[7]["step"] = shared = count.share_memory_()
+    optimizer.rollback_subgroup(7)
+    assert int(shared) == 1 and optimizer.state[7]["step"] is shared
+
+
+def test_an_interrupted_rollback_is_whole():
+    """A signal arrives while it writes; the handler's exception comes once it has ended."""
+    optimizer, *_ = stepped(2)
+    (param,) = optimizer.param_groups[0]["params"]
+    twin, handler = copy.deepcopy(optimizer), signal.getsignal(signal.SIGUSR1)
+    (twin_param,) = twin.param_groups[0]["params"]
+    twin_param.grad = param.grad.clone()
+    twin.rollback_subgroup(7)
+    undo, calls = rollback._undo_piece, []
+
+    def interrupted(*args, **kwargs):
+        calls.append(None)
+        os.kill(os.getpid(), signal.SIGUSR1)
+        undo(*args, **kwargs)
+
+    def interrupt(*_):
+        raise KeyboardInterrupt
+
+    rollback._undo_piece = interrupted
+    signal.signal(signal.SIGUSR1, interrupt)
+    try:
+        with pytest.raises(KeyboardInterrupt):
+            optimizer.rollback_subgroup(7)
+    finally:
+        rollback._undo_piece = undo
+        signal.signal(signal.SIGUSR1, handler)
+    assert calls and optimizer.state[7]["step"] == 1 and torch.equal(param, twin_param)

@@ -78,7 +78,10 @@ class StateFinder {
     PyObject *key, *state;
     for (; reach > 0; --reach) {
       found_ = position;
-      if (!PyDict_Next(states_, &position, &key, &state)) break;
+      if (!PyDict_Next(states_, &position, &key, &state)) {
+        position = 0;  // go on with the first entry: the search began in the middle
+        continue;
+      }
       if (key == param) {
         next_ = position;
         return state;
@@ -230,6 +233,9 @@ bool AdamTable::add(const TensorReader& reader, PyObject* param, py::object grad
   }
 
   const Master own_master = p.dtype == kFloat32 ? kNoMaster : master;
+  // Of a param that was of 16 bits before. This step makes them stale, so the slow path drops them.
+  if (p.dtype == kFloat32 && master != kNoMaster && (entry(state, names().master) || entry(state, names().remainder)))
+    return false;
   if (own_master == kMasterFp32) {
     row.master = state_tensor(names().master);
     if (!read(row.master, master_view) || master_view.dtype != kFloat32 || m.dtype != kFloat32) return false;
@@ -268,6 +274,7 @@ bool AdamTable::add_step(const TensorReader& reader, const py::object& step) {
   if (!step || !step_rows.empty() || !reader.read(step.ptr(), count)) return false;
   if (count.dtype != kFloat32 || count.numel != 1) return false;
   device_steps.push_back(static_cast<float*>(count.address()));
+  written_.push_back(count.version);
   return true;
 }
 
@@ -300,7 +307,7 @@ std::unique_ptr<AdamTable> table_of_params(const TensorReader& reader, const py:
     if (grad.is_none()) continue;  // frozen params may be of any kind
     if (!reader.is_plain(param) && !reader.is_sharded(param)) return nullptr;
     const bool first = table->tensors.empty();
-    PyObject* const state = finder.find(param, first ? PyDict_Size(states.ptr()) : StateFinder::kReach);
+    PyObject* const state = finder.find(param, first ? PyDict_Size(states.ptr()) + 1 : StateFinder::kReach);
     if (!table->add(reader, param, std::move(grad), state, rng_offset + static_cast<uint32_t>(i))) return nullptr;
     if (first) table->first_state = finder.found();
   }
@@ -392,7 +399,8 @@ void bind_adam_table(py::module_& module) {
       "table_of_params", &table_of_params, py::arg("reader"), py::arg("params"), py::arg("states"), py::arg("amsgrad"),
       py::arg("master") = static_cast<int>(kNoMaster), py::arg("first_state") = 0, py::arg("rng_offset") = 0,
       "A table of the params that have a grad, kept alive with what belongs to them, or None if any of it is not "
-      "eligible for the fast path. `first_state` is that of the group's last table: where to look for states first. `master` "
+      "eligible for the fast path. `first_state` is that of the group's last table: where to look for states first. "
+      "`master` "
       "is a Master of csrc/adam/adam_tensor.h.");
   module.def(
       "table_of_addresses", &table_of_addresses, py::arg("params"), py::arg("grads"), py::arg("exp_avgs"),
@@ -401,7 +409,8 @@ void bind_adam_table(py::module_& module) {
       py::arg("master") = static_cast<int>(kMasterFp32), py::arg("scales") = py::none(),
       py::arg("lowp_outs") = py::none(), py::arg("rng_offsets") = py::none(), py::arg("states") = py::none(),
       "A table of columns of addresses, sizes, dtype codes (param + 3 * grad + 9 * state + 36 * lowp_out) and step "
-      "counts, or their addresses, all trusted. A master of 0 means none. Counts are written to the dicts in `states`.");
+      "counts, or their addresses, all trusted. A master of 0 means none. Counts are written to the dicts in "
+      "`states`.");
 }
 
 }  // namespace adamops

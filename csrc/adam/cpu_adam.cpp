@@ -148,6 +148,26 @@ double grad_norm(const py::list& addresses, const py::list& numels, const py::li
   return result;
 }
 
+// Four elements of each tensor, from the first to the last, as bytes; None for a tensor that is not plain.
+py::list samples_of(const TensorReader& reader, const py::list& tensors) {
+  constexpr int64_t kSamples = 4;
+  py::list samples;
+  for (const py::handle tensor : tensors) {
+    TensorReader::View view;
+    if (!reader.read(tensor.ptr(), view)) {
+      samples.append(py::none());
+      continue;
+    }
+    const int64_t size = view.dtype == kFloat32 ? 4 : 2;
+    std::string bytes;
+    for (int64_t i = 0; i < kSamples && view.numel; ++i)
+      bytes.append(static_cast<const char*>(view.address()) + (view.numel - 1) * i / (kSamples - 1) * size,
+                   static_cast<size_t>(size));
+    samples.append(py::bytes(bytes));
+  }
+  return samples;
+}
+
 void bandwidth_probe(const AdamTable& table, int prefetch_bytes, int threads) {
   const AdamTarget& target = simd_targets.in_use();
   const auto ranges = kernels<ProbeRange>(
@@ -194,6 +214,8 @@ PYBIND11_MODULE(cpu_adam, module) {
       },
       py::arg("addresses"), py::arg("numels"), py::arg("dtypes"), py::arg("norm_type"), py::arg("threads"),
       "The norm of all elements of grads, in double, the same bits for any number of threads; NaN if one of them is.");
+  module.def("samples_of", &samples_of, py::arg("reader"), py::arg("tensors"),
+             "Some elements of each tensor, as bytes; None for a tensor that is not plain.");
   module.def("zero_fill", &zero_fill, py::arg("addresses"), py::arg("numels"), py::arg("element_size"),
              py::arg("threads"),
              "Zeroes tensors with the split of adam_step, so that each page lies near the thread that will use it.");

@@ -85,6 +85,9 @@ class Backend(Protocol):
         of memory.py raises.
         """
 
+    def samples(self, grads: Sequence[Tensor]) -> list[bytes | None]:
+        """For each grad, some of its elements; None for one that cannot be read without waiting for a device."""
+
     def zeros_like(self, params: Sequence[Tensor], dtypes: Sequence[torch.dtype]) -> list[Tensor]:
         """New zero tensors with the params' memory layout."""
 

@@ -8,28 +8,50 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
+from .float_environment import in_default_float_environment
 from .memory import check_writable, version_of
 
 
 class ClippedGrads:
     """Grads that steps multiply by a factor because their norm was too large.
 
-    They are not kept alive. A grad that has been written since, by any operation, no longer counts as clipped.
+    They are not kept alive. A grad that has been written since, by any operation, no longer counts as clipped. A write
+    that torch does not count, as through ``grad.data``, shows in samples of the grads' elements, where there are any;
+    the factor then belongs to none of them.
 
     Attributes
     ----------
     factor
         A 0-dim float64 tensor, or a number.
+    norm
+        Of all the grads as they were in memory, a 0-dim float64 tensor.
     """
 
-    def __init__(self, factor: float | Tensor, grads: Sequence[Tensor]) -> None:
+    def __init__(
+        self, factor: float | Tensor, norm: Tensor, grads: Sequence[Tensor], samples: Sequence[bytes | None]
+    ) -> None:
         self.factor = factor
-        self._entries = {id(grad): (weakref.ref(grad), version_of(grad)) for grad in grads}
+        self.norm = norm
+        self._entries = {
+            id(grad): (weakref.ref(grad), version_of(grad), sample) for grad, sample in zip(grads, samples, strict=True)
+        }
 
     def are(self, grads: Sequence[Tensor]) -> bool:
-        """Whether all of these grads were clipped and are unchanged since."""
+        """Whether all of these grads were clipped, and torch has counted no write since."""
         return all(map(self._has, grads))
 
+    def norm_of(self, grads: Sequence[Tensor]) -> Tensor | None:
+        """The norm in memory that these grads had when they were clipped; None if they are not all that were."""
+        return self.norm if len(grads) == len(self._entries) and self.are(grads) else None
+
+    def were_written_unseen(self, grads: Sequence[Tensor], samples: Sequence[bytes | None]) -> bool:
+        """Whether a grad was written in a way that torch does not count."""
+        return any(
+            sample is not None and self._has(grad) and self._entries[id(grad)][2] not in (None, sample)
+            for grad, sample in zip(grads, samples, strict=True)
+        )
+
+    @in_default_float_environment
     def settle(self, grads: Sequence[Tensor]) -> None:
         """Multiplies the grads that were clipped and are unchanged since by the factor; leaves the others alone."""
         clipped = [grad for grad in grads if self._has(grad) and not grad._is_zerotensor()]
@@ -37,7 +59,8 @@ class ClippedGrads:
             check_writable(grad, "a grad that clip_grad_norm_() has clipped")
         with torch.no_grad():
             for grad in clipped:
-                _without_repetition(grad).mul_(self.factor)
+                if self._has(grad):  # else it was multiplied through another tensor that shares its memory
+                    _without_repetition(grad).mul_(self.factor)
 
     def _has(self, grad: Tensor) -> bool:
         entry = self._entries.get(id(grad))

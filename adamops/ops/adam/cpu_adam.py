@@ -8,7 +8,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .batch import AdamBatch, check_on_cpu, check_params_and_grads, check_state
+from .batch import AdamBatch, check_on_cpu, check_params_and_grads, check_states
+from .interrupts import deferred_signals
 from .optimizer import AdamOptimizer, GroupStep, after_async_step, evaluate
 from .rollback import undo_step
 from .settings import check_flags
@@ -154,13 +155,18 @@ class DeepSpeedCPUAdam(AdamOptimizer):
         state = self.state.get(sub_group_id)  # type: ignore[call-overload]
         if not state:
             raise RuntimeError(f"Cannot roll back subgroup {sub_group_id}: it was never stepped")
-        if state["step"] < 1:
-            raise RuntimeError(f"Cannot roll back subgroup {sub_group_id}: all its steps have been undone")
         batch = self._subgroup_batch(sub_group_id)
         (param,), (grad,) = batch.params, batch.grads
-        check_state(batch.needed_of(state, param), param, batch.names[0])
-        undo_step(param, grad, state, batch.hyper)
-        state["step"] -= 1
+        missing = [key for key in ("step", *batch.state_dtypes(param)) if key not in state]
+        if missing:
+            raise RuntimeError(f"Cannot roll back subgroup {sub_group_id}: its state has no {missing[0]!r}")
+        batch.states = [state]
+        check_states(batch)
+        if int(state["step"]) < 1:
+            raise RuntimeError(f"Cannot roll back subgroup {sub_group_id}: all its steps have been undone")
+        with deferred_signals():
+            undo_step(param, grad, state, batch.hyper)
+            state["step"] -= 1
         return loss
 
     def _subgroup_batch(self, subgroup_id: int) -> AdamBatch:

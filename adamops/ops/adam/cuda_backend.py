@@ -60,7 +60,8 @@ class CudaBackend(TableBackend):
             launch()
             restore_unused_scales(spare)
 
-        return Update(run, lambda: [*batch.borrowed(), *counts], batch.written(), table, on_cpu=False)
+        written = [*batch.written(), *counts]
+        return Update(run, lambda: [*batch.borrowed(), *counts], written, table, on_cpu=False)
 
     def _runner(self, table: Any, hyper: AdamHyper, call: tuple[Any, ...] | None) -> Callable[[], None]:
         """The function that enqueues a step. All tensors that it needs are made now, because that can fail."""

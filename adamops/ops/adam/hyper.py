@@ -61,7 +61,7 @@ class AdamHyper:
             weight_decay=weight_decay
             if type(weight_decay) is float
             else float(to_number(weight_decay, "weight_decay", where)),
-            bias_correction=bool(group["bias_correction"]),
+            bias_correction=bool(group.get("bias_correction", True)),
             amsgrad=bool(group["amsgrad"]),
             maximize=bool(group["maximize"]),
             capturable=bool(group.get("capturable", False)),

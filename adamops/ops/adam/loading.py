@@ -16,7 +16,7 @@ from torch.optim import Optimizer
 from . import remainders, sharding
 from .batch import check_state, check_step, is_quantized, is_shared_count
 from .layout import is_dense, like_param, same_layout
-from .memory import check_memory
+from .memory import check_memory, check_readable
 from .precision import AVERAGES, MASTER, REMAINDER, SCALES, SETTINGS, STATE_TENSORS, Master, Precision
 from .quantized_states import SAVED_NAMES, dequantized_states, quantized_states, with_held_names
 from .settings import check_betas, check_is_of_adam, check_numbers, other_optimizer
@@ -31,10 +31,15 @@ class _Shielded:
         self.tensor = tensor
 
 
+def _shielded(value: Any) -> _Shielded:
+    """The value shielded, once: a hook may load a state dict while another is being loaded."""
+    return value if isinstance(value, _Shielded) else _Shielded(value)
+
+
 def shield_states(optimizer: Optimizer, state_dict: dict[str, Any]) -> dict[str, Any]:
     """A state dict whose state tensors are shielded from the casts of Optimizer.load_state_dict."""
     shielded = {
-        key: {name: _Shielded(value) if name in _SHIELDED else value for name, value in entry.items()}
+        key: {name: _shielded(value) if name in _SHIELDED else value for name, value in entry.items()}
         if isinstance(entry, dict)
         else entry
         for key, entry in state_dict["state"].items()
@@ -86,6 +91,8 @@ def adopted_states(
             adopted[key] = with_held_names(_unshielded(entry), f"the state of {key!r}")
             if "step" in adopted[key]:
                 adopted[key]["step"] = _adopted_step(adopted[key]["step"], f"the state of {key!r}")
+        elif isinstance(key, Tensor) and key in places:
+            raise TypeError(f"{places[key][0]} has a {type(entry).__name__} as its state; expected a dict")
         else:
             adopted[key] = entry
     return adopted
@@ -165,9 +172,26 @@ def _narrow_remainder(state: dict[str, Any], name: str) -> dict[str, Any]:
 
 def _converted_tensors(state: Mapping[str, Any], param: Tensor, name: str, precision: Precision) -> dict[str, Tensor]:
     """The tensors of a loaded state, in the dtypes and layout that the optimizer keeps."""
+    state = _with_one_dtype(state, name)
     check_state(state, param, name, elsewhere=True)
     tensors = {key: value.to(param.device) for key, value in state.items() if key in STATE_TENSORS}
     return {**_averages(tensors, param, precision), **_masters(tensors, param, precision.master_of(param))}
+
+
+def _with_one_dtype(state: Mapping[str, Any], name: str) -> dict[str, Any]:
+    """The state with averages of one dtype: float32, if they have float64 or several float dtypes. So has a master."""
+    floats = {
+        key: value
+        for key in (*AVERAGES, MASTER)
+        if isinstance(value := state.get(key), Tensor) and value.layout == torch.strided and value.is_floating_point()
+    }
+    is_mixed = len({value.dtype for key, value in floats.items() if key != MASTER}) > 1
+    converted = {}
+    for key, value in floats.items():
+        if value.dtype == torch.float64 or (is_mixed and key != MASTER):
+            check_readable(value, f"{name}: its state {key!r}")
+            converted[key] = value.float()
+    return {**state, **converted}
 
 
 def _masters(tensors: Mapping[str, Tensor], param: Tensor, kind: Master) -> dict[str, Tensor]:

@@ -91,6 +91,15 @@ def in_memory(tensor: Tensor, what: str) -> Tensor:
     return found
 
 
+def is_in_memory(tensor: Tensor) -> bool:
+    """Whether check_memory() raises nothing for the tensor."""
+    try:
+        check_memory(tensor, "it")
+    except (TypeError, ValueError):
+        return False
+    return True
+
+
 def check_writable(tensor: Tensor, what: str) -> None:
     """Raises what check_readable() raises, and ValueError for a tensor that torch cannot write in place."""
     check_readable(tensor, what)

@@ -77,5 +77,10 @@ class NativeBackend(TableBackend):
     def _run(self, calls: list[Any]) -> None:
         self.module.adam_steps(calls)
 
+    def samples(self, grads: Sequence[Tensor]) -> list[bytes | None]:
+        if self._reader is None:
+            return super().samples(grads)
+        return self.module.samples_of(self._reader, list(grads))
+
     def _norm_of(self, columns: Columns, norm_type: float) -> float:
         return self.module.grad_norm(*columns, norm_type, torch.get_num_threads())

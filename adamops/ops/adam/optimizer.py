@@ -6,9 +6,12 @@ import dataclasses
 import functools
 import hashlib
 import inspect
+import operator
 import sys
+import types
 import warnings
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from multiprocessing.context import get_spawning_popen
 from typing import Any, TypeAlias, TypeVar, cast
 
 import torch
@@ -48,6 +51,7 @@ from .memory import (
     check_viewable,
     check_writable,
     count_writes,
+    is_in_memory,
 )
 from .native_backend import NativeBackend
 from .precision import (
@@ -128,6 +132,17 @@ class GroupStep:
     has_new_params: bool = False  # whether some were never checked for shared memory
 
 
+class _ForBackground(int):
+    """What step_async() gives step() as `zero_grads`: by it, step() tells this call from those of step hooks."""
+
+    running: AsyncStep
+
+    def __new__(cls, zero_grads: bool, running: AsyncStep) -> _ForBackground:
+        self = super().__new__(cls, bool(zero_grads))
+        self.running = running
+        return self
+
+
 class AdamOptimizer(Optimizer):
     """Adam and AdamW for params on the CPU. The public classes differ in their arguments and in what they add.
 
@@ -136,7 +151,6 @@ class AdamOptimizer(Optimizer):
 
     _clipped = WrapperSharedAttribute[ClippedGrads | None](None)  # the clip factor and its grads
     _running = WrapperSharedAttribute[AsyncStep | None](None)  # the step now running in the background
-    _preparing = WrapperSharedAttribute[AsyncStep | None](None)  # what step() hands its updates to
     _params_in_backward = WrapperSharedAttribute[int](0)  # number that adamops.step_in_backward() updates
     _to_number = staticmethod(to_number)  # converts hyper-parameters; those on a GPU stay there
     _step_supports_amp_scaling = StepSupportsAmpScaling()  # the attribute that GradScaler looks for
@@ -212,6 +226,12 @@ class AdamOptimizer(Optimizer):
         settings = {**self.defaults, **param_group}
         check_flags({key: settings[key] for key in FLAGS if key in settings}, f" in {where}")
         check_hyper(settings, f" in {where}")
+        for key in ("decoupled_weight_decay", "adamw_mode", "adam_w_mode"):
+            if bool(param_group.get(key, self.adam_w_mode)) != self.adam_w_mode:
+                raise ValueError(
+                    f"{where} has {key}={param_group[key]!r}: whether weight decay is decoupled is an argument of the "
+                    f"optimizer, and the same for all groups; here it is {self.adam_w_mode}"
+                )
         precision = self._checked_precision(param_group, where)
         params = param_group["params"]
         if isinstance(params, Tensor):
@@ -249,6 +269,11 @@ class AdamOptimizer(Optimizer):
         settings = own_settings(group)
         self._group_precisions[id(group)] = group, settings, precision, -1 if settings else len(group)
 
+    def _forget_removed_groups(self) -> None:
+        """Releases param groups that were taken out of `param_groups`, with their params."""
+        ids = set(map(id, self.param_groups))
+        self._group_precisions = {key: kept for key, kept in self._group_precisions.items() if key in ids}
+
     def _precision_of(self, group: dict[str, Any], where: str) -> Precision:
         """The precision of a group's params and states.
 
@@ -258,7 +283,7 @@ class AdamOptimizer(Optimizer):
         if kept is None:  # a copy of a group
             return self._checked_precision(group, where)
         _, before, precision, size = kept
-        if size == len(group):  # it had no precision settings, and no key was added since
+        if size == len(group) and group.keys().isdisjoint(SETTINGS):  # none before, and none now
             return precision
         settings = own_settings(group)
         if settings != before:
@@ -334,13 +359,17 @@ class AdamOptimizer(Optimizer):
         for _, owner, _, grad in named:
             parts[sharding.shard_layout(owner)].append(grad)
         device = named[0][3].device if named else _CPU
+        all_grads = [grad for *_, grad in named]
+        factor = self._grad_factor(all_grads)  # first: it may have to multiply some of them
         norms = {layout: _norm_of(backend, device, grads, norm_type) for layout, grads in parts.items()}
-        norm = sharding.all_reduce_norm(norms, norm_type)
+        norm = in_memory = sharding.all_reduce_norm(norms, norm_type)
+        before = None if self._clipped is None else self._clipped.norm_of(all_grads)
+        if before is not None:
+            factor = _factor_if_unchanged(factor, before, norm)
         scale = getattr(self, "grad_scale", None)
         if scale is not None:
             scale = to_number(scale, "grad_scale")
             norm = norm / torch.as_tensor(scale, dtype=torch.float64, device=norm.device).reshape(()).abs()
-        factor = self._grad_factor([grad for *_, grad in named])
         norm = norm * factor
         if error_if_nonfinite and not norm.isfinite():
             raise RuntimeError(
@@ -348,7 +377,7 @@ class AdamOptimizer(Optimizer):
                 "to go on regardless, set error_if_nonfinite=False"
             )
         factor = (max_norm / (norm + 1e-6)).clamp(max=1.0) * factor  # NaN stays
-        self._clipped = ClippedGrads(factor, [grad for *_, grad in named])
+        self._clipped = ClippedGrads(factor, in_memory, all_grads, backend.samples(all_grads))
         return norm.float()
 
     @torch.no_grad()
@@ -384,18 +413,25 @@ class AdamOptimizer(Optimizer):
             params that share memory.
         """
         self._settle()
+        background = zero_grads.running if isinstance(zero_grads, _ForBackground) else None
+        zero_grads = bool(zero_grads)
         loss = None
         if closure is not None:
             loss = evaluate(closure)
             self._settle()  # the closure may have started a step in the background
         # First convert everything that must become a number: it may be an object that runs code of its own.
         factor = self._grad_factor()
+        threads = None if background is None else background.threads
         groups = [
-            (f"param group {i}", group, self._hyper(group, f"param group {i}", zero_grads, factor))
+            (f"param group {i}", group, self._hyper(group, f"param group {i}", zero_grads, factor, threads=threads))
             for i, group in enumerate(self.param_groups)
         ]
+        if len(self._group_precisions) > len(groups):
+            self._forget_removed_groups()
         outs = self._checked_lowp_outs(lowp_out)
         steps = [self._prepare(group, where, hyper, outs) for where, group, hyper in groups]
+        if outs and steps:
+            steps[-1].sharded += [out for out in lowp_out or () if out is not None and sharding.is_sharded(out)]
         # Python code of tensor subclasses may have changed what was read from other groups.
         if len(steps) > 1 and any(step.ran_python for step in steps):
             steps = [
@@ -411,12 +447,20 @@ class AdamOptimizer(Optimizer):
                 step.sharded += _sharded_grads(group["params"])
                 steps[-1].after += [grad.zero_ for grad in _zeroable_grads(group, where)]
         if self._shared.get("was_loaded") or any(step.has_new_params for step in steps):
-            check_no_overlap(
-                {name: param for where, group, _ in groups for _, name, param, _ in with_grads(group, where)}
-            )
+            check_no_overlap(self._updated_params())
             self._shared["was_loaded"] = False
-        self._commit(steps)
+        self._commit(steps, background)
         return loss
+
+    def _updated_params(self) -> dict[str, Tensor]:
+        """The params that have a grad, or have had one, by name; for DTensors, the local tensors."""
+        found = {}
+        for i, group in enumerate(self.param_groups):
+            found.update({name: param for _, name, param, _ in with_grads(group, f"param group {i}")})
+            for index, param in enumerate(group["params"]):
+                if param.grad is None and param in self.state and is_in_memory(sharding.local(param)):
+                    found[f"param group {i}, param {index}"] = sharding.local(param)
+        return found
 
     def _grads_overlap(self, steps: list[GroupStep]) -> bool:
         """Whether grads share memory, as autograd's may. Then none may be zeroed before all have been read."""
@@ -429,24 +473,27 @@ class AdamOptimizer(Optimizer):
                 by_backend.setdefault(id(backend), (backend, []))[1].append(update.table)
         return any(backend.module.grads_overlap(tables) for backend, tables in by_backend.values())
 
-    def _commit(self, steps: Sequence[GroupStep]) -> None:
-        """Runs the prepared steps: all of them, or none if a signal handler raises before they begin."""
+    def _commit(self, steps: Sequence[GroupStep], background: AsyncStep | None = None) -> None:
+        """Runs the prepared steps: all of them, or none if a signal handler raises before they begin.
+
+        Those of params on the CPU are handed to the background step, if one is given.
+        """
         if any(step.after for step in steps):
             check_torch_computes()
         if not any(step.ran_python for step in steps):
-            self._commit_proved(steps)
+            self._commit_proved(steps, background)
             return
         with torch._C.DisableTorchFunctionSubclass():  # from here on, no Python code of tensor subclasses runs
             for step in steps:
                 for _, update in step.updates:
                     check_still_there(update.borrowed(), None if update.table is None else update.table.spans)
-            self._commit_proved(steps)
+            self._commit_proved(steps, background)
 
-    def _commit_proved(self, steps: Sequence[GroupStep]) -> None:
+    def _commit_proved(self, steps: Sequence[GroupStep], background: AsyncStep | None) -> None:
         new_states = [entry for step in steps for entry in step.new_states]
         former = self._insert(new_states) if new_states else {}
-        if self._preparing is not None:
-            self._hand_to_background(steps, self._preparing)
+        if background is not None:
+            self._hand_to_background(steps, background)
             return
         updates = [entry for step in steps for entry in step.updates]
         others = [step for step in steps if step.after or step.sharded]
@@ -531,27 +578,23 @@ class AdamOptimizer(Optimizer):
         RuntimeError
             If there are step post-hooks: the step would not be done when they are called.
         """
-        if threads is not None and threads < 1:
+        if threads is not None and operator.index(threads) < 1:
             raise ValueError(f"Invalid threads: {threads}; expected 1 or more")
         if self._optimizer_step_post_hooks or _global_optimizer_post_hooks:
             raise RuntimeError(
                 "step_async() ends before the step does, so hooks after the step cannot be called; use step()"
             )
         self._settle()
-        running, shared = AsyncStep(threads or torch.get_num_threads()), self._shared
+        running = AsyncStep(threads or torch.get_num_threads())
         try:
-            self._preparing = running
-            self.step(zero_grads=zero_grads, lowp_out=lowp_out)  # by its name: schedulers and hooks wrap it
+            # By its name, as schedulers and hooks wrap it.
+            self.step(zero_grads=_ForBackground(zero_grads, running), lowp_out=lowp_out)  # type: ignore[arg-type]
         except Exception as error:
             running.fail(error)
         else:
             with deferred_signals():  # no thread may write params without the optimizer knowing
                 self._running = running
                 running.start()
-        finally:
-            # Not through the attribute: a signal handler may raise inside its Python setter, before it is set. The next
-            # step would then hand its updates to a background step that never runs.
-            shared["_preparing"] = None
         self._running = running
         return running
 
@@ -582,7 +625,8 @@ class AdamOptimizer(Optimizer):
                 check_lowp_out(sharding.local_like(out, param, f"{name}: its lowp_out"), sharding.local(param), name)
                 outs[param] = sharding.local(out)
         names = {f"the lowp_out of {name}": outs[param] for name, param in named if param in outs}
-        check_no_overlap({**{name: sharding.local(param) for name, param in named}, **names})
+        written = {name: sharding.local(p) for name, p in named if p.grad is not None or p in outs}
+        check_no_overlap({**written, **names})
         return outs
 
     def _prepare(
@@ -654,7 +698,9 @@ class AdamOptimizer(Optimizer):
                 batches[param.device] = self._backend_of(param, name), AdamBatch([], hyper, [], [], [])
             owner = group["params"][index]
             batch = batches[param.device][1]
-            state = self.state.get(owner) or {}
+            state = self.state.get(owner, {})
+            if not isinstance(state, Mapping):
+                raise TypeError(f"{name} has a {type(state).__name__} as its state; expected a dict")
             if sharding.is_sharded(owner):
                 state = sharding.local_state(state, owner, name, batch.needed_of(state, param))
             batch.append(index, name, param, grad, state, owner)
@@ -690,6 +736,7 @@ class AdamOptimizer(Optimizer):
         zero_grads: bool = False,
         grad_factor: float | Tensor | None = None,
         rng_offset: int = 0,
+        threads: int | None = None,
     ) -> AdamHyper:
         """The group's hyper-parameters, checked, with what torch.amp.GradScaler sets on the optimizer for a step."""
         loss_scale, found_inf = getattr(self, "grad_scale", None), getattr(self, "found_inf", None)
@@ -705,7 +752,7 @@ class AdamOptimizer(Optimizer):
             rng_offset=_rng_offset(group, where, rng_offset) if precision.stochastic_rounding else 0,
             loss_scale=1.0 if loss_scale is None else self._to_number(loss_scale, "grad_scale"),
             found_inf=None if found_inf is None else self._to_number(found_inf, "found_inf"),
-            threads=self._preparing.threads if self._preparing else None,
+            threads=threads,
         )
         if not (0.0 <= hyper.beta1 < 1.0 and 0.0 <= hyper.beta2 < 1.0):
             check_betas(hyper.beta1, hyper.beta2, in_group)
@@ -718,6 +765,10 @@ class AdamOptimizer(Optimizer):
         if grads is None:
             groups = enumerate(self.param_groups)
             grads = [grad for i, group in groups for grad in _local_grads(group, f"param group {i}")]
+        samples = self._backends[_CPU].samples(grads)
+        if self._clipped.were_written_unseen(grads, samples):
+            self._clipped = None
+            return 1.0
         if not self._clipped.are(grads):
             self._clipped.settle(grads)
             self._clipped = None
@@ -746,6 +797,9 @@ class AdamOptimizer(Optimizer):
                 is_master = key == MASTER
                 completed[i][key] = _initialized_master(zeros, batch.params[i], completed[i]) if is_master else zeros
         for param, state in zip(batch.params, completed, strict=True):
+            if _has_stale_masters(state, param, batch.hyper.precision):
+                state.pop(MASTER, None)
+                state.pop(REMAINDER, None)
             if is_quantized(state):
                 _complete_scales(state, param, batch.hyper.amsgrad)
         batch.states = completed
@@ -760,11 +814,7 @@ class AdamOptimizer(Optimizer):
         torch.distributed.checkpoint can reshard, with float32 in place of quantized states; see portable_state_dicts().
         """
 
-        is_called_for = True
-
-        def convert(_: Optimizer, state_dict: dict[str, Any]) -> dict[str, Any]:
-            if not is_called_for:
-                return state_dict
+        def convert(_: object, state_dict: dict[str, Any]) -> dict[str, Any]:
             state = {key: saved_state(entry, dequantize) for key, entry in state_dict["state"].items()}
             groups = [
                 {key: value for key, value in group.items() if key not in SETTINGS}
@@ -772,14 +822,23 @@ class AdamOptimizer(Optimizer):
             ]
             return {**state_dict, "state": state, "param_groups": groups}
 
-        handle = None
-        try:
-            handle = self.register_state_dict_post_hook(convert, prepend=True)  # other hooks see what is saved
-            return super().state_dict()
-        finally:
-            is_called_for = False  # a signal handler may raise before or in remove(), and leave the hook behind
-            if handle is not None:
-                handle.remove()
+        # torch's method runs on a stand-in, whose first hook converts: the user's hooks see what is saved. Were that
+        # hook registered here, another call, in a signal handler or a thread, would run it too.
+        stand_in = types.SimpleNamespace(
+            param_groups=self.param_groups,
+            state=self.state,
+            _optimizer_state_dict_pre_hooks=self._bound_hooks(self._optimizer_state_dict_pre_hooks),
+            _optimizer_state_dict_post_hooks={
+                "convert": convert,
+                **self._bound_hooks(self._optimizer_state_dict_post_hooks),
+            },
+        )
+        saved: dict[str, Any] = _unguarded(Optimizer.state_dict)(stand_in)
+        return saved
+
+    def _bound_hooks(self, hooks: Mapping[Any, Callable[..., Any]]) -> dict[Any, Callable[..., Any]]:
+        """Hooks that get this optimizer, whatever they are called with first."""
+        return {key: functools.partial(_call_with, hook, self) for key, hook in list(hooks.items())}
 
     @after_async_step
     @in_default_float_environment
@@ -848,7 +907,11 @@ class AdamOptimizer(Optimizer):
             check_readable(sharding.local(param), f"param {i}")
             check_readable(value, f"param {i}: what was given")
         masters = [_new_master(sharding.local(param), precision.master_of(param)) for param, precision in own]
-        with deferred_signals():
+        with deferred_signals(), torch._C.DisableTorchFunctionSubclass():
+            # Again, now that no Python code of tensor subclasses runs that could free another's memory.
+            for i, ((param, _), value) in enumerate(zip(own, values, strict=True)):
+                check_readable(sharding.local(param), f"param {i}")
+                check_readable(value, f"param {i}: what was given")
             self._write_params([param for param, _ in own], values, masters)
 
     def _write_params(
@@ -882,11 +945,20 @@ class AdamOptimizer(Optimizer):
         ValueError, TypeError
             If a state does not fit its param; the optimizer is then unchanged.
         """
-        handle = self.register_load_state_dict_pre_hook(shield_states)  # last, to see what other hooks return
+        is_called_for = True
+
+        def shield(optimizer: Optimizer, state_dict: dict[str, Any]) -> dict[str, Any]:
+            # A signal handler may raise before the hook is removed; it must then do nothing.
+            return shield_states(optimizer, state_dict) if is_called_for else state_dict
+
+        handle = None
         try:
+            handle = self.register_load_state_dict_pre_hook(shield)  # last, to see what other hooks return
             super().load_state_dict(state_dict)
         finally:
-            handle.remove()
+            is_called_for = False
+            if handle is not None:
+                handle.remove()
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         """Called by unpickling and, with loaded state, by load_state_dict()."""
@@ -922,8 +994,16 @@ class AdamOptimizer(Optimizer):
                 self._keep_precision(group, precision)
             self._shared["was_loaded"] = True  # the next step checks params for shared memory, as the first does
 
+    def _share_step_counts(self) -> None:
+        """Moves step counts into shared memory, as multiprocessing does with the tensors that it gives to a process."""
+        for state in self.state.values():
+            if isinstance(state, dict) and type(state.get("step")) is int:
+                state["step"] = torch.tensor(state["step"], dtype=torch.int64, device="cpu").share_memory_()
+
     @after_async_step
     def __getstate__(self) -> dict[str, Any]:
+        if get_spawning_popen() is not None:
+            self._share_step_counts()
         return {
             **super().__getstate__(),
             "adam_w_mode": self.adam_w_mode,
@@ -931,6 +1011,10 @@ class AdamOptimizer(Optimizer):
             "master_weights": self.master_weights,
             "_precision": self._precision,
         }
+
+
+def _call_with(hook: Callable[..., Any], optimizer: Optimizer, _: object, *arguments: Any) -> Any:
+    return hook(optimizer, *arguments)
 
 
 def _is_frozen(param: Tensor) -> bool:
@@ -985,10 +1069,16 @@ def _rng_offset(group: dict[str, Any], where: str, offset: int) -> int:
     return (begin + offset) & 0xFFFFFFFF
 
 
+def _has_stale_masters(state: Mapping[str, Any], param: Tensor, precision: Precision) -> bool:
+    """Whether the param, now float32, had master weights when it was of 16 bits: a step makes them stale."""
+    is_used = precision.master is Master.NONE or param.dtype != torch.float32
+    return not is_used and (MASTER in state or REMAINDER in state)
+
+
 def _is_complete(state: dict[str, Any], param: Tensor, batch: AdamBatch) -> bool:
     """Whether a state has everything that a step needs."""
     needed = {"step", *batch.state_dtypes(param)} - {SCALES}
-    if not state.keys() >= needed:
+    if not state.keys() >= needed or _has_stale_masters(state, param, batch.hyper.precision):
         return False
     scales = state.get(SCALES)
     if not is_quantized(state) or not isinstance(scales, Tensor) or scales.dim() != 2:
@@ -1019,6 +1109,15 @@ def _norm_of(backend: Backend, device: torch.device, grads: list[Tensor], norm_t
         check_readable(grad, "a grad")
     norms = torch.stack([grad.float().norm(norm_type) for grad in grads])
     return torch.linalg.vector_norm(norms, norm_type).double()
+
+
+def _factor_if_unchanged(factor: float | Tensor, before: Tensor, norm: Tensor) -> float | Tensor:
+    """The clip factor of grads, or 1 if their norm in memory is not what it was: something wrote them unseen."""
+    before = before.to(norm.device)
+    is_unchanged = (norm == before) | (norm.isnan() & before.isnan())
+    if isinstance(factor, Tensor):
+        return torch.where(is_unchanged, factor, 1.0)
+    return factor if is_unchanged else 1.0
 
 
 def _local_grads(group: dict[str, Any], where: str) -> list[Tensor]:

@@ -35,7 +35,8 @@ def undo_step(param: Tensor, grad: Tensor, state: dict[str, Any], hyper: AdamHyp
     """
     if hyper.precision.stochastic_rounding or hyper.precision.master or state["exp_avg"].dtype == torch.int8:
         raise RuntimeError("Cannot roll back a step with 8-bit states, master weights or stochastic rounding")
-    step, first = state["step"], state["step"] == 1
+    step = int(state["step"])
+    first = step == 1
     if not first and hyper.amsgrad:
         raise RuntimeError("Cannot roll back a step with amsgrad: it does not say what max_exp_avg_sq was before")
     if not first and 0.0 in (hyper.beta1, hyper.beta2):

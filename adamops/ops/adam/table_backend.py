@@ -92,12 +92,16 @@ class TableBackend:
         if any(grad.layout != torch.strided or grad.dtype not in DTYPES for grad in grads):
             return None
         read = [dense(in_memory(grad, "a grad")) for grad in grads]  # kept alive until the op has read them
-        codes = [_DTYPE_CODE[grad.dtype] for grad in read]
-        return self._norm_of((addresses(read, "a grad"), list(map(Tensor.numel, read)), codes), norm_type)
+        with torch._C.DisableTorchFunctionSubclass():  # Python code of subclasses may have freed others meanwhile
+            codes = [_DTYPE_CODE[grad.dtype] for grad in read]
+            return self._norm_of((addresses(read, "a grad"), list(map(Tensor.numel, read)), codes), norm_type)
 
     def _columns_of_plain(self, tensors: Sequence[Tensor]) -> Columns | None:
         """None unless all are plain, contiguous and of a dtype in DTYPES. The op's reader proves every address."""
         return None if self._reader is None else self.module.columns_of(self._reader, list(tensors))
+
+    def samples(self, grads: Sequence[Tensor]) -> list[bytes | None]:
+        return [None] * len(grads)
 
     def _norm_of(self, columns: Columns, norm_type: float) -> float | Tensor:
         """The norm that grad_norm() returns, by the op."""
@@ -155,7 +159,7 @@ class TableBackend:
     def _table_of_params(
         self, hyper: AdamHyper, params: list[Tensor], states: dict[Any, Any], first_state: int = 0
     ) -> Any:
-        if self._reader is None or not isinstance(params, list):
+        if self._reader is None or not isinstance(params, list) or not isinstance(states, dict):
             return None
         table = self.module.table_of_params(
             self._reader, params, states, hyper.amsgrad, hyper.precision.master, first_state, hyper.rng_offset

@@ -79,6 +79,10 @@ class TorchBackend:
     def grad_norm(self, grads: Sequence[Tensor], norm_type: float) -> None:
         """Returns None: torch computes the norm."""
 
+    def samples(self, grads: Sequence[Tensor]) -> list[bytes | None]:
+        """None for each grad: an element read by torch would cost as much as a small grad's whole step."""
+        return [None] * len(grads)
+
     def zeros_like(self, params: Sequence[Tensor], dtypes: Sequence[torch.dtype]) -> list[Tensor]:
         """New zero tensors laid out like the params."""
         return [torch.zeros_like(param, dtype=dtype) for param, dtype in zip(params, dtypes, strict=True)]
