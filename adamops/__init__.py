@@ -9,27 +9,38 @@ Importing adamops does not import torch; the first access to an optimizer does.
 
 from __future__ import annotations
 
-import importlib
+import importlib.abc
+import importlib.machinery
+import sys
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from .in_backward import step_in_backward
     from .ops.adam import CPUAdam, DeepSpeedCPUAdam, FusedAdam
-    from .ops.adam.saving import portable_state_dicts
+    from .optim.backward import step_in_backward
+    from .optim.checkpoint.saving import portable_state_dicts
 
 __version__ = "0.1.0"
 __all__ = ["CPUAdam", "DeepSpeedCPUAdam", "FusedAdam", "__version__", "portable_state_dicts", "step_in_backward"]
 
-# In a checkout, op_builder and csrc are next to this folder, not inside it. With the checkout on the path, Python finds
-# `adamops` here even without an editable install, and it should work then too.
+# In a checkout, op_builder is next to this folder, not inside it. With the checkout on the path, Python finds `adamops`
+# here even without an editable install, and it should work then too.
 _checkout = Path(__file__).resolve().parent.parent
 if not (_checkout / "adamops" / "op_builder").is_dir() and (_checkout / "op_builder" / "builder.py").is_file():
-    __path__.append(str(_checkout))
+
+    class _OpBuilderOfCheckout(importlib.abc.MetaPathFinder):
+        """Finds adamops.op_builder in the checkout, and nothing else there."""
+
+        def find_spec(self, fullname: str, path: Any, target: Any = None) -> importlib.machinery.ModuleSpec | None:
+            if fullname != f"{__name__}.op_builder":
+                return None
+            return importlib.machinery.PathFinder.find_spec(fullname, [str(_checkout)], target)
+
+    sys.meta_path.append(_OpBuilderOfCheckout())
 
 
 # Imported on first access.
-_SUBMODULES = ("bench", "data_parallel", "deepspeed", "in_backward", "op_builder", "ops", "plugin_process", "report")
+_SUBMODULES = ("bench", "deepspeed", "in_backward", "op_builder", "ops", "optim", "plugin_process", "report")
 
 
 def __getattr__(name: str) -> Any:
@@ -40,11 +51,11 @@ def __getattr__(name: str) -> Any:
 
         return getattr(adam, name)
     if name == "step_in_backward":
-        from .in_backward import step_in_backward
+        from .optim.backward import step_in_backward
 
         return step_in_backward
     if name == "portable_state_dicts":
-        from .ops.adam.saving import portable_state_dicts
+        from .optim.checkpoint.saving import portable_state_dicts
 
         return portable_state_dicts
     raise AttributeError(f"module 'adamops' has no attribute {name!r}")

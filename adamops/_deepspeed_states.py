@@ -15,12 +15,12 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .ops.adam.batch import is_quantized
-from .ops.adam.optimizer import AdamOptimizer
-from .ops.adam.precision import AVERAGES, SCALES
-from .ops.adam.quantization import QUANTIZATION_BLOCK
-from .ops.adam.quantized_states import dequantized_states, quantized_states
-from .ops.adam.saving import without_quantized
+from .optim.batch import is_quantized
+from .optim.checkpoint.saving import without_quantized
+from .optim.optimizer import AdamOptimizer
+from .optim.state.precision import AVERAGES, SCALES
+from .optim.state.quantization import QUANTIZATION_BLOCK
+from .optim.state.quantized_states import dequantized_states, quantized_states
 
 _ELASTIC = (
     'with "elastic_checkpoint" DeepSpeed cuts states by name and would lose the scales of 8-bit states. Leave it out: '

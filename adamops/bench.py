@@ -37,7 +37,7 @@ from torch.optim import Optimizer
 
 from . import __version__, op_builder
 from .ops.adam import DeepSpeedCPUAdam
-from .ops.adam.batch import DTYPES
+from .optim.batch import DTYPES
 from .report import cpu_name
 
 OURS, PROBE = "adamops", "bandwidth probe"

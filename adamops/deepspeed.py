@@ -24,13 +24,13 @@ from torch import Tensor
 from . import op_builder
 from ._neighbours import PatchedChildren
 from .ops.adam import DeepSpeedCPUAdam, FusedAdam
-from .ops.adam.backend import Backend
-from .ops.adam.batch import AdamBatch, check_params_and_grads, check_states
-from .ops.adam.cuda_backend import CudaBackend
-from .ops.adam.hyper import AdamHyper
-from .ops.adam.native_backend import NativeBackend
-from .ops.adam.optimizer import AdamOptimizer
 from .ops.adam.rollback import undo_step
+from .optim.backends.base import Backend
+from .optim.backends.cpu import NativeBackend
+from .optim.backends.cuda import CudaBackend
+from .optim.batch import AdamBatch, check_params_and_grads, check_states
+from .optim.hyper import AdamHyper
+from .optim.optimizer import AdamOptimizer
 
 __all__ = ["TESTED_VERSION", "Patch", "UnknownDeepSpeedError", "patch", "unpatch"]
 

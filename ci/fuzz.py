@@ -33,8 +33,8 @@ from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 from adamops import DeepSpeedCPUAdam, FusedAdam, step_in_backward
-from adamops.ops.adam.batch import check_params_and_grads, check_states
-from adamops.ops.adam.clipping import ClippedGrads
+from adamops.optim.batch import check_params_and_grads, check_states
+from adamops.optim.clipping import ClippedGrads
 
 HOST = torch.device("cpu")
 CLASSES: list[Any] = [DeepSpeedCPUAdam, FusedAdam]

@@ -22,7 +22,7 @@ from rich.table import Table
 from torch import Tensor
 from torch.nn import functional as F
 
-from adamops.ops.adam.quantization import QUANTIZATION_BLOCK, SIGNED, UNSIGNED, dequantize, quantize
+from adamops.optim.state.quantization import QUANTIZATION_BLOCK, SIGNED, UNSIGNED, dequantize, quantize
 
 EPS = 1e-8
 STATES = ("exp_avg", "exp_avg_sq")

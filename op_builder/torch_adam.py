@@ -13,7 +13,7 @@ class TorchAdamBuilder(OpBuilder):
     """Adam in pure PyTorch: slow, but it runs wherever torch does."""
 
     NAME = "torch_adam"
-    MODULE = "adamops.ops.adam.torch_adam"
+    MODULE = "adamops.optim.backends.torch"
     HELP = "Install torch."
 
     def sources(self) -> list[str]:

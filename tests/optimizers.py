@@ -5,9 +5,9 @@ import contextlib
 import torch
 
 from adamops import DeepSpeedCPUAdam, FusedAdam
-from adamops.ops.adam.cuda_backend import CudaBackend
-from adamops.ops.adam.hyper import to_number
-from adamops.ops.adam.torch_adam import TorchBackend
+from adamops.optim.backends.cuda import CudaBackend
+from adamops.optim.backends.torch import TorchBackend
+from adamops.optim.hyper import to_number
 
 HOST = torch.device("cpu")
 

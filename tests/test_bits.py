@@ -10,8 +10,8 @@ from hypothesis import strategies as st
 from reference import exact, float64, narrow_average, widen
 
 from adamops import op_builder
-from adamops.ops.adam.average_rounding import store_average
-from adamops.ops.adam.hyper import AdamHyper, integer_power
+from adamops.optim.hyper import AdamHyper, integer_power
+from adamops.optim.state.average_rounding import store_average
 
 MODULE = op_builder.get("cpu_adam").load()
 TARGETS = MODULE.supported_targets()

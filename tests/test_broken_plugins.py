@@ -138,7 +138,11 @@ def test_what_killed_builds_left_is_removed_by_the_next(tmp_path, monkeypatch):
 
 def test_submodules_are_there_by_attribute():
     folder = Path(adamops.__file__).parent
-    there = {path.stem for path in folder.glob("*.py") if not path.stem.startswith("_")} | {"ops", "op_builder"}
+    there = {path.stem for path in folder.glob("*.py") if not path.stem.startswith("_")} | {
+        "ops",
+        "op_builder",
+        "optim",
+    }
     assert set(adamops._SUBMODULES) == there
     code = "import adamops, sys; adamops.op_builder.get('cpu_adam'); assert 'torch' not in sys.modules; "
     code += "[getattr(adamops, name) for name in adamops._SUBMODULES]"

@@ -10,7 +10,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from adamops import DeepSpeedCPUAdam, op_builder
-from adamops.ops.adam.torch_adam import TorchBackend
+from adamops.optim.backends.torch import TorchBackend
 
 MODULE = op_builder.get("cpu_adam").load()
 DTYPES = [torch.float32, torch.bfloat16, torch.float16]

@@ -14,7 +14,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from adamops.ops.adam.hyper import AdamHyper
+from adamops.optim.hyper import AdamHyper
 
 DTYPES = [torch.float32, torch.bfloat16, torch.float16]
 CODE = {dtype: code for code, dtype in enumerate(DTYPES)}

@@ -9,8 +9,8 @@ import pytest
 import torch
 
 from adamops import DeepSpeedCPUAdam, FusedAdam
-from adamops.ops.adam.batch import AdamBatch, check_params_and_grads
-from adamops.ops.adam.hyper import AdamHyper
+from adamops.optim.batch import AdamBatch, check_params_and_grads
+from adamops.optim.hyper import AdamHyper
 
 
 def snapshot(optimizer, params):

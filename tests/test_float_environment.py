@@ -11,7 +11,7 @@ import pytest
 import torch
 
 from adamops import DeepSpeedCPUAdam, op_builder
-from adamops.ops.adam.hyper import AdamHyper
+from adamops.optim.hyper import AdamHyper
 
 MODULE = op_builder.get("cpu_adam").load()
 ROUNDING = {

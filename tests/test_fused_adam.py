@@ -9,8 +9,8 @@ import pytest
 import torch
 
 from adamops import DeepSpeedCPUAdam, FusedAdam
-from adamops.ops.adam.native_backend import NativeBackend
-from adamops.ops.adam.torch_adam import TorchBackend
+from adamops.optim.backends.cpu import NativeBackend
+from adamops.optim.backends.torch import TorchBackend
 
 SIZES = [(3, 5), (70,), (), (0,), (9, 1, 4)]
 

@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 from optimizers import STATES
 
 from adamops import DeepSpeedCPUAdam, FusedAdam
-from adamops.ops.adam.optimizer import AdamOptimizer
+from adamops.optim.optimizer import AdamOptimizer
 
 spec = importlib.util.spec_from_file_location("fuzz", Path(__file__).parent.parent / "ci" / "fuzz.py")
 fuzz = importlib.util.module_from_spec(spec)

@@ -16,7 +16,8 @@ from torch.optim.optimizer import register_optimizer_step_post_hook, register_op
 from torch.utils.checkpoint import checkpoint
 
 import adamops
-from adamops import DeepSpeedCPUAdam, data_parallel, in_backward
+from adamops import DeepSpeedCPUAdam
+from adamops.optim import backward, data_parallel
 
 
 def new_model():
@@ -510,7 +511,7 @@ def test_a_grad_that_is_still_being_copied_to_the_host_is_waited_for(Adam, monke
     """As CPUOffloadPolicy of torch before 2.13 leaves it to the hook."""
     param = nn.Parameter(torch.ones(5))
     param.device_mesh = SimpleNamespace(device_type="cuda")
-    monkeypatch.setattr(in_backward, "sharding", SimpleNamespace(is_sharded=lambda tensor: tensor is param))
+    monkeypatch.setattr(backward, "dtensor", SimpleNamespace(is_sharded=lambda tensor: tensor is param))
     stream = SimpleNamespace(synchronize=lambda: param.grad.fill_(1.0))
     monkeypatch.setattr(torch.cuda, "current_stream", lambda: stream)
     twin = nn.Parameter(torch.ones(5))
@@ -580,7 +581,7 @@ def test_a_hook_that_starts_another_backward_pass_is_an_error():
     a, b = nn.Linear(4, 4), nn.Linear(4, 4)
     model = nn.ModuleList([a, b])
     optimizer = DeepSpeedCPUAdam(model.parameters())
-    in_backward.step_in_backward(model, optimizer)
+    adamops.step_in_backward(model, optimizer)
     x = torch.randn(3, 4)
     hidden, other = a(x), b(x).square().mean()
     hidden.register_hook(lambda grad: other.backward() and None)
@@ -591,7 +592,7 @@ def test_a_hook_that_starts_another_backward_pass_is_an_error():
 def test_layers_that_were_replaced_are_released():
     model = nn.Sequential(nn.Linear(4, 4), nn.Linear(4, 4))
     optimizer = DeepSpeedCPUAdam(model.parameters())
-    handle, alive = in_backward.step_in_backward(model, optimizer), []
+    handle, alive = adamops.step_in_backward(model, optimizer), []
     for _ in range(3):
         model(torch.randn(3, 4)).sum().backward()
         alive += map(weakref.ref, model[1].parameters())

@@ -14,7 +14,7 @@ import pytest
 import torch
 
 from adamops import DeepSpeedCPUAdam, FusedAdam, portable_state_dicts
-from adamops.ops.adam.precision import AVERAGES, SCALES
+from adamops.optim.state.precision import AVERAGES, SCALES
 
 CLASSES = [DeepSpeedCPUAdam, FusedAdam]
 HALVES = [torch.bfloat16, torch.float16]

@@ -10,10 +10,10 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from adamops import DeepSpeedCPUAdam, FusedAdam, op_builder, portable_state_dicts
-from adamops.ops.adam import quantization, remainders
-from adamops.ops.adam.precision import SCALES
-from adamops.ops.adam.quantized_states import dequantized_states, quantized_states
-from adamops.ops.adam.torch_adam import TorchBackend
+from adamops.optim.backends.torch import TorchBackend
+from adamops.optim.state import quantization, remainders
+from adamops.optim.state.precision import SCALES
+from adamops.optim.state.quantized_states import dequantized_states, quantized_states
 
 TARGETS = op_builder.get("cpu_adam").load().supported_targets()
 HALVES = [torch.bfloat16, torch.float16]

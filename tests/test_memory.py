@@ -7,8 +7,9 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.nn import Parameter
 
 from adamops import DeepSpeedCPUAdam
-from adamops.ops.adam import memory, tensor_layout
-from adamops.ops.adam.torch_adam import TorchBackend
+from adamops.optim import memory
+from adamops.optim.backends import tensor_layout
+from adamops.optim.backends.torch import TorchBackend
 
 N = 4096  # the fewest elements that get 8-bit states
 

@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from adamops import DeepSpeedCPUAdam
-from adamops.ops.adam import optimizer as optimizer_module
+from adamops.optim import optimizer as optimizer_module
 
 DTYPES = [torch.bfloat16, torch.float16]
 SIZES = [0, 1, 33, 5000]

@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from adamops import DeepSpeedCPUAdam, FusedAdam
-from adamops.ops.adam.torch_adam import TorchBackend
+from adamops.optim.backends.torch import TorchBackend
 
 CLASSES = [DeepSpeedCPUAdam, FusedAdam]
 SIZE = 5000

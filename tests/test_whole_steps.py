@@ -13,8 +13,9 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.nn import Parameter
 
 from adamops import DeepSpeedCPUAdam
-from adamops.ops.adam import background, interrupts
-from adamops.ops.adam.torch_adam import TorchBackend
+from adamops.optim import async_step as background
+from adamops.optim import interrupts
+from adamops.optim.backends.torch import TorchBackend
 
 N = 4096  # the fewest elements that get 8-bit states
 

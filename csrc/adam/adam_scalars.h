@@ -1,5 +1,5 @@
 // The scalars of one step, computed where the step count and the learning rate are: on the host or on the device. The
-// same arithmetic in double, operation by operation, as AdamHyper.scalars() in adamops/ops/adam/hyper.py.
+// same arithmetic in double, operation by operation, as AdamHyper.scalars() in adamops/optim/hyper.py.
 #pragma once
 
 #include <cstdint>

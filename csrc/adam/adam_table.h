@@ -17,7 +17,7 @@
 
 namespace adamops {
 
-// More steps than anyone takes; the scalars' error bound ends long before (adamops/ops/adam/hyper.py).
+// More steps than anyone takes; the scalars' error bound ends long before (adamops/optim/hyper.py).
 constexpr int64_t kMostSteps = int64_t{1} << 53;
 
 // Tensors and what belongs to each, ready for the kernels.

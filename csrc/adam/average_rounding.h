@@ -1,7 +1,7 @@
 // How exp_avg and exp_avg_sq are rounded to bfloat16: with noise that fills its range evenly over the steps. Rounded to
 // nearest, an average that changes by less than half an ulp would never change: beta2 = 0.999 moves exp_avg_sq by a
 // thousandth per step, and bfloat16 values are four to eight thousandths apart. The only place that holds this, used on
-// the CPU and on the device; adamops/ops/adam/average_rounding.py is the same in pure PyTorch.
+// the CPU and on the device; adamops/optim/state/average_rounding.py is the same in pure PyTorch.
 //
 // All elements have the same noise, that of the first element of a quantized state. The errors of each element cancel
 // over the steps by themselves, so the bits need not depend on how elements are split into tensors or shards.

@@ -1,6 +1,6 @@
 // The Python module of the CPU op. It takes addresses, sizes and dtype codes, so it needs no torch to build or run. It
 // picks the kernel for this CPU and splits the work over threads; the arithmetic is in adam_update.h. Addresses from
-// callers are trusted: adamops/ops/adam/native_backend.py checks every tensor first.
+// callers are trusted: adamops/optim/backends/cpu.py checks every tensor first.
 #include <pybind11/pybind11.h>
 #include <pybind11/stl.h>
 

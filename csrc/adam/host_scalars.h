@@ -19,7 +19,7 @@
 
 namespace adamops {
 
-// What AdamHyper.numbers() in adamops/ops/adam/hyper.py returns: lr, beta1, beta2, eps, weight_decay, bias_correction,
+// What AdamHyper.numbers() in adamops/optim/hyper.py returns: lr, beta1, beta2, eps, weight_decay, bias_correction,
 // adamw_mode, maximize, loss_scale, grad_factor.
 using HyperNumbers = std::tuple<double, double, double, double, double, bool, bool, bool, double, double>;
 

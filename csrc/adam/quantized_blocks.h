@@ -1,5 +1,5 @@
 // The 8-bit format of quantized optimizer states: the only place that holds it, used on the CPU and on the device.
-// adamops/ops/adam/quantization.py is the same in pure PyTorch; docs/low-precision.md compares formats.
+// adamops/optim/state/quantization.py is the same in pure PyTorch; docs/low-precision.md compares formats.
 //
 // A tensor is split, in memory order, into quantization blocks of 256 elements. A quantization block has a scale, a
 // bfloat16 not below the largest magnitude in it. Each element is x = scale * expand(q) / expand(largest q), where q is

@@ -9,7 +9,7 @@ from torch.distributed.tensor import DTensor, Shard, distribute_tensor
 from torch.testing._internal.two_tensor import TwoTensor
 
 from adamops import DeepSpeedCPUAdam, FusedAdam
-from adamops.ops.adam import sharding
+from adamops.optim import dtensor
 
 pytestmark = pytest.mark.frameworks
 
@@ -89,4 +89,4 @@ def test_tensors_made_of_others_are_refused():
 def test_norms_of_what_is_elsewhere_are_brought_together(mesh):
     """As of grads on a GPU, beside kinds of params of which this process holds nothing."""
     there, here = torch.zeros((), dtype=torch.float64, device="meta"), torch.zeros((), dtype=torch.float64)
-    assert sharding.all_reduce_norm({None: there, (mesh, (0,)): here}, 2.0).device.type == "meta"
+    assert dtensor.all_reduce_norm({None: there, (mesh, (0,)): here}, 2.0).device.type == "meta"

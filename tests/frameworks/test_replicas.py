@@ -11,7 +11,8 @@ import torch
 from frameworks.processes import Ranks
 from torch import nn
 
-from adamops import DeepSpeedCPUAdam, FusedAdam, data_parallel, step_in_backward
+from adamops import DeepSpeedCPUAdam, FusedAdam, step_in_backward
+from adamops.optim import data_parallel
 
 pytestmark = pytest.mark.frameworks
 

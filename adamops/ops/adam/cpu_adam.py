@@ -8,11 +8,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .batch import AdamBatch, check_on_cpu, check_params_and_grads, check_states
-from .interrupts import deferred_signals
-from .optimizer import AdamOptimizer, GroupStep, after_async_step, evaluate
+from ...optim.batch import AdamBatch, check_on_cpu, check_params_and_grads, check_states
+from ...optim.interrupts import deferred_signals
+from ...optim.optimizer import AdamOptimizer, GroupStep, after_async_step, evaluate
+from ...optim.settings import check_flags
 from .rollback import undo_step
-from .settings import check_flags
 
 
 class DeepSpeedCPUAdam(AdamOptimizer):
@@ -51,7 +51,7 @@ class DeepSpeedCPUAdam(AdamOptimizer):
         Whether to maximize the objective instead of minimizing it.
     state_dtype
         torch.float32, torch.bfloat16, or ``"8bit"``: quantized to 8 bits, with a scale for each 256 elements
-        (adamops.ops.adam.quantization), for params of 4096 elements or more. A step rounds averages to bfloat16 or 8
+        (adamops.optim.state.quantization), for params of 4096 elements or more. A step rounds averages to bfloat16 or 8
         bits with noise that evens out over the steps; rounding to the nearest would lose small changes for good. The
         default follows `fp32_optimizer_states`.
     master_weight_bits

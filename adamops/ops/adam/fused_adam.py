@@ -9,11 +9,11 @@ import torch
 from torch import Tensor
 
 from ... import op_builder
-from .backend import Backend
-from .cuda_backend import CudaBackend
-from .hyper import AdamHyper
-from .optimizer import AdamOptimizer, pure_pytorch
-from .settings import check_flags
+from ...optim.backends.base import Backend
+from ...optim.backends.cuda import CudaBackend
+from ...optim.hyper import AdamHyper
+from ...optim.optimizer import AdamOptimizer, pure_pytorch
+from ...optim.settings import check_flags
 
 
 def _load_backend(device: torch.device) -> Backend:

@@ -19,11 +19,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .float_environment import in_default_float_environment
-from .hyper import AdamHyper
-from .layout import same_layout
-from .memory import check_writable
-from .pieces import each_piece
+from ...optim.float_environment import in_default_float_environment
+from ...optim.hyper import AdamHyper
+from ...optim.layout import same_layout
+from ...optim.memory import check_writable
+from ...optim.pieces import each_piece
 
 
 @in_default_float_environment

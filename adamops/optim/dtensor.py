@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from .memory import PLAIN_TYPES
-from .precision import SCALES, STATE_TENSORS
+from .state.precision import SCALES, STATE_TENSORS
 
 # The mesh, and its dimensions, over which a param is sharded; None if each process that has it has all of it.
 ShardLayout: TypeAlias = "tuple[Any, tuple[int, ...]] | None"

@@ -9,7 +9,7 @@ from collections.abc import Sequence
 
 import torch
 
-from .backend import Backend, Update
+from .backends.base import Backend, Update
 
 
 class _Flag:

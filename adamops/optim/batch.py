@@ -16,8 +16,18 @@ from torch import Tensor
 from .hyper import AdamHyper
 from .layout import is_dense, like_param, same_layout
 from .memory import check_memory, check_readable, check_writable, in_memory
-from .precision import AVERAGES, DTYPES, MASTER, REMAINDER, SCALES, STATE_TENSORS, Master, averages_of, scales_shape
-from .quantization import FORMATS, block_count
+from .state.precision import (
+    AVERAGES,
+    DTYPES,
+    MASTER,
+    REMAINDER,
+    SCALES,
+    STATE_TENSORS,
+    Master,
+    averages_of,
+    scales_shape,
+)
+from .state.quantization import FORMATS, block_count
 
 MOST_STEPS = 2**53  # kMostSteps in csrc/adam/adam_table.h
 

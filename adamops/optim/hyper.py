@@ -10,8 +10,8 @@ import math
 from collections.abc import Callable
 from typing import Any, SupportsFloat
 
-from .precision import Precision
 from .settings import check_number, unpacked_betas
+from .state.precision import Precision
 
 
 @dataclasses.dataclass(slots=True, eq=False, repr=False)  # created at each step: frozen=True would cost a microsecond

@@ -12,18 +12,19 @@ import torch
 from torch import Tensor
 from torch.optim import Optimizer
 
-from . import remainders, sharding
-from .batch import check_state, is_quantized
-from .memory import check_readable
-from .precision import AVERAGES, MASTER, REMAINDER, SCALES
-from .quantized_states import dequantized_states, with_held_names, with_saved_names
+from .. import dtensor
+from ..batch import check_state, is_quantized
+from ..memory import check_readable
+from ..state import remainders
+from ..state.precision import AVERAGES, MASTER, REMAINDER, SCALES
+from ..state.quantized_states import dequantized_states, with_held_names, with_saved_names
 
 
 def saved_state(entry: Any, dequantize: bool = False) -> Any:
     """The state of a param as state_dict() gives it; anything else is returned as it is."""
     if not isinstance(entry, Mapping):
         return entry
-    if sharding.is_sharded(entry.get("exp_avg")) or sharding.is_sharded(entry.get(REMAINDER)):
+    if dtensor.is_sharded(entry.get("exp_avg")) or dtensor.is_sharded(entry.get(REMAINDER)):
         entry = portable(entry)
     if dequantize:
         return in_fp32(entry)
@@ -43,16 +44,16 @@ def without_quantized(entry: Mapping[str, Any]) -> dict[str, Any]:
     entry = with_held_names(entry, "a param")
     for key, value in entry.items():
         if isinstance(value, Tensor):
-            check_readable(sharding.local(value), f"the state {key!r} of a param")
+            check_readable(dtensor.local(value), f"the state {key!r} of a param")
         elif key in AVERAGES:
             raise TypeError(f"the state {key!r} of a param is a {type(value).__name__}; expected a tensor")
     if not is_quantized(entry):
         return entry
     exp_avg = entry["exp_avg"]
-    held = {key: sharding.local(value) for key, value in entry.items() if key in (SCALES, *AVERAGES)}
+    held = {key: dtensor.local(value) for key, value in entry.items() if key in (SCALES, *AVERAGES)}
     check_state(held, held["exp_avg"], "the state of a param", elsewhere=True)
     floats = dequantized_states(held)
-    dequantized = {key: sharding.like_param_placed(value, exp_avg) for key, value in floats.items()}
+    dequantized = {key: dtensor.like_param_placed(value, exp_avg) for key, value in floats.items()}
     kept = {key: value for key, value in entry.items() if key not in (SCALES, *AVERAGES)}
     return {**kept, **dequantized}
 
@@ -67,8 +68,8 @@ def portable(entry: Mapping[str, Any]) -> dict[str, Any]:
     if isinstance(step, int):
         saved["step"] = torch.tensor(float(step), dtype=torch.float32, device="cpu")
     if isinstance(remainder, Tensor) and remainder.dtype != torch.int32:
-        wide = remainders.converted(sharding.local(remainder), torch.int16).to(torch.int32)
-        saved[REMAINDER] = sharding.like_param_placed(wide, remainder)
+        wide = remainders.converted(dtensor.local(remainder), torch.int16).to(torch.int32)
+        saved[REMAINDER] = dtensor.like_param_placed(wide, remainder)
     return saved
 
 

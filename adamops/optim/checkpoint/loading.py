@@ -13,13 +13,14 @@ import torch
 from torch import Tensor
 from torch.optim import Optimizer
 
-from . import remainders, sharding
-from .batch import check_state, check_step, is_quantized, is_shared_count
-from .layout import is_dense, like_param, same_layout
-from .memory import check_memory, check_readable
-from .precision import AVERAGES, MASTER, REMAINDER, SCALES, SETTINGS, STATE_TENSORS, Master, Precision
-from .quantized_states import SAVED_NAMES, dequantized_states, quantized_states, with_held_names
-from .settings import check_betas, check_is_of_adam, check_numbers, other_optimizer
+from .. import dtensor
+from ..batch import check_state, check_step, is_quantized, is_shared_count
+from ..layout import is_dense, like_param, same_layout
+from ..memory import check_memory, check_readable
+from ..settings import check_betas, check_is_of_adam, check_numbers, other_optimizer
+from ..state import remainders
+from ..state.precision import AVERAGES, MASTER, REMAINDER, SCALES, SETTINGS, STATE_TENSORS, Master, Precision
+from ..state.quantized_states import SAVED_NAMES, dequantized_states, quantized_states, with_held_names
 
 _SHIELDED = {*STATE_TENSORS, *SAVED_NAMES}
 
@@ -116,10 +117,10 @@ def _adopted(
     if "step" in state:
         state["step"] = _adopted_step(state["step"], name)
     _check_is_of_adam(state, name)
-    held = _narrow_remainder(sharding.local_state(state, param, name), name)
-    converted = _converted_tensors(held, sharding.local(param), name, precision)
+    held = _narrow_remainder(dtensor.local_state(state, param, name), name)
+    converted = _converted_tensors(held, dtensor.local(param), name, precision)
     others = {key: value for key, value in state.items() if key not in STATE_TENSORS}
-    return sharding.owned_state({**others, **converted}, param, state)
+    return dtensor.owned_state({**others, **converted}, param, state)
 
 
 def _adopted_step(step: Any, name: str) -> Any:

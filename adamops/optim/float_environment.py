@@ -9,7 +9,7 @@ import functools
 from collections.abc import Callable
 from typing import Any, TypeVar, cast
 
-from ... import op_builder
+from .. import op_builder
 
 _Function = TypeVar("_Function", bound=Callable[..., Any])
 

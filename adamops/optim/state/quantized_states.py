@@ -11,9 +11,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from ..layout import dense
+from ..pieces import PIECE, each_piece
 from . import quantization
-from .layout import dense
-from .pieces import PIECE, each_piece
 from .precision import AVERAGES, QUANTIZED, SCALES
 
 _SAVED = {name: QUANTIZED + name for name in AVERAGES}

@@ -9,9 +9,9 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor
 
-from .batch import AdamBatch
-from .hyper import AdamHyper
-from .memory import count_writes
+from ..batch import AdamBatch
+from ..hyper import AdamHyper
+from ..memory import count_writes
 
 
 @dataclasses.dataclass(slots=True, eq=False, repr=False)

@@ -20,11 +20,13 @@ from torch.nn.parameter import is_lazy
 from torch.optim import Optimizer
 from torch.optim.optimizer import _global_optimizer_post_hooks
 
-from ... import _neighbours, op_builder
-from . import remainders, sharding
+from .. import _neighbours, op_builder
+from . import dtensor
 from .amp import StepSupportsAmpScaling
-from .backend import Backend, Update
-from .background import AsyncStep, are_one_call, run_in_one_call, run_updates
+from .async_step import AsyncStep, are_one_call, run_in_one_call, run_updates
+from .backends.base import Backend, Update
+from .backends.cpu import NativeBackend
+from .backends.torch import TorchBackend
 from .batch import (
     AdamBatch,
     check_lowp_out,
@@ -36,13 +38,14 @@ from .batch import (
     check_state,
     is_quantized,
 )
+from .checkpoint.loading import adopted_states, check_groups, keep_own_settings, shield_states
+from .checkpoint.saving import saved_state
 from .clipping import ClippedGrads
 from .dynamo_disabled import dynamo_disabled
 from .float_environment import in_default_float_environment
 from .hyper import AdamHyper, to_number
 from .interrupts import deferred_signals
 from .layout import is_dense, like_param
-from .loading import adopted_states, check_groups, keep_own_settings, shield_states
 from .memory import (
     PLAIN_TYPES,
     check_readable,
@@ -53,8 +56,10 @@ from .memory import (
     count_writes,
     is_in_memory,
 )
-from .native_backend import NativeBackend
-from .precision import (
+from .profiled import profiled
+from .settings import FLAGS, check_betas, check_flags, check_hyper, checked_seed
+from .state import remainders
+from .state.precision import (
     AVERAGES,
     EIGHT_BIT,
     MASTER,
@@ -68,11 +73,7 @@ from .precision import (
     precision_of,
     scales_shape,
 )
-from .profiled import profiled
-from .quantized_states import with_held_names
-from .saving import saved_state
-from .settings import FLAGS, check_betas, check_flags, check_hyper, checked_seed
-from .torch_adam import TorchBackend
+from .state.quantized_states import with_held_names
 from .wrapper_shared_attribute import WrapperSharedAttribute
 
 _CPU = torch.device("cpu")
@@ -245,9 +246,9 @@ class AdamOptimizer(Optimizer):
             # params may be of any kind, such as those of quantized models. step() checks every param that gets a grad.
             if not isinstance(param, Tensor) or is_lazy(param) or _is_frozen(param):
                 continue
-            sharding.check_placed(param, f"{where}, param {i}")
+            dtensor.check_placed(param, f"{where}, param {i}")
             if param.device.type == "cpu":
-                check_param(sharding.local(param), f"{where}, param {i}")
+                check_param(dtensor.local(param), f"{where}, param {i}")
         param_group["params"] = params
         _unguarded(Optimizer.add_param_group)(self, param_group)  # keeps the dict itself; others rely on that
         if precision.stochastic_rounding:
@@ -302,7 +303,7 @@ class AdamOptimizer(Optimizer):
             for i, group in enumerate(self.param_groups):
                 for index, name, _, grad in with_grads(group, f"param group {i}"):
                     # torch itself raises for zero tensors, but not for those inside DTensors.
-                    is_sharded = sharding.is_sharded(group["params"][index])
+                    is_sharded = dtensor.is_sharded(group["params"][index])
                     (check_writable if is_sharded else check_readable)(grad, f"{name}: its grad")
         _unguarded(Optimizer.zero_grad)(self, set_to_none)
 
@@ -344,7 +345,7 @@ class AdamOptimizer(Optimizer):
         self._refuse_in_backward("clip_grad_norm_()")
         max_norm, norm_type = float(max_norm), float(norm_type)
         params = [param for group in self.param_groups for param in group["params"]]
-        sharding.check_norm_is_known(params)
+        dtensor.check_norm_is_known(params)
         named = [
             (name, group["params"][index], param, grad)
             for i, group in enumerate(self.param_groups)
@@ -354,15 +355,15 @@ class AdamOptimizer(Optimizer):
             return torch.nn.utils.clip_grad_norm_(params, max_norm, norm_type, error_if_nonfinite)
         backend = self._backend_of(named[0][2], named[0][0]) if named else self._backends[_CPU]
         # From all params, not only those with a grad in this process: every process must add up the same parts.
-        layouts = [sharding.shard_layout(param) for param in params]
-        parts: dict[sharding.ShardLayout, list[Tensor]] = {layout: [] for layout in layouts} or {None: []}
+        layouts = [dtensor.shard_layout(param) for param in params]
+        parts: dict[dtensor.ShardLayout, list[Tensor]] = {layout: [] for layout in layouts} or {None: []}
         for _, owner, _, grad in named:
-            parts[sharding.shard_layout(owner)].append(grad)
+            parts[dtensor.shard_layout(owner)].append(grad)
         device = named[0][3].device if named else _CPU
         all_grads = [grad for *_, grad in named]
         factor = self._grad_factor(all_grads)  # first: it may have to multiply some of them
         norms = {layout: _norm_of(backend, device, grads, norm_type) for layout, grads in parts.items()}
-        norm = in_memory = sharding.all_reduce_norm(norms, norm_type)
+        norm = in_memory = dtensor.all_reduce_norm(norms, norm_type)
         before = None if self._clipped is None else self._clipped.norm_of(all_grads)
         if before is not None:
             factor = _factor_if_unchanged(factor, before, norm)
@@ -431,7 +432,7 @@ class AdamOptimizer(Optimizer):
         outs = self._checked_lowp_outs(lowp_out)
         steps = [self._prepare(group, where, hyper, outs) for where, group, hyper in groups]
         if outs and steps:
-            steps[-1].sharded += [out for out in lowp_out or () if out is not None and sharding.is_sharded(out)]
+            steps[-1].sharded += [out for out in lowp_out or () if out is not None and dtensor.is_sharded(out)]
         # Python code of tensor subclasses may have changed what was read from other groups.
         if len(steps) > 1 and any(step.ran_python for step in steps):
             steps = [
@@ -458,8 +459,8 @@ class AdamOptimizer(Optimizer):
         for i, group in enumerate(self.param_groups):
             found.update({name: param for _, name, param, _ in with_grads(group, f"param group {i}")})
             for index, param in enumerate(group["params"]):
-                if param.grad is None and param in self.state and is_in_memory(sharding.local(param)):
-                    found[f"param group {i}, param {index}"] = sharding.local(param)
+                if param.grad is None and param in self.state and is_in_memory(dtensor.local(param)):
+                    found[f"param group {i}, param {index}"] = dtensor.local(param)
         return found
 
     def _grads_overlap(self, steps: list[GroupStep]) -> bool:
@@ -539,7 +540,7 @@ class AdamOptimizer(Optimizer):
         # For params and grads alike: autograd sees the DTensors, but their local tensors were written.
         for param in step.sharded:
             state = self.state.get(param) or {}
-            count_writes([param, *(value for value in state.values() if sharding.is_sharded(value))])
+            count_writes([param, *(value for value in state.values() if dtensor.is_sharded(value))])
 
     def _hand_to_background(self, steps: Sequence[GroupStep], background: AsyncStep) -> None:
         """Hands updates of params on the CPU to the background; enqueues the others on this thread's stream."""
@@ -622,10 +623,10 @@ class AdamOptimizer(Optimizer):
         outs = {}
         for (name, param), out in zip(named, lowp_out, strict=True):
             if out is not None:
-                check_lowp_out(sharding.local_like(out, param, f"{name}: its lowp_out"), sharding.local(param), name)
-                outs[param] = sharding.local(out)
+                check_lowp_out(dtensor.local_like(out, param, f"{name}: its lowp_out"), dtensor.local(param), name)
+                outs[param] = dtensor.local(out)
         names = {f"the lowp_out of {name}": outs[param] for name, param in named if param in outs}
-        written = {name: sharding.local(p) for name, p in named if p.grad is not None or p in outs}
+        written = {name: dtensor.local(p) for name, p in named if p.grad is not None or p in outs}
         check_no_overlap({**written, **names})
         return outs
 
@@ -661,7 +662,7 @@ class AdamOptimizer(Optimizer):
         return step
 
     def _write_copy(self, param: Tensor, out: Tensor, precision: Precision) -> None:
-        out.copy_(sharding.local(self._fp32_param(param, precision)))
+        out.copy_(dtensor.local(self._fp32_param(param, precision)))
 
     @after_async_step
     @torch.no_grad()
@@ -701,8 +702,8 @@ class AdamOptimizer(Optimizer):
             state = self.state.get(owner, {})
             if not isinstance(state, Mapping):
                 raise TypeError(f"{name} has a {type(state).__name__} as its state; expected a dict")
-            if sharding.is_sharded(owner):
-                state = sharding.local_state(state, owner, name, batch.needed_of(state, param))
+            if dtensor.is_sharded(owner):
+                state = dtensor.local_state(state, owner, name, batch.needed_of(state, param))
             batch.append(index, name, param, grad, state, owner)
         return [(backend, batch) for backend, batch in batches.values() if not backend.skips(hyper)]
 
@@ -714,7 +715,7 @@ class AdamOptimizer(Optimizer):
             self._complete_states(backend, batch)
         if not complete or batch.has_shards:
             batch.owned_states = [
-                sharding.owned_state(state, owner, self.state.get(owner))
+                dtensor.owned_state(state, owner, self.state.get(owner))
                 for owner, state in zip(batch.owners, batch.states, strict=True)
             ]
             step.new_states += zip(batch.owners, batch.owned_states, strict=True)
@@ -722,7 +723,7 @@ class AdamOptimizer(Optimizer):
         update = backend.prepare(batch)
         step.ran_python |= any(type(tensor) not in PLAIN_TYPES for tensor in update.borrowed())
         step.updates.append((backend, update))
-        step.sharded += [owner for owner in batch.owners if sharding.is_sharded(owner)]
+        step.sharded += [owner for owner in batch.owners if dtensor.is_sharded(owner)]
 
     def _backend_of(self, param: Tensor, name: str) -> Backend:
         """The backend that updates the param. Raises ValueError if there is none."""
@@ -864,25 +865,25 @@ class AdamOptimizer(Optimizer):
 
     def _checked_master(self, param: Tensor, precision: Precision, name: str) -> Tensor | None:
         """The local part of a param's master weights or remainder; None if it has neither."""
-        held = sharding.local(param).detach()
+        held = dtensor.local(param).detach()
         check_viewable(held, name)
         state, kind = self.state.get(param) or {}, precision.master_of(param)
         for key in (MASTER, REMAINDER) if kind is Master.FP32 else (REMAINDER,) if kind else ():
             if key in state:
-                master = sharding.local(state[key])
+                master = dtensor.local(state[key])
                 check_state({key: master}, held, name, elsewhere=True)
                 return master
         return None
 
     def _fp32_param(self, param: Tensor, precision: Precision) -> Tensor:
-        master, held = self._checked_master(param, precision, "a param"), sharding.local(param).detach()
+        master, held = self._checked_master(param, precision, "a param"), dtensor.local(param).detach()
         if master is not None:
             values = master.clone() if master.dtype == torch.float32 else remainders.join(held, master)
         elif held.is_floating_point() and held.layout == torch.strided:
             values = held.to(torch.float32, copy=True)
         else:
             values = held.clone()
-        return sharding.like_param_placed(values, param)
+        return dtensor.like_param_placed(values, param)
 
     @after_async_step
     @in_default_float_environment
@@ -904,13 +905,13 @@ class AdamOptimizer(Optimizer):
         pairs = zip((param for param, _ in own), params, strict=True)
         values = [_value_for(param, value, f"param {i}") for i, (param, value) in enumerate(pairs)]
         for i, ((param, _), value) in enumerate(zip(own, values, strict=True)):
-            check_readable(sharding.local(param), f"param {i}")
+            check_readable(dtensor.local(param), f"param {i}")
             check_readable(value, f"param {i}: what was given")
-        masters = [_new_master(sharding.local(param), precision.master_of(param)) for param, precision in own]
+        masters = [_new_master(dtensor.local(param), precision.master_of(param)) for param, precision in own]
         with deferred_signals(), torch._C.DisableTorchFunctionSubclass():
             # Again, now that no Python code of tensor subclasses runs that could free another's memory.
             for i, ((param, _), value) in enumerate(zip(own, values, strict=True)):
-                check_readable(sharding.local(param), f"param {i}")
+                check_readable(dtensor.local(param), f"param {i}")
                 check_readable(value, f"param {i}: what was given")
             self._write_params([param for param, _ in own], values, masters)
 
@@ -919,7 +920,7 @@ class AdamOptimizer(Optimizer):
     ) -> None:
         """Writes values to the params and to their new master weights or remainders, which become part of the state."""
         for param, value, master in zip(params, values, masters, strict=True):
-            held = sharding.local(param)
+            held = dtensor.local(param)
             if master is None:
                 held.copy_(value)
                 continue
@@ -930,7 +931,7 @@ class AdamOptimizer(Optimizer):
             state = {**(self.state.get(param) or {})}
             for name in (MASTER, REMAINDER):
                 state.pop(name, None)
-            state[MASTER if master.dtype == torch.float32 else REMAINDER] = sharding.like_param_placed(master, param)
+            state[MASTER if master.dtype == torch.float32 else REMAINDER] = dtensor.like_param_placed(master, param)
             self.state[param] = state
 
     @after_async_step
@@ -1028,8 +1029,8 @@ def _value_for(param: Tensor, value: Tensor, name: str) -> Tensor:
         raise TypeError(f"{name}: a {type(value).__name__} was given; expected a tensor")
     if param.shape != value.shape:
         raise ValueError(f"{name} has shape {tuple(param.shape)}, and {tuple(value.shape)} was given")
-    value = sharding.local_like(value, param, f"{name}: what was given")
-    held = sharding.local(param)
+    value = dtensor.local_like(value, param, f"{name}: what was given")
+    held = dtensor.local(param)
     check_writable(held, name)
     check_readable(value, f"{name}: what was given")
     if not held.is_floating_point() or held.layout != torch.strided:
@@ -1101,7 +1102,7 @@ def _norm_of(backend: Backend, device: torch.device, grads: list[Tensor], norm_t
     """The norm of all elements of grads on the device, as a float64 tensor there."""
     grads = [grad for grad in grads if grad.numel()]
     if not grads:
-        return torch.full((), sharding.norm_of_nothing(norm_type), dtype=torch.float64, device=device)
+        return torch.full((), dtensor.norm_of_nothing(norm_type), dtype=torch.float64, device=device)
     norm = backend.grad_norm(grads, norm_type)
     if norm is not None:
         return torch.as_tensor(norm, dtype=torch.float64, device=device)
@@ -1138,7 +1139,7 @@ def _zeroable_grads(group: dict[str, Any], where: str) -> list[Tensor]:
 
 
 def _sharded_grads(params: Sequence[Tensor]) -> list[Tensor]:
-    return [param.grad for param in params if param.grad is not None and sharding.is_sharded(param.grad)]
+    return [param.grad for param in params if param.grad is not None and dtensor.is_sharded(param.grad)]
 
 
 def evaluate(closure: Callable[[], Any] | None) -> Any:
@@ -1152,7 +1153,7 @@ def evaluate(closure: Callable[[], Any] | None) -> Any:
 def with_grads(group: dict[str, Any], where: str) -> list[tuple[int, str, Tensor, Tensor]]:
     """The index in the group, name, param and grad of each param that has a grad; for DTensors, the local tensors."""
     return [
-        (i, name, sharding.local(param), sharding.local(sharding.grad_like(param, param.grad, name)))
+        (i, name, dtensor.local(param), dtensor.local(dtensor.grad_like(param, param.grad, name)))
         for i, param in enumerate(group["params"])
         if param.grad is not None
         for name in [f"{where}, param {i}"]

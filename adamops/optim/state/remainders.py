@@ -8,8 +8,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from .layout import dense, like_param
-from .pieces import each_piece
+from ..layout import dense, like_param
+from ..pieces import each_piece
 
 _BITS = {torch.int8: 8, torch.int16: 16}
 

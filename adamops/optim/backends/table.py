@@ -16,14 +16,14 @@ from typing import Any, TypeAlias
 import torch
 from torch import Tensor
 
+from ..batch import AdamBatch, check_params_and_grads, check_states
+from ..dtensor import dtensor_class
+from ..hyper import AdamHyper
+from ..layout import dense
+from ..memory import PLAIN_TYPES, addresses, in_memory
+from ..state.precision import DTYPES, SCALES, Master, averages_of
 from . import tensor_layout
-from .backend import Update
-from .batch import AdamBatch, check_params_and_grads, check_states
-from .hyper import AdamHyper
-from .layout import dense
-from .memory import PLAIN_TYPES, addresses, in_memory
-from .precision import DTYPES, SCALES, Master, averages_of
-from .sharding import dtensor_class
+from .base import Update
 
 _DTYPE_CODE = {
     dtype: code for code, dtype in enumerate((*DTYPES, torch.int8))

@@ -8,10 +8,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .backend import Update
-from .hyper import AdamHyper
-from .memory import PLAIN_TYPES, addresses, count_writes
-from .table_backend import Columns, TableBackend
+from ..hyper import AdamHyper
+from ..memory import PLAIN_TYPES, addresses, count_writes
+from .base import Update
+from .table import Columns, TableBackend
 
 
 def _empty_like(params: Sequence[Tensor], dtypes: Sequence[torch.dtype]) -> list[Tensor]:

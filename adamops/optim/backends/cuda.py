@@ -13,11 +13,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .backend import Update
-from .batch import AdamBatch
-from .hyper import AdamHyper
-from .memory import addresses
-from .table_backend import Columns, TableBackend, replace_unused_scales, restore_unused_scales
+from ..batch import AdamBatch
+from ..hyper import AdamHyper
+from ..memory import addresses
+from .base import Update
+from .table import Columns, TableBackend, replace_unused_scales, restore_unused_scales
 
 
 class CudaBackend(TableBackend):

@@ -11,14 +11,14 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from . import remainders
-from .average_rounding import store_average
-from .backend import Update
-from .batch import AdamBatch, check_params_and_grads, check_states, is_quantized
-from .hyper import AdamHyper
-from .memory import check_writable
-from .precision import Master, averages_of
-from .quantized_states import dequantized_states, store_quantized
+from ..batch import AdamBatch, check_params_and_grads, check_states, is_quantized
+from ..hyper import AdamHyper
+from ..memory import check_writable
+from ..state import remainders
+from ..state.average_rounding import store_average
+from ..state.precision import Master, averages_of
+from ..state.quantized_states import dequantized_states, store_quantized
+from .base import Update
 
 
 class TorchBackend:

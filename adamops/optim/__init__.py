@@ -1,0 +1,1 @@
+"""The engine: what every optimizer here shares, whatever its rule."""

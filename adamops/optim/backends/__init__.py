@@ -1,0 +1,1 @@
+"""How a step is run on a device: by the compiled ops, or in pure PyTorch."""

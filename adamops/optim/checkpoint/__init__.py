@@ -1,0 +1,1 @@
+"""States as checkpoints hold them, and as they are loaded."""

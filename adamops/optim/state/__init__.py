@@ -1,0 +1,1 @@
+"""How states and master weights are stored: precision, quantization, remainders."""
