@@ -1,7 +1,7 @@
 // Where torch keeps, in memory, what proves that a tensor's address may be used: the kind of tensor, where its storage
 // begins and ends, and its version counter. The offsets differ between releases of torch, so
-// adamops/optim/backends/tensor_layout.py finds them by experiment when the op is loaded. It gives up if anything is unclear;
-// every tensor is then checked through torch's Python API, which takes some 300 ns where this takes 3.
+// adamops/optim/backends/tensor_layout.py finds them by experiment when the op is loaded. It gives up if anything is
+// unclear; every tensor is then checked through torch's Python API, which takes some 300 ns where this takes 3.
 #pragma once
 
 #include <pybind11/pybind11.h>
