@@ -392,12 +392,16 @@ def main(arguments: list[str] | None = None) -> int:
     options = parser.parse_args(arguments)
     with contextlib.redirect_stdout(sys.stderr):  # a plugin may print anything
         report = collect()
-    if options.json:
-        print(json.dumps(report, indent=2))
-    elif sys.stdout.isatty():
-        _print_rich(report)
-    else:
-        _print_plain(report, sys.stdout.write)
+    try:
+        if options.json:
+            print(json.dumps(report, indent=2))
+        elif sys.stdout.isatty():
+            _print_rich(report)
+        else:
+            _print_plain(report, sys.stdout.write)
+        sys.stdout.flush()
+    except BrokenPipeError:  # the reader has seen enough, as `head` does
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # for the flush at exit
     return 0 if report["ok"] else 1
 
 

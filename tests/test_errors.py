@@ -464,13 +464,16 @@ def test_a_group_cannot_have_another_kind_of_weight_decay(key):
     DeepSpeedCPUAdam([{"params": [param], key: False}], adamw_mode=False)
 
 
-def test_params_that_share_memory_are_found_whichever_has_a_grad():
+def test_params_that_share_memory_take_turns_but_never_the_same_step():
+    """As with torch, one may take over from the other, as the original of a parametrization does from a weight."""
     base = torch.zeros(1000)
-    a, b = torch.nn.Parameter(base[:600]), torch.nn.Parameter(base[500:])
-    optimizer = DeepSpeedCPUAdam([a, b])
-    a.grad = torch.ones(600)
-    optimizer.step()
-    a.grad, b.grad = None, torch.ones(500)
+    params = [torch.nn.Parameter(base[:600]), torch.nn.Parameter(base[500:]), torch.nn.Parameter(torch.zeros(5))]
+    optimizer = DeepSpeedCPUAdam(params)
+    for chosen in ((0, 2), (1, 2), (0, 2)):
+        for i, param in enumerate(params):
+            param.grad = torch.ones_like(param) if i in chosen else None
+        optimizer.step()
+    params[1].grad = torch.ones_like(params[1])
     with pytest.raises(ValueError, match="param 0 and param group 0, param 1 share memory"):
         optimizer.step()
 

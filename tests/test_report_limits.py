@@ -173,3 +173,9 @@ def test_entry_points_of_others_that_cannot_be_read_cost_nothing(tmp_path, repor
     # torch itself reads all entry points, unless it is told not to.
     done = report("--json", PYTHONPATH=python_path(tmp_path / "site"), TORCH_DEVICE_BACKEND_AUTOLOAD="0")
     assert {op["name"] for op in json.loads(done.stdout)["ops"]} >= {"cpu_adam", "torch_adam"}, done.stderr
+
+
+def test_a_reader_that_stops_early_is_no_error(tmp_path):
+    command = f"{sys.executable} -m adamops.report | true"
+    done = subprocess.run(["bash", "-c", command], cwd=tmp_path, capture_output=True, text=True, timeout=120)
+    assert done.stderr == ""

@@ -447,21 +447,25 @@ class AdamOptimizer(Optimizer):
             for step, (where, group, _) in zip(steps, groups, strict=True):
                 step.sharded += _sharded_grads(group["params"])
                 steps[-1].after += [grad.zero_ for grad in _zeroable_grads(group, where)]
-        if self._shared.get("was_loaded") or any(step.has_new_params for step in steps):
-            check_no_overlap(self._updated_params())
-            self._shared["was_loaded"] = False
+        has_new_params = self._shared.get("was_loaded") or any(step.has_new_params for step in steps)
+        if has_new_params or self._shared.get("shares_memory"):
+            check_no_overlap(
+                {name: param for where, group, _ in groups for _, name, param, _ in with_grads(group, where)}
+            )
+        if has_new_params:
+            self._shared.update(was_loaded=False, shares_memory=self._shares_memory())
         self._commit(steps, background)
         return loss
 
-    def _updated_params(self) -> dict[str, Tensor]:
-        """The params that have a grad, or have had one, by name; for DTensors, the local tensors."""
-        found = {}
-        for i, group in enumerate(self.param_groups):
-            found.update({name: param for _, name, param, _ in with_grads(group, f"param group {i}")})
-            for index, param in enumerate(group["params"]):
-                if param.grad is None and param in self.state and is_in_memory(dtensor.local(param)):
-                    found[f"param group {i}, param {index}"] = dtensor.local(param)
-        return found
+    def _shares_memory(self) -> bool:
+        """Whether params that have a grad, or have had one, share memory, so that no step may update two of them."""
+        params = [param for group in self.param_groups for param in group["params"]]
+        held = [dtensor.local(param) for param in params if param.grad is not None or param in self.state]
+        try:
+            check_no_overlap({str(i): param for i, param in enumerate(held) if is_in_memory(param)})
+        except ValueError:
+            return True
+        return False
 
     def _grads_overlap(self, steps: list[GroupStep]) -> bool:
         """Whether grads share memory, as autograd's may. Then none may be zeroed before all have been read."""
