@@ -8,6 +8,7 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from torch._subclasses.fake_tensor import FakeTensorMode
 
 from adamops import DeepSpeedCPUAdam, op_builder
 from adamops.optim.backends.torch import TorchBackend
@@ -291,3 +292,12 @@ def test_applying_the_factor_in_memory_does_not_depend_on_the_rounding_mode(mode
         return params[0].detach()
 
     assert torch.equal(run(0), run(mode))
+
+
+def test_grads_that_were_given_the_data_of_fake_tensors_are_refused(Adam):
+    param = torch.nn.Parameter(torch.zeros(5))
+    optimizer = Adam([param])
+    param.grad = torch.ones(5)
+    param.grad.data = FakeTensorMode().from_tensor(torch.ones(5))
+    with pytest.raises(ValueError, match="a grad is on the device meta, and has no values"):
+        optimizer.clip_grad_norm_(1.0)

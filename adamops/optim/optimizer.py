@@ -959,7 +959,7 @@ class AdamOptimizer(Optimizer):
         handle = None
         try:
             handle = self.register_load_state_dict_pre_hook(shield)  # last, to see what other hooks return
-            super().load_state_dict(state_dict)
+            _unguarded(Optimizer.load_state_dict)(self, state_dict)
         finally:
             is_called_for = False
             if handle is not None:

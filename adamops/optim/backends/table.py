@@ -89,6 +89,8 @@ class TableBackend:
         columns = self._columns_of_plain(grads)
         if columns is not None:
             return self._norm_of(columns, norm_type)
+        if any(grad.device.type == "meta" for grad in grads):
+            raise ValueError("a grad is on the device meta, and has no values")
         if any(grad.layout != torch.strided or grad.dtype not in DTYPES for grad in grads):
             return None
         read = [dense(in_memory(grad, "a grad")) for grad in grads]  # kept alive until the op has read them
