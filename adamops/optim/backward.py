@@ -81,10 +81,8 @@ class InBackward:
         """Removes the hooks: from then on, the caller calls step(). A second call does nothing."""
         if not self._hooks:
             return
-        for param, hook in self._hooks.items():
-            hook.remove()
-            param.__dict__.pop(_ANCHOR, None)
-        self._hooks = {}
+        for param in list(self._hooks):
+            self._unhook(param)
         self._optimizer._params_in_backward -= self._counted
         _handles.discard(self)
 
@@ -180,10 +178,12 @@ class InBackward:
         for param in gone:
             if id(param) not in ids:
                 del self._names[param]
-                hook = self._hooks.pop(param, None)
-                if hook is not None:
-                    hook.remove()
-                    param.__dict__.pop(_ANCHOR, None)
+                if param in self._hooks:
+                    self._unhook(param)
+
+    def _unhook(self, param: Tensor) -> None:
+        self._hooks.pop(param).remove()
+        param.__dict__.pop(_ANCHOR, None)
 
     def _hook_params(self) -> None:
         """Registers hooks on the params of the model that have none, also on frozen ones, as they may be unfrozen."""

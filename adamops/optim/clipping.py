@@ -41,8 +41,8 @@ class ClippedGrads:
         return all(map(self._has, grads))
 
     def norm_of(self, grads: Sequence[Tensor]) -> Tensor | None:
-        """The norm in memory that these grads had when they were clipped; None if they are not all that were."""
-        return self.norm if len(grads) == len(self._entries) and self.are(grads) else None
+        """The norm in memory that these grads, of which are() is true, had when clipped; None if there were others."""
+        return self.norm if len(grads) == len(self._entries) else None
 
     def were_written_unseen(self, grads: Sequence[Tensor], samples: Sequence[bytes | None]) -> bool:
         """Whether a grad was written in a way that torch does not count."""

@@ -908,12 +908,9 @@ class AdamOptimizer(Optimizer):
             raise ValueError(f"There are {len(own)} params in this optimizer, and {len(params)} were given")
         pairs = zip((param for param, _ in own), params, strict=True)
         values = [_value_for(param, value, f"param {i}") for i, (param, value) in enumerate(pairs)]
-        for i, ((param, _), value) in enumerate(zip(own, values, strict=True)):
-            check_readable(dtensor.local(param), f"param {i}")
-            check_readable(value, f"param {i}: what was given")
         masters = [_new_master(dtensor.local(param), precision.master_of(param)) for param, precision in own]
         with deferred_signals(), torch._C.DisableTorchFunctionSubclass():
-            # Again, now that no Python code of tensor subclasses runs that could free another's memory.
+            # Again after _value_for(), now that no Python code of subclasses runs that could free another's memory.
             for i, ((param, _), value) in enumerate(zip(own, values, strict=True)):
                 check_readable(dtensor.local(param), f"param {i}")
                 check_readable(value, f"param {i}: what was given")

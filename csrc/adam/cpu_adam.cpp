@@ -158,7 +158,7 @@ py::list samples_of(const TensorReader& reader, const py::list& tensors) {
       samples.append(py::none());
       continue;
     }
-    const int64_t size = view.dtype == kFloat32 ? 4 : 2;
+    const int64_t size = view.tensor.dtype_bits / 8;
     std::string bytes;
     for (int64_t i = 0; i < kSamples && view.numel; ++i)
       bytes.append(static_cast<const char*>(view.address()) + (view.numel - 1) * i / (kSamples - 1) * size,

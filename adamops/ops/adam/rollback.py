@@ -21,17 +21,16 @@ from torch import Tensor
 
 from ...optim.float_environment import in_default_float_environment
 from ...optim.hyper import AdamHyper
-from ...optim.layout import same_layout
 from ...optim.memory import check_writable
 from ...optim.pieces import each_piece
 
 
 @in_default_float_environment
 def undo_step(param: Tensor, grad: Tensor, state: dict[str, Any], hyper: AdamHyper) -> None:
-    """Restores param, exp_avg and exp_avg_sq in place; the caller decrements the step count.
+    """Restores param, exp_avg and exp_avg_sq in place; the caller has checked them, and decrements the step count.
 
     Raises RuntimeError, before anything is written, if the step lost what is needed to undo it, and ValueError if a
-    tensor is not writable, or has another memory layout than the param.
+    tensor is not writable.
     """
     if hyper.precision.stochastic_rounding or hyper.precision.master or state["exp_avg"].dtype == torch.int8:
         raise RuntimeError("Cannot roll back a step with 8-bit states, master weights or stochastic rounding")
@@ -49,8 +48,6 @@ def undo_step(param: Tensor, grad: Tensor, state: dict[str, Any], hyper: AdamHyp
     keys = ["exp_avg", "exp_avg_sq", *(["max_exp_avg_sq"] if hyper.amsgrad else [])]
     for tensor in (param, *(state[key] for key in keys)):
         check_writable(tensor, "what a roll-back is to write")
-        if not same_layout(tensor, param):
-            raise ValueError(f"Cannot roll back: a state has strides {tensor.stride()}, its param {param.stride()}")
     for piece in each_piece(param, grad, *(state[key] for key in keys)):
         _undo_piece(*piece, k=k, first=first)
 
