@@ -53,7 +53,8 @@ def _environment(ops: list[str]) -> dict[str, Any]:
     """
     targets = [target.name for target in targets_of(platform.machine())]
     errors = []
-    checks: list[Callable[[], Any]] = [functools.partial(environment.cpu_targets, targets), environment.max_jobs]
+    checks: list[Callable[[], Any]] = [functools.partial(environment.cpu_targets, targets)]
+    checks += [environment.max_jobs, environment.check_cache_dir]
     checks += [functools.partial(environment.words, name) for name in ("CXX", "CXXFLAGS", "LDFLAGS")]
     checks += [functools.partial(environment.build_switch, op) for op in ops]
     for check in checks:
@@ -392,6 +393,8 @@ def main(arguments: list[str] | None = None) -> int:
     options = parser.parse_args(arguments)
     with contextlib.redirect_stdout(sys.stderr):  # a plugin may print anything
         report = collect()
+    if sys.stdout is None:  # closed by whoever started this, who wants the exit status
+        return 0 if report["ok"] else 1
     try:
         if options.json:
             print(json.dumps(report, indent=2))

@@ -62,6 +62,7 @@ class Compiler:
         "-std=c++17",
         "-O3",
         "-g0",
+        "-DNDEBUG",  # else pybind11 asks at every change of a reference count whether the GIL is held
         "-fPIC",
         "-fvisibility=hidden",
         "-fno-fast-math",

@@ -120,7 +120,7 @@ def max_jobs() -> int:
     value = os.environ.get("MAX_JOBS", "").strip()
     if not value:
         return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-    if not value.isdigit() or int(value) < 1:
+    if not re.fullmatch("[0-9]*[1-9][0-9]*", value):
         raise ValueError(f"MAX_JOBS={value!r} is not valid; use a positive integer")
     return int(value)
 
@@ -133,3 +133,11 @@ def cache_dir() -> Path:
     import platformdirs
 
     return Path(platformdirs.user_cache_dir("adamops", appauthor=False))
+
+
+def check_cache_dir() -> None:
+    """Raises ValueError if cache_dir() cannot be a folder because it, or a parent, is a file."""
+    folder = cache_dir()
+    existing = next((path for path in (folder, *folder.parents) if path.exists()), folder)
+    if existing.exists() and not existing.is_dir():
+        raise ValueError(f"ADAMOPS_CACHE_DIR={str(folder)!r} is not valid: {existing} is not a folder")

@@ -37,6 +37,9 @@ def test_get_names_the_ops_there_are():
         ("ADAMOPS_SIMD", "avx9", lambda: environment.simd(["avx2", "baseline"]), "use one of avx2, baseline"),
         ("MAX_JOBS", "0", environment.max_jobs, "use a positive integer"),
         ("MAX_JOBS", "many", environment.max_jobs, "MAX_JOBS='many'"),
+        ("MAX_JOBS", "²", environment.max_jobs, "MAX_JOBS='²'"),
+        ("ADAMOPS_CACHE_DIR", __file__, environment.check_cache_dir, "is not a folder"),
+        ("ADAMOPS_CACHE_DIR", f"{__file__}/below", environment.check_cache_dir, f"{__file__} is not a folder"),
     ],
 )
 def test_unknown_values_are_errors_that_name_the_valid_ones(monkeypatch, variable, value, read, message):

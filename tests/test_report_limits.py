@@ -91,6 +91,7 @@ def test_is_quick_apart_from_torch(report, copied_package, prebuilt):
         ("ADAMOPS_BUILD_OPS", "yes", "use 0 (never build), 1 (must build)"),
         ("ADAMOPS_BUILD_CPU_ADAM", "2", "use 0 (never build), 1 (must build)"),
         ("MAX_JOBS", "many", "positive integer"),
+        ("ADAMOPS_CACHE_DIR", __file__, "is not a folder"),
     ],
 )
 def test_invalid_build_variable_is_shown_once(report, name, value, valid):
@@ -179,3 +180,10 @@ def test_a_reader_that_stops_early_is_no_error(tmp_path):
     command = f"{sys.executable} -m adamops.report | true"
     done = subprocess.run(["bash", "-c", command], cwd=tmp_path, capture_output=True, text=True, timeout=120)
     assert done.stderr == ""
+
+
+def test_closed_output_leaves_the_exit_status(tmp_path):
+    command = f"{sys.executable} -m adamops.report >&-"
+    done = subprocess.run(["bash", "-c", command], cwd=tmp_path, capture_output=True, text=True, timeout=120)
+    assert done.stderr == ""
+    assert done.returncode in (0, 1)
