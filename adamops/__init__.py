@@ -40,24 +40,23 @@ if not (_checkout / "adamops" / "op_builder").is_dir() and (_checkout / "op_buil
 
 
 # Imported on first access.
+_HOMES = {
+    **dict.fromkeys(("CPUAdam", "DeepSpeedCPUAdam", "FusedAdam"), "adamops.ops.adam"),
+    "step_in_backward": "adamops.optim.backward",
+    "portable_state_dicts": "adamops.optim.checkpoint.saving",
+}
 _SUBMODULES = ("bench", "deepspeed", "in_backward", "op_builder", "ops", "optim", "plugin_process", "report")
 
 
 def __getattr__(name: str) -> Any:
     if name in _SUBMODULES:
         return importlib.import_module(f"{__name__}.{name}")
-    if name in ("CPUAdam", "DeepSpeedCPUAdam", "FusedAdam"):
-        from .ops import adam
-
-        return getattr(adam, name)
-    if name == "step_in_backward":
-        from .optim.backward import step_in_backward
-
-        return step_in_backward
-    if name == "portable_state_dicts":
-        from .optim.checkpoint.saving import portable_state_dicts
-
-        return portable_state_dicts
+    if name in _HOMES:
+        try:
+            module = importlib.import_module(_HOMES[name])
+        except AttributeError as error:  # "from adamops import ..." would drop it, and say only that there is no name
+            raise ImportError(f"{_HOMES[name]} cannot be imported: {error}") from error
+        return getattr(module, name)
     raise AttributeError(f"module 'adamops' has no attribute {name!r}")
 
 

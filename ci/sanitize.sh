@@ -9,11 +9,12 @@ python=${PYTHON:-python3}
 folder=${SANITIZED_BUILD:-$PWD/build/sanitized}
 # Without recovery, undefined behaviour ends the process, which is a finding.
 sanitizers="-fsanitize=address,undefined -fno-sanitize-recover=undefined"
+checks="-DPYBIND11_ASSERT_GIL_HELD_INCREF_DECREF"  # which -DNDEBUG leaves out
 
 "$python" setup.py -q build_py --build-lib "$folder/lib"  # the Python files are copied every time
 op=$(compgen -G "$folder/lib/adamops/_native/cpu_adam*.so" || true)
 if [[ -z $op || -n $(find csrc op_builder -type f ! -name '*.pyc' -newer "$op" -print -quit) ]]; then
-    CXX=${CXX:-g++} CXXFLAGS="$sanitizers -fno-omit-frame-pointer -g1" LDFLAGS="$sanitizers" \
+    CXX=${CXX:-g++} CXXFLAGS="$sanitizers $checks -fno-omit-frame-pointer -g1" LDFLAGS="$sanitizers" \
         ADAMOPS_BUILD_CPU_ADAM=1 ADAMOPS_BUILD_FUSED_ADAM=0 ADAMOPS_CPU_TARGETS=${ADAMOPS_CPU_TARGETS:-all} \
         "$python" setup.py -q build --build-base "$folder" --build-lib "$folder/lib"
 fi

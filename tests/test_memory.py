@@ -248,7 +248,7 @@ def test_no_layout_where_a_place_is_not_found_or_found_twice(monkeypatch):
     monkeypatch.setattr(tensor_layout, "_words", words)
     assert unclear(monkeypatch, "_TENSOR_WORDS", 1) is None
     monkeypatch.setattr(tensor_layout, "_TENSOR_WORDS", size)
-    assert unclear(monkeypatch, "_keys", lambda tensor: 5) is None
+    assert unclear(monkeypatch, "dispatch_keys", lambda tensor: 5) is None
 
 
 @pytest.mark.parametrize("error", [AttributeError, RuntimeError, TypeError, ValueError])
@@ -256,7 +256,7 @@ def test_no_layout_where_torch_has_no_such_names(monkeypatch, error):
     def fails(*_):
         raise error
 
-    assert unclear(monkeypatch, "_keys", fails) is None
+    assert unclear(monkeypatch, "dispatch_keys", fails) is None
 
 
 def test_no_layout_where_samples_are_of_another_kind(monkeypatch):

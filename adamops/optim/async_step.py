@@ -9,6 +9,7 @@ from collections.abc import Sequence
 
 import torch
 
+from .._torch_compat import without_torch_function
 from .backends.base import Backend, Update
 
 
@@ -118,7 +119,7 @@ class AsyncStep:
             with (
                 torch.inference_mode(self._is_inference),
                 torch.no_grad(),
-                torch._C.DisableTorchFunctionSubclass(),
+                without_torch_function(),
             ):
                 run_updates(self._updates)
         except BaseException as error:

@@ -15,9 +15,8 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.autograd.function import BackwardCFunction
-from torch.optim.optimizer import _global_optimizer_post_hooks, _global_optimizer_pre_hooks
 
+from .. import _torch_compat
 from . import data_parallel, dtensor
 from .optimizer import AdamOptimizer
 
@@ -94,7 +93,7 @@ class InBackward:
         """Updates a param whose grad is ready, now or at the end of the backward pass."""
         if self._accumulates:
             return
-        task = torch._C._current_graph_task_id()
+        task = _torch_compat.current_backward_pass()
         if task == self._pass or self._begins_pass(task):
             self._step(param)
 
@@ -130,7 +129,7 @@ class InBackward:
                 self._has_begun = True
             if self._seen != _ids_of_params(self._optimizer):
                 self._hook_params()
-            torch.autograd.Variable._execution_engine.queue_callback(self._close)
+            _torch_compat.call_after_backward_pass(self._close)
             self._pass, self._updated = task, set()
 
     def _close(self) -> None:
@@ -141,10 +140,9 @@ class InBackward:
             if param.grad is not None:
                 self._step(param)
         optimizer = self._optimizer
-        optimizer._opt_called = True  # type: ignore[attr-defined]  # torch's schedulers check whether step() was called
-        for hooks in (optimizer._optimizer_step_post_hooks, _global_optimizer_post_hooks):
-            for hook in list(hooks.values()):
-                hook(optimizer, (), {})
+        _torch_compat.mark_as_stepped(optimizer)
+        for hook in _torch_compat.step_post_hooks(optimizer):
+            hook(optimizer, (), {})
 
     def _step(self, param: Tensor) -> None:
         if id(param) in self._updated:
@@ -215,11 +213,12 @@ def _on_grad(ref: weakref.ref[InBackward], param: Tensor) -> None:
 def _on_outer_pass(ref: weakref.ref[InBackward], grads: object) -> None:
     handle = ref()
     if handle is not None:
-        handle._open(torch._C._current_graph_task_id())
+        handle._open(_torch_compat.current_backward_pass())
 
 
 def _check(model: nn.Module, names: dict[Tensor, str], places: dict[Tensor, Any], optimizer: AdamOptimizer) -> None:
     """Raises for what step_in_backward() does not support."""
+    _torch_compat.check_backward_passes_are_known("step_in_backward()")
     trained = [param for param in names if param.requires_grad]
     missing = [names[param] for param in trained if param not in places]
     if missing:
@@ -232,7 +231,7 @@ def _check(model: nn.Module, names: dict[Tensor, str], places: dict[Tensor, Any]
             f"step_in_backward() was called for the param {taken[0]!r} before; call remove() of that handle first"
         )
     _refuse_wrapper_of(model.modules(), trained)
-    if data_parallel.runs_no_hooks(model):
+    if _torch_compat.runs_no_hooks(model):
         raise RuntimeError("step_in_backward() with fully_shard() needs torch 2.5 or later, which runs hooks of shards")
     _refuse_what_needs_all_grads(optimizer)
 
@@ -263,7 +262,7 @@ def _refuse_what_needs_all_grads(optimizer: AdamOptimizer) -> None:
             "step_in_backward() cannot be used with a scaled loss (the optimizer has a grad_scale): params would be "
             "updated before all grads are known to be finite; use optimizer.step()"
         )
-    if optimizer._optimizer_step_pre_hooks or _global_optimizer_pre_hooks:
+    if _torch_compat.step_pre_hooks(optimizer):
         raise RuntimeError(
             "step_in_backward() cannot be used with step pre-hooks, which see all grads before the first param is "
             "updated; use optimizer.step(), or post-hooks, which run at the end of each backward pass"
@@ -327,15 +326,10 @@ def _outer_node() -> Any:
                     "would update the params; call optimizer.step() after the outer one instead"
                 )
             inside = True
-        elif inside and frame.f_code in _APPLY:
+        elif inside and frame.f_code in _torch_compat.NODE_CODES:
             found, inside = frame.f_locals["self"], False
         frame = frame.f_back  # type: ignore[assignment]
     return found
-
-
-_APPLY = {
-    getattr(BackwardCFunction, name).__code__ for name in ("apply", "apply_boxed") if hasattr(BackwardCFunction, name)
-}
 
 
 def step_in_backward(model: nn.Module, optimizer: AdamOptimizer) -> InBackward:

@@ -8,8 +8,9 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
+from .._torch_compat import is_zero_tensor, version_of
 from .float_environment import in_default_float_environment
-from .memory import check_writable, version_of
+from .memory import check_writable
 
 
 class ClippedGrads:
@@ -54,7 +55,7 @@ class ClippedGrads:
     @in_default_float_environment
     def settle(self, grads: Sequence[Tensor]) -> None:
         """Multiplies the grads that were clipped and are unchanged since by the factor; leaves the others alone."""
-        clipped = [grad for grad in grads if self._has(grad) and not grad._is_zerotensor()]
+        clipped = [grad for grad in grads if self._has(grad) and not is_zero_tensor(grad)]
         for grad in clipped:
             check_writable(grad, "a grad that clip_grad_norm_() has clipped")
         with torch.no_grad():

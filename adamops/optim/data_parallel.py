@@ -15,6 +15,8 @@ import torch
 from torch import Tensor, nn
 from torch.nn.modules.module import register_module_module_registration_hook
 
+from .. import _torch_compat
+
 _WRAPPERS = (
     ("torch.nn.parallel", "DistributedDataParallel"),
     ("torch.distributed.fsdp", "FullyShardedDataParallel"),
@@ -27,21 +29,13 @@ _WRAPPERS = (
 def wrapper_of(modules: Iterable[nn.Module], params: Iterable[Tensor]) -> str | None:
     """The class name of a wrapper that averages the params' grads: among a model's modules, or around some of them."""
     params = list(params)
-    if any(getattr(p, "_is_flat_param", False) or getattr(p, "_fsdp_flattened", False) for p in params):
+    if any(map(_torch_compat.is_marked_by_fsdp, params)):
         return "FullyShardedDataParallel"
     ids, classes = {id(param) for param in params}, _wrapper_classes()
     for wrapper in (*modules, *_wrappers_elsewhere(classes)):
-        if isinstance(wrapper, classes) and any(id(param) in ids for param in _averaged(wrapper)):
+        if isinstance(wrapper, classes) and any(id(param) in ids for param in _torch_compat.averaged_params(wrapper)):
             return type(wrapper).__name__
     return None
-
-
-def runs_no_hooks(model: nn.Module) -> bool:
-    """Whether the model was sharded by fully_shard() of torch 2.4, which does not run the hooks of its params."""
-    if _torch_version() >= (2, 5):
-        return False
-    modules = ("torch.distributed._composable.fsdp.", "torch.distributed.fsdp._fully_shard.")
-    return any(cls.__module__.startswith(modules) for part in model.modules() for cls in type(part).__mro__)
 
 
 def watch_new_wrappers(check: Callable[[str, Iterable[nn.Module], Iterable[Tensor]], None]) -> None:
@@ -56,26 +50,15 @@ def watch_new_wrappers(check: Callable[[str, Iterable[nn.Module], Iterable[Tenso
 def _watch(check: Callable[[str, Iterable[nn.Module], Iterable[Tensor]], None]) -> None:
     def on_registration(wrapper: nn.Module, name: str, module: nn.Module | None) -> None:
         if module is not None and isinstance(wrapper, _wrapper_classes()):
-            check(type(wrapper).__name__, module.modules(), _averaged(wrapper))
+            check(type(wrapper).__name__, module.modules(), _torch_compat.averaged_params(wrapper))
 
     register_module_module_registration_hook(on_registration)
-
-
-def _torch_version() -> tuple[int, int]:
-    major, minor = torch.__version__.split(".")[:2]
-    return int(major), int(minor)
 
 
 def _wrapper_classes() -> tuple[type, ...]:
     """The classes of _WRAPPERS that are already imported; importing them here would take seconds."""
     found = (getattr(sys.modules.get(module), name, None) for module, name in _WRAPPERS)
     return tuple(cls for cls in found if isinstance(cls, type))
-
-
-def _averaged(wrapper: nn.Module) -> Iterable[Tensor]:
-    """The params whose grads a wrapper averages; DistributedDataParallel can leave some out."""
-    averaged = wrapper.__dict__.get("_module_parameters")
-    return wrapper.parameters() if averaged is None else averaged
 
 
 def _wrappers_elsewhere(classes: tuple[type, ...]) -> list[nn.Module]:

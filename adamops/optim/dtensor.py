@@ -6,7 +6,6 @@ it already is, and if there are none, it would add a second to each import of ad
 
 from __future__ import annotations
 
-import dataclasses
 import math
 import sys
 from collections.abc import Container, Iterable, Mapping
@@ -15,6 +14,8 @@ from typing import Any, TypeAlias
 import torch
 from torch import Tensor
 
+from .. import _torch_compat
+from .data_parallel import wrapper_of
 from .memory import PLAIN_TYPES
 from .state.precision import SCALES, STATE_TENSORS
 
@@ -22,20 +23,11 @@ from .state.precision import SCALES, STATE_TENSORS
 ShardLayout: TypeAlias = "tuple[Any, tuple[int, ...]] | None"
 
 
-def dtensor_class() -> Any:
-    """torch's DTensor class, or None if nobody has imported it yet."""
-    for name in ("torch.distributed.tensor", "torch.distributed._tensor"):  # the latter up to torch 2.4
-        found = getattr(sys.modules.get(name), "DTensor", None)
-        if found is not None:
-            return found
-    return None
-
-
 def is_sharded(tensor: object) -> bool:
     """Whether this is a DTensor, whatever its placements."""
     if type(tensor) in PLAIN_TYPES:
         return False
-    found = dtensor_class()
+    found = _torch_compat.dtensor_class()
     return found is not None and isinstance(tensor, found)
 
 
@@ -43,8 +35,7 @@ def local(tensor: Any) -> Any:
     """The local tensor of a DTensor, sharing its memory; anything else is returned as it is."""
     if type(tensor) in PLAIN_TYPES:
         return tensor
-    # Not to_local(), which would create a view of a param at each call.
-    held = tensor._local_tensor if is_sharded(tensor) else tensor
+    held = _torch_compat.local_tensor(tensor) if is_sharded(tensor) else tensor
     if type(held) not in PLAIN_TYPES and hasattr(held, "wait"):
         return held.wait()  # a collective is still filling it
     return held
@@ -148,13 +139,7 @@ def owned_state(state: Mapping[str, Any], param: Tensor, held: Mapping[str, Any]
 
 def like_param_placed(tensor: Tensor, param: Tensor) -> Tensor:
     """A DTensor with the param's placements and this local tensor's memory; for a plain param, the tensor itself."""
-    if not is_sharded(param):
-        return tensor
-    # Not from_local(), which moves tensors to the device of the mesh: CPUOffloadPolicy keeps the shards of a
-    # GPU mesh on the CPU. fully_shard() constructs its DTensors this way too.
-    spec = param._spec  # type: ignore[attr-defined]
-    meta = spec.tensor_meta._replace(dtype=tensor.dtype)
-    return dtensor_class()(tensor, dataclasses.replace(spec, tensor_meta=meta), requires_grad=False)
+    return _torch_compat.dtensor_like(tensor, param) if is_sharded(param) else tensor
 
 
 # Norms over all processes -----------------------------------------------------------------------------------------
@@ -170,7 +155,11 @@ def shard_layout(param: Tensor) -> ShardLayout:
 
 def check_norm_is_known(params: Iterable[Tensor]) -> None:
     """Raises RuntimeError for shards of FullyShardedDataParallel, which do not say who holds the others."""
-    if any(getattr(p, "_fsdp_flattened", False) or getattr(p, "_is_flat_param", False) for p in params):
+    params = list(params)
+    is_shard = any(map(_torch_compat.is_marked_by_fsdp, params))
+    if not is_shard and not _torch_compat.fsdp_marks_are_known():
+        is_shard = wrapper_of((), params) == "FullyShardedDataParallel"  # slow, but never a wrong norm
+    if is_shard:
         raise RuntimeError(
             "The params are shards of FullyShardedDataParallel, which do not say which ranks hold the others: call "
             "model.clip_grad_norm_() of the outermost FullyShardedDataParallel instead, or use fully_shard()"

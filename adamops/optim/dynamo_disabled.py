@@ -3,11 +3,10 @@
 from __future__ import annotations
 
 import functools
-import sys
 from collections.abc import Callable
 from typing import Any, TypeVar, cast
 
-import torch
+from .. import _torch_compat
 
 _Method = TypeVar("_Method", bound=Callable[..., Any])
 
@@ -22,12 +21,11 @@ def dynamo_disabled(method: _Method) -> _Method:
     its first call imports torch._dynamo, which takes a second. Nor is torch.compiler.disable(): behind it,
     torch.compile(optimizer.step) looks up the method without its object.
     """
-    disabled = torch._disable_dynamo(method)
-    disabled._torchdynamo_disable, disabled._torchdynamo_disable_msg = True, WHY  # type: ignore[attr-defined]
+    disabled = _torch_compat.disable_dynamo(method, WHY)
 
     @functools.wraps(method)
     def hidden(*args: Any, **kwargs: Any) -> Any:
-        if "torch._dynamo" in sys.modules:
+        if _torch_compat.may_compile():
             return disabled(*args, **kwargs)
         return method(*args, **kwargs)  # nothing is being compiled
 

@@ -14,19 +14,21 @@ from torch import Tensor
 from torch.autograd import graph
 from torch.nn import Parameter
 
+from .._torch_compat import COUNTS_WRITES, is_functional, is_zero_tensor, version_of
+
 PLAIN_TYPES = (Parameter, Tensor)  # subclasses may keep their data elsewhere
 
 
 def is_lazy(tensor: Tensor) -> bool:
     """Whether memory does not hold the tensor's values: it is lazily negated or conjugated, or has no memory."""
-    return tensor.is_neg() or tensor.is_conj() or tensor._is_zerotensor()
+    return tensor.is_neg() or tensor.is_conj() or is_zero_tensor(tensor)
 
 
 def _resolved(tensor: Tensor) -> Tensor:
     """The tensor with its values in memory: itself, or a new one if it is lazy."""
     if not is_lazy(tensor):
         return tensor
-    if tensor._is_zerotensor():  # a copy of it would have no memory either
+    if is_zero_tensor(tensor):  # a copy of it would have no memory either
         return torch.zeros(tensor.shape, dtype=tensor.dtype, device=tensor.device)
     return tensor.resolve_conj().resolve_neg()
 
@@ -57,7 +59,7 @@ def check_memory(tensor: Tensor, what: str) -> None:
     if tensor.device.type == "meta":  # has no memory, and no op takes its address
         return
     if is_lazy(tensor):
-        kind = "a zero tensor" if tensor._is_zerotensor() else "lazily negated or conjugated"
+        kind = "a zero tensor" if is_zero_tensor(tensor) else "lazily negated or conjugated"
         raise TypeError(f"{what} is {kind}, so its memory does not hold its values; use tensor.clone()")
     _check_storage(tensor, what)
     if _is_misaligned(tensor):
@@ -72,7 +74,7 @@ def check_readable(tensor: Tensor, what: str) -> None:
 
     torch itself does not check the length of a storage, and crashes. Tensors that are not strided are left to torch.
     """
-    if tensor.layout != torch.strided or tensor.device.type == "meta" or tensor._is_zerotensor():
+    if tensor.layout != torch.strided or tensor.device.type == "meta" or is_zero_tensor(tensor):
         return
     if type(tensor) not in PLAIN_TYPES and hasattr(tensor, "__tensor_flatten__"):  # its elements are in other tensors
         return
@@ -103,25 +105,22 @@ def is_in_memory(tensor: Tensor) -> bool:
 def check_writable(tensor: Tensor, what: str) -> None:
     """Raises what check_readable() raises, and ValueError for a tensor that torch cannot write in place."""
     check_readable(tensor, what)
-    if tensor._is_zerotensor():
+    if is_zero_tensor(tensor):
         raise ValueError(f"{what} is a zero tensor, and cannot be written; use tensor.clone()")
-    if (tensor.is_inference() or version_of(tensor) is None) and not torch.is_inference_mode_enabled():
+    if (tensor.is_inference() or _is_uncounted(tensor)) and not torch.is_inference_mode_enabled():
         raise ValueError(f"{what} is a tensor of inference mode, and can be written there only; use tensor.clone()")
 
 
 def check_viewable(tensor: Tensor, what: str) -> None:
     """Raises what check_readable() raises, and ValueError for a tensor that torch cannot make views of."""
     check_readable(tensor, what)
-    if version_of(tensor) is None and not tensor.is_inference() and not torch.is_inference_mode_enabled():
+    if _is_uncounted(tensor) and not tensor.is_inference() and not torch.is_inference_mode_enabled():
         raise ValueError(f"{what} was made in inference mode, and given other data since; use tensor.clone()")
 
 
-def version_of(tensor: Tensor) -> int | None:
-    """How often the tensor was written in place; None if torch does not count that."""
-    try:
-        return tensor._version
-    except RuntimeError:  # an inference tensor, even if it was given other data since
-        return None
+def _is_uncounted(tensor: Tensor) -> bool:
+    """Whether this was created in inference mode and given other data since: torch does not count writes to it."""
+    return COUNTS_WRITES and version_of(tensor) is None
 
 
 def check_torch_computes() -> None:
@@ -132,7 +131,7 @@ def check_torch_computes() -> None:
 def _check_storage(tensor: Tensor, what: str) -> None:
     """Raises TypeError or ValueError unless all elements lie in the tensor's storage."""
     kind = "tensor" if type(tensor) in PLAIN_TYPES else type(tensor).__name__
-    if torch._is_functional_tensor(tensor) or kind == "FakeTensor":  # even one without elements
+    if is_functional(tensor) or kind == "FakeTensor":  # even one without elements
         raise TypeError(f"{what} is a {kind}, which has no memory of its own; use a plain tensor")
     needed = _bytes_spanned(tensor)
     if not needed:
@@ -166,7 +165,7 @@ def check_still_there(tensors: Iterable[Tensor], spans: Iterable[tuple[int, int]
     Without spans, those of the tensors' own elements are checked; the tensors must have no gaps.
 
     Python code of tensor subclasses may have freed what was proved before. Call this where such code no longer runs:
-    inside torch._C.DisableTorchFunctionSubclass().
+    inside without_torch_function().
     """
     there: dict[int, int] = {}
     own = []

@@ -8,7 +8,6 @@ import hashlib
 import inspect
 import operator
 import sys
-import types
 import warnings
 from collections.abc import Callable, Mapping, Sequence
 from multiprocessing.context import get_spawning_popen
@@ -18,9 +17,8 @@ import torch
 from torch import Tensor
 from torch.nn.parameter import is_lazy
 from torch.optim import Optimizer
-from torch.optim.optimizer import _global_optimizer_post_hooks
 
-from .. import _neighbours, op_builder
+from .. import _neighbours, _torch_compat, op_builder
 from . import dtensor
 from .amp import StepSupportsAmpScaling
 from .async_step import AsyncStep, are_one_call, run_in_one_call, run_updates
@@ -106,7 +104,7 @@ def _unguarded(method: Callable[..., Any]) -> Callable[..., Any]:
     At its first call the guard imports torch._dynamo, which takes about a second. If nobody has imported that yet,
     nothing is being compiled, and there is nothing to hide from.
     """
-    return method if "torch._dynamo" in sys.modules else inspect.unwrap(method)
+    return method if _torch_compat.may_compile() else inspect.unwrap(method)
 
 
 def after_async_step(method: _Method) -> _Method:
@@ -379,6 +377,9 @@ class AdamOptimizer(Optimizer):
             )
         factor = (max_norm / (norm + 1e-6)).clamp(max=1.0) * factor  # NaN stays
         self._clipped = ClippedGrads(factor, in_memory, all_grads, backend.samples(all_grads))
+        if not _torch_compat.COUNTS_WRITES:  # nobody could tell at the step whether these are still the grads
+            self._clipped.settle(all_grads)
+            self._clipped = None
         return norm.float()
 
     @torch.no_grad()
@@ -488,7 +489,7 @@ class AdamOptimizer(Optimizer):
         if not any(step.ran_python for step in steps):
             self._commit_proved(steps, background)
             return
-        with torch._C.DisableTorchFunctionSubclass():  # from here on, no Python code of tensor subclasses runs
+        with _torch_compat.without_torch_function():  # from here on, no Python code of tensor subclasses runs
             for step in steps:
                 for _, update in step.updates:
                     check_still_there(update.borrowed(), None if update.table is None else update.table.spans)
@@ -585,7 +586,7 @@ class AdamOptimizer(Optimizer):
         """
         if threads is not None and operator.index(threads) < 1:
             raise ValueError(f"Invalid threads: {threads}; expected 1 or more")
-        if self._optimizer_step_post_hooks or _global_optimizer_post_hooks:
+        if _torch_compat.step_post_hooks(self):
             raise RuntimeError(
                 "step_async() ends before the step does, so hooks after the step cannot be called; use step()"
             )
@@ -819,7 +820,7 @@ class AdamOptimizer(Optimizer):
         torch.distributed.checkpoint can reshard, with float32 in place of quantized states; see portable_state_dicts().
         """
 
-        def convert(_: object, state_dict: dict[str, Any]) -> dict[str, Any]:
+        def convert(state_dict: dict[str, Any]) -> dict[str, Any]:
             state = {key: saved_state(entry, dequantize) for key, entry in state_dict["state"].items()}
             groups = [
                 {key: value for key, value in group.items() if key not in SETTINGS}
@@ -827,23 +828,7 @@ class AdamOptimizer(Optimizer):
             ]
             return {**state_dict, "state": state, "param_groups": groups}
 
-        # torch's method runs on a stand-in, whose first hook converts: the user's hooks see what is saved. Were that
-        # hook registered here, another call, in a signal handler or a thread, would run it too.
-        stand_in = types.SimpleNamespace(
-            param_groups=self.param_groups,
-            state=self.state,
-            _optimizer_state_dict_pre_hooks=self._bound_hooks(self._optimizer_state_dict_pre_hooks),
-            _optimizer_state_dict_post_hooks={
-                "convert": convert,
-                **self._bound_hooks(self._optimizer_state_dict_post_hooks),
-            },
-        )
-        saved: dict[str, Any] = _unguarded(Optimizer.state_dict)(stand_in)
-        return saved
-
-    def _bound_hooks(self, hooks: Mapping[Any, Callable[..., Any]]) -> dict[Any, Callable[..., Any]]:
-        """Hooks that get this optimizer, whatever they are called with first."""
-        return {key: functools.partial(_call_with, hook, self) for key, hook in list(hooks.items())}
+        return _torch_compat.converted_state_dict(self, _unguarded(Optimizer.state_dict), convert)
 
     @after_async_step
     @in_default_float_environment
@@ -909,7 +894,7 @@ class AdamOptimizer(Optimizer):
         pairs = zip((param for param, _ in own), params, strict=True)
         values = [_value_for(param, value, f"param {i}") for i, (param, value) in enumerate(pairs)]
         masters = [_new_master(dtensor.local(param), precision.master_of(param)) for param, precision in own]
-        with deferred_signals(), torch._C.DisableTorchFunctionSubclass():
+        with deferred_signals(), _torch_compat.without_torch_function():
             # Again after _value_for(), now that no Python code of subclasses runs that could free another's memory.
             for i, ((param, _), value) in enumerate(zip(own, values, strict=True)):
                 check_readable(dtensor.local(param), f"param {i}")
@@ -1013,10 +998,6 @@ class AdamOptimizer(Optimizer):
             "master_weights": self.master_weights,
             "_precision": self._precision,
         }
-
-
-def _call_with(hook: Callable[..., Any], optimizer: Optimizer, _: object, *arguments: Any) -> Any:
-    return hook(optimizer, *arguments)
 
 
 def _is_frozen(param: Tensor) -> bool:
@@ -1133,7 +1114,7 @@ def _local_grads(group: dict[str, Any], where: str) -> list[Tensor]:
 
 def _zeroable_grads(group: dict[str, Any], where: str) -> list[Tensor]:
     """The local grads of a group that have memory to zero."""
-    grads = [grad for grad in _local_grads(group, where) if not grad._is_zerotensor()]
+    grads = [grad for grad in _local_grads(group, where) if not _torch_compat.is_zero_tensor(grad)]
     for grad in grads:
         check_writable(grad, f"{where}: a grad")
     return grads

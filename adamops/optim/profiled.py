@@ -6,12 +6,9 @@ import functools
 from collections.abc import Callable
 from typing import Any
 
-import torch
-from torch.autograd import profiler
 from torch.optim import Optimizer
-from torch.optim.optimizer import _global_optimizer_post_hooks, _global_optimizer_pre_hooks
 
-_record_event = getattr(torch._C._profiler, "_RecordFunctionFast", None)
+from .. import _torch_compat
 
 
 def profiled(step: Callable[..., Any], steps_in_backward: Callable[[Any], bool]) -> Callable[..., Any]:
@@ -27,18 +24,11 @@ def profiled(step: Callable[..., Any], steps_in_backward: Callable[[Any], bool])
 
     @functools.wraps(step)
     def wrapper(self: Optimizer, *args: Any, **kwargs: Any) -> Any:
-        if (
-            _record_event is None
-            or getattr(profiler, "_is_profiler_enabled", True)
-            or _global_optimizer_pre_hooks
-            or _global_optimizer_post_hooks
-            or self._optimizer_step_pre_hooks
-            or self._optimizer_step_post_hooks
-        ):
+        if _torch_compat.is_watched(self):
             if steps_in_backward(self):  # the backward pass has run the hooks
                 return step(self, *args, **kwargs)
             return hooked(self, *args, **kwargs)
-        with _record_event(f"Optimizer.step#{type(self).__name__}.step"):
+        with _torch_compat.record_event(f"Optimizer.step#{type(self).__name__}.step"):
             return step(self, *args, **kwargs)
 
     return wrapper

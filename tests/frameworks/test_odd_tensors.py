@@ -8,7 +8,7 @@ from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.tensor import DTensor, Shard, distribute_tensor
 from torch.testing._internal.two_tensor import TwoTensor
 
-from adamops import DeepSpeedCPUAdam, FusedAdam
+from adamops import DeepSpeedCPUAdam, FusedAdam, _torch_compat
 from adamops.optim import dtensor
 
 pytestmark = pytest.mark.frameworks
@@ -90,3 +90,49 @@ def test_norms_of_what_is_elsewhere_are_brought_together(mesh):
     """As of grads on a GPU, beside kinds of params of which this process holds nothing."""
     there, here = torch.zeros((), dtype=torch.float64, device="meta"), torch.zeros((), dtype=torch.float64)
     assert dtensor.all_reduce_norm({None: there, (mesh, (0,)): here}, 2.0).device.type == "meta"
+
+
+# Without torch's private names -------------------------------------------------------------------------------------
+
+
+def stepped(mesh, Adam):  # noqa: N803
+    torch.manual_seed(0)
+    param = sharded(mesh, 80, 40)
+    optimizer = Adam([param], lr=0.1)
+    for _ in range(2):
+        norm = optimizer.clip_grad_norm_(0.5)
+        optimizer.step()
+    assert isinstance(optimizer.state[param]["exp_avg"], DTensor)
+    return [param.to_local(), optimizer.state[param]["exp_avg_sq"].to_local(), norm, *optimizer.fp32_params()]
+
+
+@pytest.mark.parametrize("Adam", [DeepSpeedCPUAdam, FusedAdam])
+@pytest.mark.parametrize("name", ["_LOCAL_TENSOR", "_SPEC"])
+def test_shards_without_a_private_name_of_torch(mesh, monkeypatch, Adam, name):  # noqa: N803
+    expected = stepped(mesh, Adam)
+    monkeypatch.setattr(_torch_compat, name, "_renamed")
+    assert _torch_compat.dtensor_class_for_op() is None
+    got = stepped(mesh, Adam)
+    assert all(torch.equal(_plain(a), _plain(b)) for a, b in zip(got, expected, strict=True))
+
+
+def _plain(tensor):
+    return tensor.to_local() if isinstance(tensor, DTensor) else tensor
+
+
+@pytest.mark.parametrize("use_orig_params", [True, False])
+def test_a_norm_of_flattened_shards_is_refused_without_their_marks(mesh, monkeypatch, use_orig_params):
+    from torch.distributed.fsdp import FullyShardedDataParallel
+
+    model = torch.nn.Linear(8, 4)
+    wrapped = FullyShardedDataParallel(model, use_orig_params=use_orig_params, device_id=torch.device("cpu"))
+    optimizer = DeepSpeedCPUAdam(wrapped.parameters())
+    wrapped(torch.randn(2, 8)).sum().backward()
+    assert _torch_compat.fsdp_marks_are_known()
+    monkeypatch.setattr(_torch_compat, "_FSDP_MARKS", ("_is_flat_parameter", "_fsdp_is_flattened"))
+    assert not _torch_compat.fsdp_marks_are_known()
+    with pytest.raises(RuntimeError, match=r"call model\.clip_grad_norm_\(\) of the outermost"):
+        optimizer.clip_grad_norm_(1.0)
+    plain = torch.nn.Parameter(torch.randn(3))
+    plain.grad = torch.randn(3)
+    assert torch.equal(DeepSpeedCPUAdam([plain]).clip_grad_norm_(1.0), plain.grad.norm())

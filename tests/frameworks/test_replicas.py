@@ -11,8 +11,7 @@ import torch
 from frameworks.processes import Ranks
 from torch import nn
 
-from adamops import DeepSpeedCPUAdam, FusedAdam, step_in_backward
-from adamops.optim import data_parallel
+from adamops import DeepSpeedCPUAdam, FusedAdam, _torch_compat, step_in_backward
 
 pytestmark = pytest.mark.frameworks
 
@@ -262,14 +261,14 @@ def _refused_without_hooks_of_shards(rank, world_size):
 
     model = new_model()
     fully_shard(model)
-    data_parallel._torch_version = lambda: (2, 4)
+    _torch_compat._torch_version = lambda: (2, 4)
     try:
         with pytest.raises(RuntimeError, match=r"with fully_shard\(\) needs torch 2.5 or later"):
             step_in_backward(model, DeepSpeedCPUAdam(model.parameters()))
         plain = new_model()
         step_in_backward(plain, DeepSpeedCPUAdam(plain.parameters()))
     finally:
-        del data_parallel._torch_version
+        del _torch_compat._torch_version
 
 
 def test_a_torch_that_runs_no_hooks_of_shards_is_refused():

@@ -16,8 +16,8 @@ from typing import Any, TypeAlias
 import torch
 from torch import Tensor
 
+from ..._torch_compat import dlpack_exchange_table, dtensor_class_for_op, without_torch_function
 from ..batch import AdamBatch, check_params_and_grads, check_states
-from ..dtensor import dtensor_class
 from ..hyper import AdamHyper
 from ..layout import dense
 from ..memory import PLAIN_TYPES, addresses, in_memory
@@ -50,7 +50,7 @@ class TableBackend:
         self._first_states: dict[str, int] = {}  # by group: where the next step first looks for states
 
     def _new_reader(self) -> Any:
-        capsule = getattr(Tensor, "__dlpack_c_exchange_api__", None)  # torch 2.10 and later
+        capsule = dlpack_exchange_table()
         layout = tensor_layout.arguments(self.device) if capsule is not None else None
         if layout is None:
             return None
@@ -70,7 +70,7 @@ class TableBackend:
 
     def prepare(self, batch: AdamBatch) -> Update:
         if batch.has_shards and self._reader is not None:
-            self._reader.sharded_type = dtensor_class()  # from now on prepare_group() takes DTensors
+            self._reader.sharded_type = dtensor_class_for_op()  # from now on prepare_group() takes DTensors
         states = dict(zip(batch.params, batch.states, strict=True))
         table = self._table_of_params(batch.hyper, batch.params, states) if batch.has_all_defaults else None
         if table is not None:
@@ -94,7 +94,7 @@ class TableBackend:
         if any(grad.layout != torch.strided or grad.dtype not in DTYPES for grad in grads):
             return None
         read = [dense(in_memory(grad, "a grad")) for grad in grads]  # kept alive until the op has read them
-        with torch._C.DisableTorchFunctionSubclass():  # Python code of subclasses may have freed others meanwhile
+        with without_torch_function():  # Python code of subclasses may have freed others meanwhile
             codes = [_DTYPE_CODE[grad.dtype] for grad in read]
             return self._norm_of((addresses(read, "a grad"), list(map(Tensor.numel, read)), codes), norm_type)
 

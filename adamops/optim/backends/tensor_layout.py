@@ -13,6 +13,8 @@ from collections.abc import Iterable, Sequence
 import torch
 from torch import Tensor
 
+from ..._torch_compat import address_in_torch, dispatch_keys, version_of
+
 _WORD = 8
 _TENSOR_WORDS = 22  # a TensorImpl has 26 in torch 2.4 to 2.13, and torch asserts its size
 _STORAGE_WORDS = 8  # a StorageImpl has more
@@ -36,7 +38,7 @@ def arguments(device: torch.device) -> dict[str, int] | None:
         return None
     if type(plain) is not Tensor:  # made under a mode that replaces tensors
         return None
-    return {**layout, "plain_keys": _keys(plain)}
+    return {**layout, "plain_keys": dispatch_keys(plain)}
 
 
 _found: dict[str, int] | None = None
@@ -57,18 +59,18 @@ def _find() -> dict[str, int]:
     samples = _samples()
     if any(type(tensor) not in (Tensor, torch.nn.Parameter) for tensor in samples):
         raise _UnclearError
-    impls = [tensor._cdata for tensor in samples]
+    impls = list(map(address_in_torch, samples))
     storages = [tensor.untyped_storage() for tensor in samples]
-    storage_impls = [storage._cdata for storage in storages]
+    storage_impls = list(map(address_in_torch, storages))
     objects = [_words(id(tensor), type(tensor).__basicsize__ // _WORD) for tensor in samples]
     tensor_words = [_words(impl, _TENSOR_WORDS) for impl in impls]
     storage_words = [_words(impl, _STORAGE_WORDS) for impl in storage_impls]
     version_counter = _version_counter()
     counters = [_words(words[version_counter], _COUNTER_WORDS) for words in tensor_words]
-    versions = [tensor._version for tensor in samples]
+    versions = [version_of(tensor) or 0 for tensor in samples]
     return {
         "impl": _WORD * _place(objects, impls),
-        "key_set": _WORD * _place(tensor_words, list(map(_keys, samples))),
+        "key_set": _WORD * _place(tensor_words, list(map(dispatch_keys, samples))),
         "storage": _WORD * _place(tensor_words, storage_impls),
         "version_counter": _WORD * version_counter,
         "data": _WORD * _place(storage_words, [storage.data_ptr() for storage in storages]),
@@ -87,7 +89,7 @@ def _samples() -> list[Tensor]:
             for _ in range(times):
                 tensor.zero_()
         made.append(torch.frombuffer(bytearray(3000), dtype=torch.float32))  # its memory belongs to another object
-        made += [made[2].conj(), torch._neg_view(made[0]), torch.nn.Parameter(torch.zeros(77, device="cpu"))]
+        made += [made[2].conj(), made[2].conj().imag, torch.nn.Parameter(torch.zeros(77, device="cpu"))]
     return made
 
 
@@ -97,18 +99,13 @@ def _version_counter() -> int:
         # Five dimensions each: the slots of missing dimensions are uninitialized memory, which may hold anything.
         made = [torch.zeros((size, 1, 1, 1, 1), device="cpu") for size in (5, 11, 7, 13)]
         alike = [(tensor, tensor.detach(), tensor.data) for tensor in made]
-    words = [[_words(tensor._cdata, _TENSOR_WORDS) for tensor in tensors] for tensors in alike]
+    words = [[_words(address_in_torch(tensor), _TENSOR_WORDS) for tensor in tensors] for tensors in alike]
     return _only(
         i
         for i in range(_TENSOR_WORDS)
         if all(a[i] and a[i] == b[i] and c[i] and c[i] != a[i] for a, b, c in words)
         and len({a[i] for a, _, _ in words}) == len(words)
     )
-
-
-def _keys(tensor: Tensor) -> int:
-    """The dispatch key set of a tensor, as a number."""
-    return torch._C._dispatch_keys(tensor).raw_repr()
 
 
 def _words(address: int, count: int) -> list[int]:
