@@ -173,6 +173,39 @@ BUILD = """
 """
 
 
+# For what does not depend on the op: a module of one function, which compiles in seconds.
+SMALL = """
+    from pathlib import Path
+    from adamops.op_builder import Compatibility, OpBuilder
+
+    class Small(OpBuilder):
+        NAME, MODULE = "small", "adamops._native.missing.small"
+
+        def source_root(self):
+            return Path("small").resolve()
+
+        def sources(self):
+            return ["small.cpp"]
+
+        def compatibility(self):
+            return Compatibility(True, "it is small")
+
+    print(Small().load().answer())
+"""
+SMALL_SOURCE = """
+#include <pybind11/pybind11.h>
+PYBIND11_MODULE(small, module) { module.def("answer", [] { return 42; }); }
+"""
+
+
+@pytest.fixture
+def small(tmp_path):
+    """The code that loads the small op, whose source is in the folder where start() runs it."""
+    (tmp_path / "small").mkdir()
+    (tmp_path / "small" / "small.cpp").write_text(SMALL_SOURCE)
+    return SMALL
+
+
 def environment_of_build(cache, **variables):
     """With one SIMD target, as each takes a while to compile."""
     return {**os.environ, "ADAMOPS_CPU_TARGETS": "baseline", "ADAMOPS_CACHE_DIR": str(cache), **variables}
@@ -210,20 +243,20 @@ def test_builds_once_and_then_loads_from_the_cache(tmp_path, cpu_adam):
 
 
 @pytest.mark.slow
-def test_killed_in_the_middle_of_a_build_and_two_at_once(tmp_path):
+def test_killed_in_the_middle_of_a_build_and_two_at_once(tmp_path, small):
     cache = tmp_path / "cache"
-    killed = start(cache)
+    killed = start(cache, small)
     deadline = time.monotonic() + 60
     while not list(cache.glob("*/lock")) and time.monotonic() < deadline:
         time.sleep(0.02)
     time.sleep(0.5)
     os.killpg(killed.pid, signal.SIGKILL)
     killed.communicate()
-    assert not list(cache.glob("*/cpu_adam*.so"))
-    both = [start(cache), start(cache)]
+    assert not list(cache.glob("*/small*.so"))
+    both = [start(cache, small), start(cache, small)]
     errors = [outcome(process)[1] for process in both]
     assert sorted("building" in error for error in errors) == [False, True]
-    assert len(list(cache.glob("*/cpu_adam*.so"))) == 1
+    assert len(list(cache.glob("*/small*.so"))) == 1
 
 
 def test_what_went_into_a_build_is_in_its_name(monkeypatch, tmp_path):
@@ -298,7 +331,7 @@ def test_a_full_disk_leaves_nothing_broken(tmp_path):
 
 
 @pytest.mark.slow
-def test_a_read_only_cache_serves_what_it_has(tmp_path):
+def test_a_read_only_cache_serves_what_it_has(tmp_path, small):
     cache = tmp_path / "cache"
     cache.mkdir(mode=0o700)
     read_only = 'mount --bind "$1" "$1"; mount -o remount,bind,ro "$1"; "$2" -c "$3"'
@@ -306,23 +339,23 @@ def test_a_read_only_cache_serves_what_it_has(tmp_path):
     assert done.stdout.startswith("[0.5, 0.5] 1\nadamops falls back to pure PyTorch"), done.stderr
     assert f"the cache folder {cache}/cpu_adam-" in done.stdout
     assert "Read-only file system" in done.stdout and "set ADAMOPS_CACHE_DIR" in done.stdout
-    outcome(start(cache))
-    done = run_in_namespace(read_only, cache)
-    assert (done.stdout, done.stderr) == ("baseline\n", "")
+    outcome(start(cache, small))
+    done = run_in_namespace(read_only, cache, small)
+    assert (done.stdout, done.stderr) == ("42\n", "")
 
 
 @pytest.mark.slow
-def test_a_damaged_build_is_replaced(tmp_path):
+def test_a_damaged_build_is_replaced(tmp_path, small):
     cache = tmp_path / "cache"
-    outcome(start(cache))
+    outcome(start(cache, small))
     (built,) = cache.glob("*/*.so")
     whole = built.read_bytes()
     built.write_bytes(whole[:10_000])
     (built.parent / "unfinished-1.so").write_bytes(b"left by a killed build")
-    _, err = outcome(start(cache))
+    _, err = outcome(start(cache, small))
     assert "building" in err
     assert built.read_bytes() == whole
-    assert sorted(path.name for path in built.parent.iterdir()) == ["cpu_adam.build.json", built.name, "lock"]
+    assert sorted(path.name for path in built.parent.iterdir()) == ["lock", "small.build.json", built.name]
 
 
 @pytest.mark.slow

@@ -62,10 +62,11 @@ def record(wheel):
 
 
 def test_two_builds_give_the_same_bytes(sources, tmp_path):
+    """With one SIMD target; test_release_wheel.py compares two builds with all of them."""
     digests = []
     for i in range(2):
         moved = sources.rename(tmp_path / f"place{i}")
-        wheel, log = build_wheel(moved, tmp_path / f"out{i}")
+        wheel, log = build_wheel(moved, tmp_path / f"out{i}", ADAMOPS_CPU_TARGETS="baseline")
         shutil.rmtree(moved / "build", ignore_errors=True)
         sources = moved
         assert "adamops: cpu_adam is built, with" in log
@@ -80,7 +81,7 @@ def test_two_builds_give_the_same_bytes(sources, tmp_path):
     for needed in ("adamops/csrc/adam/adam_update.h", "adamops/op_builder/cpu.py", "adamops/py.typed"):
         assert needed in names
     built = record(wheel)
-    assert built["targets"] == ["avx512", "avx2", "baseline"] or built["machine"] != "x86_64"
+    assert built["targets"] == ["baseline"] or built["machine"] != "x86_64"
     assert str(tmp_path) not in json.dumps(built)
 
 
