@@ -271,6 +271,40 @@ def test_the_factor_is_applied_once_to_grads_that_share_memory(share):
     assert torch.allclose(params[0], -clipped / (clipped + 1)) and torch.equal(params[0], params[1])
 
 
+VIEWS = {
+    "one after another": lambda base: (base[:4], base[4:8]),
+    "with gaps": lambda base: (base[:4], base[5:9]),
+    "every other": lambda base: (base[0:8:2], base[1:8:2]),
+    "overlapping": lambda base: (base[0:4], base[2:6]),
+    "one in the other": lambda base: (base[:8], base[2:6]),
+    "expanded": lambda base: (base[:1].expand(4), base[4:8]),
+    "transposed": lambda base: (base.view(3, 3), base.view(3, 3).t()),
+}
+
+
+@pytest.mark.parametrize("views", VIEWS.values(), ids=VIEWS)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_the_factor_is_applied_to_each_element_of_grads_that_are_views_of_one_tensor(views, dtype):
+    """As of a bucket: views of a tensor share one version counter, so a write to one looks like a write to all."""
+    base = torch.full((9,), 8.0, dtype=dtype)
+    grads = views(base)
+    params = [torch.nn.Parameter(torch.zeros(grad.shape, dtype=dtype)) for grad in grads]
+    params.append(torch.nn.Parameter(torch.zeros(2, dtype=dtype)))
+    optimizer = DeepSpeedCPUAdam(params, lr=1.0, betas=(0.0, 0.0), eps=1.0, weight_decay=0.0)
+    for param, grad in zip(params, grads, strict=False):
+        param.grad = grad
+    params[2].grad = torch.zeros(2, dtype=dtype)
+    norm = float(optimizer.clip_grad_norm_(1.0))
+    params[2].grad = torch.ones(2, dtype=dtype)  # so the factor is applied to the others in memory
+    optimizer.step()
+    (value,) = {value for grad in grads for value in grad.flatten().tolist()}
+    assert value == pytest.approx(8.0 / norm, rel=1e-6 if dtype == torch.float32 else 1e-2)
+    seen = torch.zeros(9)
+    for grad in views(seen):
+        grad.fill_(1.0) if 0 not in grad.stride() else seen[0].fill_(1.0)
+    assert torch.equal(base == 8.0, seen == 0.0)
+
+
 @pytest.mark.parametrize("mode", [0x400, 0x800, 0xC00])
 def test_applying_the_factor_in_memory_does_not_depend_on_the_rounding_mode(mode):
     if platform.machine() != "x86_64":

@@ -488,6 +488,23 @@ def test_frozen_params_of_any_kind_do_not_hinder_lowp_outs(make):
     assert torch.allclose(out.float(), torch.tensor(-0.5))
 
 
+def test_a_lazy_frozen_param_with_a_remainder_is_refused_for_a_lowp_out_before_anything_is_written():
+    param, frozen = (torch.nn.Parameter(torch.randn(50).bfloat16()) for _ in range(2))
+    optimizer = DeepSpeedCPUAdam([param, frozen], lr=0.5, master_weight_bits=32)
+    param.grad, frozen.grad = torch.ones(50).bfloat16(), torch.ones(50).bfloat16()
+    optimizer.step()
+    frozen.grad = None
+    frozen.data = torch._neg_view(frozen.data.clone())
+    before = [param.detach().clone(), optimizer.state[param]["exp_avg"].clone()]
+    outs = [torch.zeros(50, dtype=torch.bfloat16) for _ in range(2)]
+    with pytest.raises(TypeError, match="a param with a lowp_out is lazily negated or conjugated"):
+        optimizer.step(zero_grads=True, lowp_out=outs)
+    assert torch.equal(param, before[0]) and torch.equal(optimizer.state[param]["exp_avg"], before[1])
+    assert optimizer.state[param]["step"] == 1 and not any(out.any() for out in outs) and param.grad.all()
+    with pytest.raises(TypeError, match="lazily negated"):
+        optimizer.fp32_params()
+
+
 def test_groups_and_states_of_other_kinds_that_torch_takes_are_taken():
     param = torch.nn.Parameter(torch.zeros(4))
     optimizer = DeepSpeedCPUAdam([param], lr=0.5)

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from .._torch_compat import is_zero_tensor, version_of
 from .float_environment import in_default_float_environment
-from .memory import check_writable
+from .memory import check_writable, count_writes, overlapping
 
 
 class ClippedGrads:
@@ -55,17 +55,35 @@ class ClippedGrads:
     @in_default_float_environment
     def settle(self, grads: Sequence[Tensor]) -> None:
         """Multiplies the grads that were clipped and are unchanged since by the factor; leaves the others alone."""
-        clipped = [grad for grad in grads if self._has(grad) and not is_zero_tensor(grad)]
+        distinct = {id(grad): grad for grad in grads}.values()
+        clipped = [grad for grad in distinct if self._has(grad) and not is_zero_tensor(grad)]
         for grad in clipped:
             check_writable(grad, "a grad that clip_grad_norm_() has clipped")
         with torch.no_grad():
-            for grad in clipped:
-                if self._has(grad):  # else it was multiplied through another tensor that shares its memory
-                    _without_repetition(grad).mul_(self.factor)
+            # Not by version counters: views of one tensor share one, whether or not their elements overlap.
+            for together in overlapping(clipped):
+                _multiply(together, self.factor)
 
     def _has(self, grad: Tensor) -> bool:
         entry = self._entries.get(id(grad))
         return entry is not None and entry[0]() is grad and entry[1] == version_of(grad)
+
+
+def _multiply(tensors: Sequence[Tensor], factor: float | Tensor) -> None:
+    """Multiplies tensors whose memory overlaps; an element that several of them have is multiplied once."""
+    first, *others = tensors
+    if not others:
+        _without_repetition(first).mul_(factor)
+        return
+    storage = first.untyped_storage()
+    size = storage.nbytes() // first.element_size()
+    places = torch.arange(size, device=first.device)
+    # A tensor of another dtype, or of other storage at the same address, is taken to have no elements of its own.
+    alike = [t for t in tensors if t.dtype == first.dtype and t.untyped_storage().data_ptr() == storage.data_ptr()]
+    taken = torch.cat([places.as_strided(t.shape, t.stride(), t.storage_offset()).flatten() for t in alike]).unique()
+    whole = first.new_empty(0).set_(storage, 0, (size,), (1,))  # type: ignore[call-overload]
+    whole[taken] = whole[taken].mul_(factor)
+    count_writes(tensors)
 
 
 def _without_repetition(tensor: Tensor) -> Tensor:

@@ -187,6 +187,27 @@ def count_writes(tensors: Iterable[Tensor]) -> None:
             graph.increment_version(tensor)
 
 
+def overlapping(tensors: Iterable[Tensor]) -> list[list[Tensor]]:
+    """The tensors in groups: those whose memory, from the first to the last element, overlaps are in one."""
+    groups: list[list[Tensor]] = []
+    spans = []
+    for tensor in tensors:
+        if tensor.layout == torch.strided:
+            begin = tensor.data_ptr()
+            spans.append((str(tensor.device), begin, begin + _bytes_spanned(tensor), tensor))
+        else:
+            groups.append([tensor])
+    last_device, last_end = "", 0
+    for device, begin, end, tensor in sorted(spans, key=lambda span: span[:3]):
+        if device == last_device and begin < last_end:
+            groups[-1].append(tensor)
+            last_end = max(last_end, end)
+        else:
+            groups.append([tensor])
+            last_device, last_end = device, end
+    return groups
+
+
 def _place(tensor: Tensor, storage: torch.UntypedStorage) -> tuple[int, int, int]:
     """The addresses of a tensor's elements and of its storage, and the size of the storage in bytes."""
     return tensor.data_ptr(), storage.data_ptr(), storage.nbytes()

@@ -46,6 +46,7 @@ from .interrupts import deferred_signals
 from .layout import is_dense, like_param
 from .memory import (
     PLAIN_TYPES,
+    check_memory,
     check_readable,
     check_still_there,
     check_torch_computes,
@@ -859,6 +860,8 @@ class AdamOptimizer(Optimizer):
         state, kind = self.state.get(param) or {}, precision.master_of(param)
         for key in (MASTER, REMAINDER) if kind is Master.FP32 else (REMAINDER,) if kind else ():
             if key in state:
+                if key == REMAINDER:  # it belongs to the param's bits as they are in memory
+                    check_memory(held, name)
                 master = dtensor.local(state[key])
                 check_state({key: master}, held, name, elsewhere=True)
                 return master
