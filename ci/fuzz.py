@@ -107,6 +107,8 @@ def readable(tensor: Any) -> Tensor:
     tensor = held(tensor)
     if not isinstance(tensor, Tensor) or tensor.layout != torch.strided or tensor.device.type != "cpu":
         raise Unreadable
+    if tensor.is_quantized:  # even if it was given a float dtype by view(dtype): torch crashes when it is viewed again
+        raise Unreadable
     if type(tensor) not in (Tensor, nn.Parameter, Subclass) or torch._is_functional_tensor(tensor):
         raise Unreadable
     plain = tensor.detach()
