@@ -48,8 +48,20 @@ def test_this_torch_has_every_name():
     if _torch_compat.dlpack_exchange_table() is None:
         missing.append("__dlpack_c_exchange_api__")
     assert not missing or torch.__version__.startswith(("2.4", "2.5", "2.6", "2.7", "2.8", "2.9"))
-    assert not _torch_compat.is_watched(adamops.FusedAdam([torch.nn.Parameter(torch.zeros(1))]))
     assert _torch_compat.COUNTS_WRITES and _torch_compat.NODE_CODES and _torch_compat.fsdp_marks_are_known()
+
+
+def test_steps_that_nobody_watches_are_not_taken_for_watched(tmp_path):
+    """In a process of its own: other tests may leave hooks or a profiler."""
+    code = """
+import torch, adamops
+optimizer = adamops.FusedAdam([torch.nn.Parameter(torch.zeros(1))])
+print(adamops._torch_compat.is_watched(optimizer))
+optimizer.register_step_post_hook(print)
+print(adamops._torch_compat.is_watched(optimizer))
+"""
+    done = subprocess.run([sys.executable, "-c", code], cwd=tmp_path, capture_output=True, text=True, timeout=120)
+    assert done.stdout == "False\nTrue\n", done.stderr
 
 
 def private_names(tree):
