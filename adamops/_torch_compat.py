@@ -110,19 +110,18 @@ def disable_dynamo(method: _Method, why: str) -> Callable[..., Any]:
 
 _global_pre_hooks = _find("torch.optim.optimizer", "_global_optimizer_pre_hooks")
 _global_post_hooks = _find("torch.optim.optimizer", "_global_optimizer_post_hooks")
-_PRE_HOOKS, _POST_HOOKS = "_optimizer_step_pre_hooks", "_optimizer_step_post_hooks"
 _STATE_DICT_HOOKS = ("_optimizer_state_dict_pre_hooks", "_optimizer_state_dict_post_hooks")
 _RecordFunction = _find("torch._C._profiler", "_RecordFunctionFast")
 
 
 def step_pre_hooks(optimizer: Optimizer) -> list[Callable[..., Any]]:
     """The hooks that torch calls before a step, as far as they can be found."""
-    return [*getattr(optimizer, _PRE_HOOKS, {}).values(), *(_global_pre_hooks or {}).values()]
+    return [*getattr(optimizer, "_optimizer_step_pre_hooks", {}).values(), *(_global_pre_hooks or {}).values()]
 
 
 def step_post_hooks(optimizer: Optimizer) -> list[Callable[..., Any]]:
     """The hooks that torch calls after a step, as far as they can be found."""
-    return [*getattr(optimizer, _POST_HOOKS, {}).values(), *(_global_post_hooks or {}).values()]
+    return [*getattr(optimizer, "_optimizer_step_post_hooks", {}).values(), *(_global_post_hooks or {}).values()]
 
 
 def converted_state_dict(
@@ -135,11 +134,14 @@ def converted_state_dict(
     """
     if not all(hasattr(optimizer, name) for name in _STATE_DICT_HOOKS):
         return convert(state_dict(optimizer))
-    before, after = (
-        {key: functools.partial(_call_with, hook, optimizer) for key, hook in list(getattr(optimizer, name).items())}
-        for name in _STATE_DICT_HOOKS
-    )
-    hooks = dict(zip(_STATE_DICT_HOOKS, (before, {"convert": lambda _, saved: convert(saved), **after}), strict=True))
+
+    def bound(name: str) -> dict[Any, Callable[..., Any]]:
+        """The user's hooks, which get the optimizer itself."""
+        own = list(getattr(optimizer, name).items())
+        return {key: functools.partial(_call_with, hook, optimizer) for key, hook in own}
+
+    before, after = _STATE_DICT_HOOKS
+    hooks = {before: bound(before), after: {"convert": lambda _, saved: convert(saved), **bound(after)}}
     stand_in = types.SimpleNamespace(param_groups=optimizer.param_groups, state=optimizer.state, **hooks)
     saved: dict[str, Any] = state_dict(stand_in)
     return saved

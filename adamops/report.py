@@ -393,10 +393,14 @@ def main(arguments: list[str] | None = None) -> int:
     options = parser.parse_args(arguments)
     with contextlib.redirect_stdout(sys.stderr):  # a plugin may print anything
         report = collect()
-    if sys.stdout is None:  # closed by whoever started this, who wants the exit status
-        return 0 if report["ok"] else 1
+    if sys.stdout is not None:  # else it was closed by whoever started this, who wants the exit status
+        _print(report, options.json)
+    return 0 if report["ok"] else 1
+
+
+def _print(report: dict[str, Any], as_json: bool) -> None:
     try:
-        if options.json:
+        if as_json:
             print(json.dumps(report, indent=2))
         elif sys.stdout.isatty():
             _print_rich(report)
@@ -405,7 +409,6 @@ def main(arguments: list[str] | None = None) -> int:
         sys.stdout.flush()
     except BrokenPipeError:  # the reader has seen enough, as `head` does
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # for the flush at exit
-    return 0 if report["ok"] else 1
 
 
 if __name__ == "__main__":

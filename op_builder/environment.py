@@ -138,6 +138,6 @@ def cache_dir() -> Path:
 def check_cache_dir() -> None:
     """Raises ValueError if cache_dir() cannot be a folder because it, or a parent, is a file."""
     folder = cache_dir()
-    existing = next((path for path in (folder, *folder.parents) if path.exists()), folder)
-    if existing.exists() and not existing.is_dir():
+    existing = next((path for path in (folder, *folder.parents) if path.exists()), None)
+    if existing is not None and not existing.is_dir():
         raise ValueError(f"ADAMOPS_CACHE_DIR={str(folder)!r} is not valid: {existing} is not a folder")

@@ -81,7 +81,7 @@ def _multiply(tensors: Sequence[Tensor], factor: float | Tensor) -> None:
     # A tensor of another dtype, or of other storage at the same address, is taken to have no elements of its own.
     alike = [t for t in tensors if t.dtype == first.dtype and t.untyped_storage().data_ptr() == storage.data_ptr()]
     taken = torch.cat([places.as_strided(t.shape, t.stride(), t.storage_offset()).flatten() for t in alike]).unique()
-    whole = first.new_empty(0).set_(storage, 0, (size,), (1,))  # type: ignore[call-overload]
+    whole = first.new_empty(0).set_(storage, 0, (size,), (1,))
     whole[taken] = whole[taken].mul_(factor)
     count_writes(tensors)
 
