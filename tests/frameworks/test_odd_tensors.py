@@ -135,4 +135,4 @@ def test_a_norm_of_flattened_shards_is_refused_without_their_marks(mesh, monkeyp
         optimizer.clip_grad_norm_(1.0)
     plain = torch.nn.Parameter(torch.randn(3))
     plain.grad = torch.randn(3)
-    assert torch.equal(DeepSpeedCPUAdam([plain]).clip_grad_norm_(1.0), plain.grad.norm())
+    assert DeepSpeedCPUAdam([plain]).clip_grad_norm_(1.0).item() == pytest.approx(plain.grad.norm().item(), rel=1e-6)
