@@ -15,12 +15,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .optim.batch import is_quantized
 from .optim.checkpoint.saving import without_quantized
 from .optim.optimizer import AdamOptimizer
 from .optim.state.precision import AVERAGES, SCALES
 from .optim.state.quantization import QUANTIZATION_BLOCK
-from .optim.state.quantized_states import dequantized_states, quantized_states
+from .optim.state.quantized_states import dequantized_states, is_quantized, quantized_states
 
 _ELASTIC = (
     'with "elastic_checkpoint" DeepSpeed cuts states by name and would lose the scales of 8-bit states. Leave it out: '

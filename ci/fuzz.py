@@ -35,6 +35,7 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from adamops import DeepSpeedCPUAdam, FusedAdam, step_in_backward
 from adamops.optim.batch import check_params_and_grads, check_states
 from adamops.optim.clipping import ClippedGrads
+from adamops.optim.state.memory_layout import in_layout_of, is_in_layout_of
 
 HOST = torch.device("cpu")
 CLASSES: list[Any] = [DeepSpeedCPUAdam, FusedAdam]
@@ -250,7 +251,7 @@ class Reference:
 
     def _state_of(self, param: Tensor) -> dict[str, Any]:
         state: dict[str, Any] = {}
-        for key, value in self.session.optimizer.state[param].items():
+        for key, value in quantized_anew(self.session.optimizer.state[param], held(param)).items():
             if not isinstance(value, Tensor):
                 state[key] = value
                 continue
@@ -342,6 +343,23 @@ class Reference:
         values = values if like is None else in_memory_order(values, held(like).detach())
         if not same_bits(values, expected):
             raise Finding(f"{what} differs from a step on clean copies: {ours} and {expected}")
+
+
+def quantized_anew(state: dict[str, Any], param: Tensor) -> dict[str, Any]:
+    """The state, with 8-bit states quantized anew if the param's memory layout has changed, as a step does it.
+
+    Raises ValueError if they cannot be: the step must then raise, too.
+    """
+    tensors = {}
+    for key in STATE_KEYS if "block_scales" in state else ():
+        with contextlib.suppress(Unreadable):
+            tensors[key] = readable(state.get(key))
+    if is_in_layout_of(param, tensors):
+        return state
+    try:
+        return {**state, **in_layout_of(param, tensors)}
+    except (RuntimeError, KeyError, IndexError) as error:
+        raise ValueError("8-bit states that cannot be quantized anew") from error
 
 
 def read_averages(optimizer: Any) -> list[dict[str, Tensor]]:

@@ -10,7 +10,9 @@ from pathlib import Path
 import cuda_emulation
 import pytest
 import torch
+import torch.distributed as dist
 from optimizers import MAKERS, PATHS, STATES, EmulatedFusedAdam
+from torch.distributed.device_mesh import init_device_mesh
 
 from adamops import op_builder
 
@@ -83,3 +85,11 @@ def cpu_adam():
     yield module
     module.use_target(target)
     torch.set_num_threads(threads)
+
+
+@pytest.fixture
+def mesh(tmp_path):
+    """A mesh of this process alone."""
+    dist.init_process_group("gloo", init_method=f"file://{tmp_path}/store", rank=0, world_size=1)
+    yield init_device_mesh("cpu", (1,))
+    dist.destroy_process_group()

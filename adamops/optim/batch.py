@@ -28,6 +28,7 @@ from .state.precision import (
     scales_shape,
 )
 from .state.quantization import FORMATS, block_count
+from .state.quantized_states import is_quantized
 
 MOST_STEPS = 2**53  # kMostSteps in csrc/adam/adam_table.h
 
@@ -402,17 +403,11 @@ def check_nothing_lost(state: Mapping[str, Any], name: str) -> None:
         raise ValueError(f"{name} has 8-bit states (state_dtype='8bit') without the {SCALES!r} that belong to them")
 
 
-def is_quantized(state: Mapping[str, Any]) -> bool:
-    """Whether a param's states are quantized to 8 bits."""
-    exp_avg = state.get("exp_avg")
-    return isinstance(exp_avg, Tensor) and exp_avg.dtype == torch.int8
-
-
-def _allowed_dtypes(key: str, coded: bool) -> tuple[torch.dtype, ...]:
+def _allowed_dtypes(key: str, quantized: bool) -> tuple[torch.dtype, ...]:
     if key == MASTER:
         return (torch.float32,)
     if key == REMAINDER:
         return (torch.int8, torch.int16)
     if key == SCALES:
         return (torch.bfloat16,)
-    return (FORMATS[key].dtype,) if coded else DTYPES
+    return (FORMATS[key].dtype,) if quantized else DTYPES

@@ -34,7 +34,6 @@ from .batch import (
     check_param,
     check_params_and_grads,
     check_state,
-    is_quantized,
 )
 from .checkpoint.loading import adopted_states, check_groups, keep_own_settings, shield_states
 from .checkpoint.saving import saved_state
@@ -58,6 +57,7 @@ from .memory import (
 from .profiled import profiled
 from .settings import FLAGS, check_betas, check_flags, check_hyper, checked_seed
 from .state import remainders
+from .state.memory_layout import in_layout_of, is_in_layout_of
 from .state.precision import (
     AVERAGES,
     EIGHT_BIT,
@@ -72,7 +72,7 @@ from .state.precision import (
     precision_of,
     scales_shape,
 )
-from .state.quantized_states import with_held_names
+from .state.quantized_states import is_quantized, with_held_names
 from .wrapper_shared_attribute import WrapperSharedAttribute
 
 _CPU = torch.device("cpu")
@@ -519,7 +519,7 @@ class AdamOptimizer(Optimizer):
                 self._finish(step)
 
     def _insert(self, new_states: list[tuple[Any, dict[str, Any]]]) -> dict[Any, Any]:
-        """Adds new states, all or none. They are zeros with no step counted, which is equivalent to no state.
+        """Adds new states, all or none. They are equivalent to what was there: zeros with no step counted to no state.
 
         Returns what was there before, or None, by key.
         """
@@ -783,11 +783,17 @@ class AdamOptimizer(Optimizer):
         return self._to_number(self._clipped.factor, "clip factor")
 
     def _complete_states(self, backend: Backend, batch: AdamBatch) -> None:
-        """Adds what the batch's states lack: a step count of 0, zeros, and master weights that start as the params."""
+        """Adds what the batch's states lack: a step count of 0, zeros, and master weights that start as the params.
+
+        Where the memory layout of a param has changed, its state follows.
+        """
         held = [with_held_names(state, name) for name, state in zip(batch.names, batch.states, strict=True)]
-        for name, param, state in zip(batch.names, batch.params, held, strict=True):
+        for i, (name, param, state) in enumerate(zip(batch.names, batch.params, held, strict=True)):
             check_nothing_lost(state, name)
             check_state(batch.needed_of(state, param), param, name)  # before torch reads them
+            if not is_in_layout_of(param, state):
+                check_state(state, param, name)
+                held[i] = in_layout_of(param, state)
         completed = [
             {**state} if "step" in state else {"step": backend.new_step_count(batch.hyper), **state} for state in held
         ]
@@ -1062,9 +1068,11 @@ def _has_stale_masters(state: Mapping[str, Any], param: Tensor, precision: Preci
 
 
 def _is_complete(state: dict[str, Any], param: Tensor, batch: AdamBatch) -> bool:
-    """Whether a state has everything that a step needs."""
+    """Whether a state has everything that a step needs, in the memory layout of the param."""
     needed = {"step", *batch.state_dtypes(param)} - {SCALES}
     if not state.keys() >= needed or _has_stale_masters(state, param, batch.hyper.precision):
+        return False
+    if not is_in_layout_of(param, state):
         return False
     scales = state.get(SCALES)
     if not is_quantized(state) or not isinstance(scales, Tensor) or scales.dim() != 2:

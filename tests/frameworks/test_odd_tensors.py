@@ -4,7 +4,6 @@ import pytest
 import torch
 import torch.distributed as dist
 from torch.distributed._functional_collectives import AsyncCollectiveTensor, all_reduce
-from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.tensor import DTensor, Shard, distribute_tensor
 from torch.testing._internal.two_tensor import TwoTensor
 
@@ -12,14 +11,6 @@ from adamops import DeepSpeedCPUAdam, FusedAdam, _torch_compat
 from adamops.optim import dtensor
 
 pytestmark = pytest.mark.frameworks
-
-
-@pytest.fixture
-def mesh(tmp_path):
-    """A mesh of this process alone."""
-    dist.init_process_group("gloo", init_method=f"file://{tmp_path}/store", rank=0, world_size=1)
-    yield init_device_mesh("cpu", (1,))
-    dist.destroy_process_group()
 
 
 def sharded(mesh, *shape):

@@ -11,13 +11,13 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..batch import AdamBatch, check_params_and_grads, check_states, is_quantized
+from ..batch import AdamBatch, check_params_and_grads, check_states
 from ..hyper import AdamHyper
 from ..memory import check_writable
 from ..state import remainders
 from ..state.average_rounding import store_average
 from ..state.precision import Master, averages_of
-from ..state.quantized_states import dequantized_states, store_quantized
+from ..state.quantized_states import dequantized_states, is_quantized, store_quantized
 from .base import Update
 
 

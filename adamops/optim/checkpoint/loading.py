@@ -14,13 +14,13 @@ from torch import Tensor
 from torch.optim import Optimizer
 
 from .. import dtensor
-from ..batch import check_state, check_step, is_quantized, is_shared_count
+from ..batch import check_state, check_step, is_shared_count
 from ..layout import is_dense, like_param, same_layout
 from ..memory import check_memory, check_readable
 from ..settings import check_betas, check_is_of_adam, check_numbers, other_optimizer
 from ..state import remainders
 from ..state.precision import AVERAGES, MASTER, REMAINDER, SCALES, SETTINGS, STATE_TENSORS, Master, Precision
-from ..state.quantized_states import SAVED_NAMES, dequantized_states, quantized_states, with_held_names
+from ..state.quantized_states import SAVED_NAMES, dequantized_states, is_quantized, quantized_states, with_held_names
 
 _SHIELDED = {*STATE_TENSORS, *SAVED_NAMES}
 

@@ -13,11 +13,11 @@ from torch import Tensor
 from torch.optim import Optimizer
 
 from .. import dtensor
-from ..batch import check_state, is_quantized
+from ..batch import check_state
 from ..memory import check_readable
 from ..state import remainders
 from ..state.precision import AVERAGES, MASTER, REMAINDER, SCALES
-from ..state.quantized_states import dequantized_states, with_held_names, with_saved_names
+from ..state.quantized_states import dequantized_states, is_quantized, with_held_names, with_saved_names
 
 
 def saved_state(entry: Any, dequantize: bool = False) -> Any:

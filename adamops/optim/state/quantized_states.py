@@ -21,6 +21,12 @@ _HELD = {saved: name for name, saved in _SAVED.items()}
 SAVED_NAMES = tuple(_HELD)  # of quantized averages in state dicts
 
 
+def is_quantized(state: Mapping[str, Any]) -> bool:
+    """Whether a param's states are quantized to 8 bits."""
+    exp_avg = state.get("exp_avg")
+    return isinstance(exp_avg, Tensor) and exp_avg.dtype == torch.int8
+
+
 def dequantized_states(
     state: Mapping[str, Any], names: Iterable[str] = AVERAGES, dtype: torch.dtype = torch.float32
 ) -> dict[str, Tensor]:
