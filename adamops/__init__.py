@@ -26,7 +26,7 @@ __all__ = ["CPUAdam", "DeepSpeedCPUAdam", "FusedAdam", "__version__", "portable_
 # In a checkout, op_builder is next to this folder, not inside it. With the checkout on the path, Python finds `adamops`
 # here even without an editable install, and it should work then too.
 _checkout = Path(__file__).resolve().parent.parent
-if not (_checkout / "adamops" / "op_builder").is_dir() and (_checkout / "op_builder" / "builder.py").is_file():
+if not (_checkout / "adamops" / "op_builder").is_dir() and (_checkout / "op_builder" / "registry.py").is_file():
 
     class _OpBuilderOfCheckout(importlib.abc.MetaPathFinder):
         """Finds adamops.op_builder in the checkout, and nothing else there."""

@@ -18,7 +18,8 @@ import sys
 import sysconfig
 from collections.abc import Callable
 
-from ._neighbours import PatchedChildren, when_imported
+from ._deepspeed_children import PatchedChildren
+from ._import_hooks import when_imported
 
 USAGE = """usage: python -m adamops.deepspeed SCRIPT [ARGUMENT ...]
        python -m adamops.deepspeed -m MODULE [ARGUMENT ...]
@@ -67,7 +68,7 @@ def main(arguments: list[str], patch: Callable[[], object]) -> None:
         sys.exit(None if asked else USAGE)
     path = None if command.is_module else _script(command.target)
     when_imported("deepspeed", patch)
-    PatchedChildren(None).enable()  # even if only the children import DeepSpeed
+    PatchedChildren("adamops.deepspeed", shm_comm=None).enable()  # even if only the children import DeepSpeed
     sys.argv = [path or command.target, *command.arguments]
     if path is None:
         with _converting() if command.target == _CONVERTER else contextlib.nullcontext():

@@ -22,7 +22,7 @@ import torch
 from torch import Tensor
 
 from . import op_builder
-from ._neighbours import PatchedChildren
+from ._deepspeed_children import PatchedChildren
 from .ops.adam import DeepSpeedCPUAdam, FusedAdam
 from .ops.adam.rollback import undo_step
 from .optim.backends.base import Backend
@@ -312,7 +312,7 @@ def patch(*, shm_comm: bool | None = None) -> Patch:
         _accept_as_client_optimizers(new)
         _keep_under_accelerate(new)
         _convert_quantized_states(new)
-        new.enable(PatchedChildren(shm_comm))
+        new.enable(PatchedChildren("adamops.deepspeed", shm_comm=shm_comm))
         if device_type == "cpu" and not (_can_compile() if shm_comm is None else shm_comm):
             new.set_entry(deepspeed.ops.__compatible_ops__, SHM_COMM, False)
     except BaseException:

@@ -17,10 +17,11 @@ from pathlib import Path
 from typing import Any
 
 from . import op_builder
+from .op_facts import describe_plugin
 
 
 def describe(entry_point: importlib.metadata.EntryPoint, seconds: float) -> dict[str, Any]:
-    """The result of report.describe_plugin(), or an entry that says how its process ended."""
+    """The result of describe_plugin(), or an entry that says how its process ended."""
     try:
         with tempfile.TemporaryDirectory(prefix="adamops-report-") as folder:
             output = Path(folder) / "plugin.json"  # not a pipe, which a child of the plugin could keep open
@@ -59,10 +60,8 @@ def _run(arguments: list[str], seconds: float) -> str:
 
 def main(name: str, value: str, output: str) -> None:
     """Describes the plugin of the entry point with this name and value."""
-    from . import report
-
     found = next(entry for entry in op_builder.plugins() if (entry.name, entry.value) == (name, value))
-    text = json.dumps(report.describe_plugin(found))
+    text = json.dumps(describe_plugin(found))
     unfinished = Path(f"{output}.unfinished")
     unfinished.write_text(text)
     unfinished.replace(output)

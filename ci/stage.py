@@ -21,7 +21,8 @@ def main(folder: Path) -> int:
     sys.path.insert(0, str(folder))
     importlib.invalidate_caches()  # the folder may have been on sys.path before it existed
     op_builder = importlib.import_module("adamops.op_builder")
-    compile_module = importlib.import_module("adamops.op_builder.compile")
+    compile_op = importlib.import_module("adamops.op_builder.compile").compile_op
+    write_record = importlib.import_module("adamops.op_builder.python_extension").write_record
     status = 0
     for name in ("cpu_adam", "fused_adam"):
         builder = op_builder.get(name)
@@ -31,8 +32,8 @@ def main(folder: Path) -> int:
             status = 1
             continue
         output = builder.prebuilt_path()
-        record = compile_module.compile_op(builder, output)
-        compile_module.write_record(output, record)
+        record = compile_op(builder, output)
+        write_record(output, record)
         kinds = record.get("architectures") or record.get("targets")
         print(f"{name}: built for {' '.join(kinds)} ({output.stat().st_size / 1e6:.1f} MB)")
     return status

@@ -13,8 +13,10 @@ from setuptools import Extension
 from setuptools.command.build_ext import build_ext as setuptools_build_ext
 
 from . import environment
-from .builder import OpBuilder
-from .compile import BuildError, compile_op, record_path, write_record
+from .compile import compile_op
+from .loading import OpBuilder
+from .python_extension import record_path, write_record
+from .spec import BuildError
 
 _WORDS_OF_TARGETS = ("targets_requested", "targets", "targets_dropped")
 _WORDS_OF_ARCHITECTURES = ("architectures_requested", "architectures", "architectures_dropped")

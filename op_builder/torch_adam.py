@@ -6,7 +6,8 @@ import importlib
 import importlib.util
 from typing import Any
 
-from .builder import Compatibility, OpBuilder
+from .loading import OpBuilder
+from .spec import Compatibility
 
 
 class TorchAdamBuilder(OpBuilder):

@@ -13,9 +13,9 @@ import subprocess
 from pathlib import Path
 
 import pytest
-from adamops.op_builder.compile import Compiler
-from adamops.op_builder.cpu import choose_targets
+from adamops.op_builder.compiler import Compiler
 from adamops.op_builder.cpu_adam import CPUAdamBuilder
+from adamops.op_builder.simd import choose_targets
 from kernel_check import (
     BFLOAT16,
     COMBINATIONS,

@@ -7,8 +7,9 @@ import sys
 from pathlib import Path
 
 import pytest
-from adamops.op_builder import BuildError, CPUAdamBuilder, jit
-from adamops.op_builder.compile import cannot_compile_extensions, read_record, record_path
+from adamops.op_builder import BuildError, CPUAdamBuilder, cache
+from adamops.op_builder.compiler import cannot_compile_extensions
+from adamops.op_builder.python_extension import read_record, record_path
 from plugins import offer
 
 import adamops
@@ -41,7 +42,7 @@ def describe(tmp_path, monkeypatch, record=None, method="", seconds=60.0):
     monkeypatch.setattr(report, "PLUGIN_SECONDS", seconds)
     found = {op["name"]: op for op in report._describe_plugins({})}
     for op in found.values():
-        assert all(isinstance(text, str) for row in report.rows_of_op(op) for text in row)
+        assert all(isinstance(text, str) for row in report.rows_of_op(op) for text in row[:2])
     if crashes:
         assert found["other"]["ok"]
     return found["op"]
@@ -103,13 +104,13 @@ def test_a_damaged_record_is_none(tmp_path, text):
     extension.write_bytes(b"")
     record_path(extension).write_text(text)
     assert read_record(extension) is None
-    assert not jit._is_whole(extension)
+    assert not cache._is_whole(extension)
 
 
 def test_parents_of_the_cache_folder_are_private_whatever_the_umask(tmp_path):
     before = os.umask(0)
     try:
-        jit._make_private_folder(tmp_path / "a" / "b" / "c")
+        cache._make_private_folder(tmp_path / "a" / "b" / "c")
     finally:
         os.umask(before)
     modes = [stat.S_IMODE((tmp_path / name).stat().st_mode) for name in ("a", "a/b", "a/b/c")]
@@ -125,13 +126,13 @@ def test_what_killed_builds_left_is_removed_by_the_next(tmp_path, monkeypatch):
         Path(output).write_bytes(b"built")
         return {"op": builder.NAME}
 
-    monkeypatch.setattr(jit, "compile_op", compile_op)
+    monkeypatch.setattr(cache, "compile_op", compile_op)
     extension = tmp_path / "cpu_adam-0" / "cpu_adam.so"
     left = extension.parent / "adamops-cpu_adam-x1y2"
     left.mkdir(parents=True)
     (left / "unit.o").write_bytes(b"half")
     (extension.parent / "unfinished-1.so").write_bytes(b"half")
-    jit._build(CPUAdamBuilder(), extension)
+    cache._build(CPUAdamBuilder(), extension)
     assert scratch == [extension.parent]
     assert sorted(path.name for path in extension.parent.iterdir()) == ["cpu_adam.build.json", "cpu_adam.so"]
 

@@ -8,12 +8,13 @@ import sys
 
 import cuda_emulation
 import pytest
-from adamops.op_builder import cuda, environment
+from adamops.op_builder import cuda, cuda_architectures, environment
 from adamops.op_builder.compile import compile_op
-from adamops.op_builder.cuda import ArchitectureChoice, Nvcc, choose_architectures, covers
+from adamops.op_builder.cuda_architectures import ArchitectureChoice, choose_architectures, coverage
 from adamops.op_builder.fused_adam import FusedAdamBuilder
+from adamops.op_builder.nvcc import Nvcc
 
-from adamops import op_builder, report
+from adamops import op_builder, op_facts, report
 
 KNOWN = ("75", "80", "86", "90", "90a", "100", "120")
 NVCC = Nvcc("/none/nvcc", "13.0", (), KNOWN)
@@ -25,7 +26,7 @@ def no_settings(monkeypatch):
     """A machine without GPUs, and no variable that steers the build."""
     for name in ("ADAMOPS_CUDA_ARCHS", "TORCH_CUDA_ARCH_LIST", "CUDA_HOME"):
         monkeypatch.delenv(name, raising=False)
-    monkeypatch.setattr(cuda, "visible_gpus", lambda: ())
+    monkeypatch.setattr(cuda_architectures, "visible_gpus", lambda: ())
 
 
 def fake_nvcc(folder, gpu_code="sm_80 sm_90", version="release 12.4, V12.4.1", without=""):
@@ -94,7 +95,7 @@ def test_all_machine_code_from_one_ptx(enabled, by_one, flags):
 
 
 def test_visible_gpus_are_built_for(monkeypatch):
-    monkeypatch.setattr(cuda, "visible_gpus", lambda: ("80", "90"))
+    monkeypatch.setattr(cuda_architectures, "visible_gpus", lambda: ("80", "90"))
     assert choose_architectures(NVCC) == ArchitectureChoice("the visible GPUs", ("80", "90+PTX"), ())
     monkeypatch.setenv("ADAMOPS_CUDA_ARCHS", "all")
     assert len(choose_architectures(NVCC).enabled) == 6
@@ -113,26 +114,56 @@ def test_gpus_are_asked_of_nvidia_smi(monkeypatch, tmp_path):
     monkeypatch.setenv("PATH", str(tmp_path), prepend=":")
     monkeypatch.undo()  # the patched visible_gpus()
     monkeypatch.setenv("PATH", str(tmp_path), prepend=":")
-    cuda.visible_gpus.cache_clear()
+    cuda_architectures.visible_gpus.cache_clear()
     try:
-        assert cuda.visible_gpus() == ("80", "90")
+        assert cuda_architectures.visible_gpus() == ("80", "90")
     finally:
-        cuda.visible_gpus.cache_clear()
+        cuda_architectures.visible_gpus.cache_clear()
 
 
 @pytest.mark.parametrize(
-    ("gpu", "words"),
+    ("gpu", "runs", "how"),
     [
-        ("80", "yes: compiled for it"),
-        ("86", "yes: compiled for an older one of its kind"),
-        ("89", "yes: compiled for an older one of its kind"),
-        ("120", "yes: from PTX"),
-        ("90", "no: "),
-        ("75", "no: "),
+        ("80", True, "compiled for it"),
+        ("86", True, "compiled for an older one of its kind"),
+        ("89", True, "compiled for an older one of its kind"),
+        ("120", True, "from PTX, which the driver compiles at first use"),
+        ("90", False, "it is in none of the architectures; build with ADAMOPS_CUDA_ARCHS"),
+        ("75", False, "it is in none of the architectures; build with ADAMOPS_CUDA_ARCHS"),
     ],
 )
-def test_coverage_of_a_gpu(gpu, words):
-    assert covers(["80", "90a", "100+PTX"], gpu).startswith(words)
+def test_coverage_of_a_gpu(gpu, runs, how):
+    assert coverage(["80", "90a", "100+PTX"], gpu) == (runs, how)
+
+
+def test_the_report_says_which_gpus_a_build_covers(monkeypatch):
+    class Builder(FusedAdamBuilder):
+        is_prebuilt = staticmethod(lambda: False)
+        compatibility = staticmethod(lambda: op_builder.Compatibility(False, "no nvcc"))
+        build_record = staticmethod(
+            lambda: {
+                "built": True,
+                "compiler": "g++",
+                "machine": "x86_64",
+                "flags": [],
+                "nvcc": "13.0",
+                "architectures_requested": "the list of the wheel",
+                "architectures": ["80", "100+PTX"],
+                "architectures_dropped": {},
+            }
+        )
+
+    for module in (op_facts, cuda):
+        monkeypatch.setattr(module, "visible_gpus", lambda: ("86", "90"))
+    entry = op_facts.describe(op_builder.RegisteredOp("fused_adam", "built-in", Builder()))
+    assert entry["gpus"] == {
+        "sm_86": {"runs": True, "how": "compiled for an older one of its kind"},
+        "sm_90": {"runs": False, "how": "it is in none of the architectures; build with ADAMOPS_CUDA_ARCHS"},
+    }
+    rows = {row.label: row for row in report.rows_of_op(entry)}
+    assert rows["GPU sm_86"] == ("GPU sm_86", "yes: compiled for an older one of its kind", False)
+    assert rows["GPU sm_90"].text.startswith("no: it is in none") and rows["GPU sm_90"].is_bad
+    assert rows["compatible"] == ("compatible", "no: no nvcc", True)
 
 
 def test_nvcc_of_cuda_home_is_taken_and_described(monkeypatch, tmp_path):
@@ -224,10 +255,10 @@ def test_a_gpu_that_the_build_cannot_use_is_an_error_in_the_report(monkeypatch):
         load_prebuilt = staticmethod(lambda: Module)
         build_record = staticmethod(lambda: {"built": False})
 
-    without = report._describe_builder(Builder())
+    without = op_facts._describe_builder(Builder())
     assert without["ok"] and without["not_applicable_reason"]
     monkeypatch.setattr(cuda, "visible_gpus", lambda: ("90",))
-    found = report._describe_builder(Builder())
+    found = op_facts._describe_builder(Builder())
     assert not found["ok"]
     assert found["error"] == Module.status()["problem"]
     assert found["in_use"] == "a build at first use, else torch_adam (pure PyTorch)"

@@ -9,9 +9,10 @@ import time
 from pathlib import Path
 
 import pytest
-from adamops.op_builder import BuildError, CPUAdamBuilder, OpUnavailableError, environment, jit
-from adamops.op_builder.compile import Compiler, compile_op
-from adamops.op_builder.cpu import TARGETS, choose_targets, targets_of
+from adamops.op_builder import BuildError, CPUAdamBuilder, OpUnavailableError, cache, environment
+from adamops.op_builder.compile import compile_op
+from adamops.op_builder.compiler import Compiler
+from adamops.op_builder.simd import TARGETS, choose_targets, targets_of
 
 from adamops import op_builder
 
@@ -101,7 +102,7 @@ def test_what_the_compiler_does_not_know_is_dropped_with_the_reason(monkeypatch)
 
 def test_native_is_what_this_cpu_has(monkeypatch):
     monkeypatch.setenv("ADAMOPS_CPU_TARGETS", "native")
-    monkeypatch.setattr("adamops.op_builder.cpu.native_cpu_flags", lambda: frozenset({"avx2", "fma", "f16c"}))
+    monkeypatch.setattr("adamops.op_builder.simd.native_cpu_flags", lambda: frozenset({"avx2", "fma", "f16c"}))
     choice = choose_targets(FakeCompiler("x86_64"), "all")
     assert names(choice.enabled) == ["avx2", "baseline"]
     assert dict(choice.dropped)["avx512"] == "this CPU has no avx512bw, avx512dq, avx512f, avx512vl"
@@ -159,7 +160,7 @@ def test_a_cache_that_others_may_write_to_is_refused(monkeypatch, tmp_path, mode
     tmp_path.chmod(mode)
     monkeypatch.setenv("ADAMOPS_CACHE_DIR", str(tmp_path))
     with pytest.raises(BuildError, match="may be written by, other users, .*chmod 700"):
-        jit.load(Unbuilt())
+        cache.load(Unbuilt())
     assert not list(tmp_path.rglob("*.so"))
 
 
@@ -263,17 +264,17 @@ def test_what_went_into_a_build_is_in_its_name(monkeypatch, tmp_path):
     for name in ("ADAMOPS_CPU_TARGETS", "CXXFLAGS", "LDFLAGS"):
         monkeypatch.delenv(name, raising=False)
     monkeypatch.setenv("ADAMOPS_CACHE_DIR", str(tmp_path))
-    names = [jit.cached_path(Unbuilt())]
-    assert jit.cached_path(Unbuilt()) == names[0]
+    names = [cache.cached_path(Unbuilt())]
+    assert cache.cached_path(Unbuilt()) == names[0]
     for name in ("CXXFLAGS", "LDFLAGS"):
         with monkeypatch.context() as changed:
             changed.setenv(name, "-g")
-            names.append(jit.cached_path(Unbuilt()))
+            names.append(cache.cached_path(Unbuilt()))
     with monkeypatch.context() as changed:  # "native" on three CPUs
         changed.setenv("ADAMOPS_CPU_TARGETS", "native")
         for flags in (set(), {"avx2", "fma", "f16c"}, set().union(*(target.cpu_flags for target in TARGETS))):
-            changed.setattr("adamops.op_builder.cpu.native_cpu_flags", lambda flags=flags: frozenset(flags))
-            names.append(jit.cached_path(Unbuilt()))
+            changed.setattr("adamops.op_builder.simd.native_cpu_flags", lambda flags=flags: frozenset(flags))
+            names.append(cache.cached_path(Unbuilt()))
     every_target = names.pop()
     assert every_target in names or Compiler.find().machine != "x86_64"  # a build for all is one, whoever asks for it
 
@@ -282,7 +283,7 @@ def test_what_went_into_a_build_is_in_its_name(monkeypatch, tmp_path):
             return tmp_path
 
     (tmp_path / "parallel.cpp").write_text("// shorter")
-    names.append(jit.cached_path(OtherSource()))
+    names.append(cache.cached_path(OtherSource()))
     assert len(set(names)) == len(names)
 
 

@@ -12,7 +12,7 @@ import zipfile
 from pathlib import Path
 
 import pytest
-from adamops.op_builder.compile import pybind11_headers
+from adamops.op_builder.python_extension import pybind11_headers
 
 ROOT = Path(__file__).resolve().parent.parent
 pytestmark = [
@@ -162,7 +162,7 @@ def test_sdist_builds_and_holds_everything(sources, tmp_path):
         tar.extractall(tmp_path / "unpacked", filter="data")
     for needed in (
         *("setup.py", "LICENSE", "README.md", "CHANGELOG.md", "csrc/adam/adam_update.h", "csrc/simd/avx512.h"),
-        *("op_builder/builder.py", "tests/test_bits.py", "ci/test.sh", "docs/numerics.md", "adamops/report.py"),
+        *("op_builder/loading.py", "tests/test_bits.py", "ci/test.sh", "docs/numerics.md", "adamops/report.py"),
     ):
         assert needed in names
     (unpacked,) = (tmp_path / "unpacked").iterdir()

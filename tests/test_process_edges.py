@@ -13,7 +13,7 @@ from pathlib import Path
 import pytest
 import torch
 from adamops.op_builder import OpBuilder, OpUnavailableError
-from adamops.op_builder.compile import extension_suffix
+from adamops.op_builder.python_extension import extension_suffix
 from test_process import run_python
 
 from adamops import DeepSpeedCPUAdam

@@ -122,7 +122,7 @@ def test_an_extension_that_does_not_load(tmp_path):
     before = f"""
 import sys; sys.path.insert(0, {str(tmp_path)!r})
 from adamops.op_builder import CPUAdamBuilder as B
-from adamops.op_builder.compile import extension_suffix
+from adamops.op_builder.python_extension import extension_suffix
 B.MODULE = 'broken_native.cpu_adam'
 open({str(tmp_path / "broken_native")!r} + '/cpu_adam' + extension_suffix(), 'w').write('no ELF file')
 """

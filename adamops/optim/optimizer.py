@@ -18,8 +18,9 @@ from torch import Tensor
 from torch.nn.parameter import is_lazy
 from torch.optim import Optimizer
 
-from .. import _neighbours, _torch_compat, op_builder
+from .. import _torch_compat, op_builder
 from . import dtensor
+from .accelerate import check_not_replaced
 from .amp import StepSupportsAmpScaling
 from .async_step import AsyncStep, are_one_call, run_in_one_call, run_updates
 from .backends.base import Backend, Update
@@ -76,6 +77,8 @@ from .state.quantized_states import is_quantized, with_held_names
 from .wrapper_shared_attribute import WrapperSharedAttribute
 
 _CPU = torch.device("cpu")
+# Called for each param group of any optimizer, with whether its states are quantized to 8 bits.
+group_watchers: list[Callable[[bool], object]] = []
 # By id() of a param group: the group, its own precision settings, the Precision they give, and its number of keys.
 _GroupPrecisions: TypeAlias = dict[int, tuple[dict[str, Any], dict[str, Any], Precision, int]]
 _Method = TypeVar("_Method", bound=Callable[..., Any])
@@ -193,7 +196,7 @@ class AdamOptimizer(Optimizer):
     @property
     def defaults(self) -> dict[str, Any]:
         """The settings of param groups that do not set their own."""
-        _neighbours.check_not_replaced(self, sys._getframe(1))
+        check_not_replaced(self, sys._getframe(1))
         if "defaults" not in self.__dict__:
             raise AttributeError("defaults")  # for a wrapper of this class, which then asks the optimizer
         defaults: dict[str, Any] = self.__dict__["defaults"]
@@ -253,7 +256,8 @@ class AdamOptimizer(Optimizer):
         if precision.stochastic_rounding:
             param_group.setdefault("stochastic_rounding_seed", 0)
         self._keep_precision(param_group, precision)
-        _neighbours.expect_deepspeed(precision.state_dtype == EIGHT_BIT)
+        for watcher in group_watchers:
+            watcher(precision.state_dtype == EIGHT_BIT)
 
     def _checked_precision(self, group: dict[str, Any], where: str) -> Precision:
         """The precision that the group's own settings give, else the optimizer's. Raises what precision_of() raises."""

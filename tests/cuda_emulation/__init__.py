@@ -8,7 +8,8 @@ import subprocess
 import sysconfig
 from pathlib import Path
 
-from adamops.op_builder.compile import Compiler, pybind11_headers
+from adamops.op_builder.compiler import Compiler
+from adamops.op_builder.python_extension import pybind11_headers
 
 HERE = Path(__file__).resolve().parent
 CSRC = HERE.parents[1] / "csrc"

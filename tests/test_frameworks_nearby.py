@@ -11,9 +11,10 @@ import pytest
 import torch
 
 import adamops
-from adamops import _neighbours
+from adamops import _deepspeed_expected
+from adamops._deepspeed_children import PatchedChildren
 from adamops._deepspeed_runner import Command, parse
-from adamops._neighbours import PatchedChildren, when_imported
+from adamops._import_hooks import when_imported
 
 
 @pytest.fixture
@@ -77,8 +78,8 @@ def test_children_of_children_inherit_the_patch(tmp_path, method):
         f"    process = multiprocessing.get_context('{method}').Process(target=grandchild)\n"
         "    process.start(); process.join(); assert process.exitcode == 0\n"
         "if __name__ == '__main__':\n"
-        "    from adamops._neighbours import PatchedChildren\n"
-        "    PatchedChildren(False).enable()\n"
+        "    from adamops._deepspeed_children import PatchedChildren\n"
+        "    PatchedChildren('adamops.deepspeed', shm_comm=False).enable()\n"
         f"    process = multiprocessing.get_context('{method}').Process(target=child)\n"
         "    process.start(); process.join(); sys.exit(process.exitcode)\n"
     )
@@ -89,7 +90,7 @@ def test_children_of_children_inherit_the_patch(tmp_path, method):
 def test_no_child_inherits_what_is_disabled():
     settings = multiprocessing.current_process()._config
     before = dict(settings)
-    patches = PatchedChildren(None)
+    patches = PatchedChildren("adamops.deepspeed", shm_comm=None)
     patches.enable()
     assert settings != before
     patches.disable()
@@ -105,7 +106,7 @@ def test_a_child_that_cannot_be_patched_says_so_and_goes_on(monkeypatch):
     monkeypatch.setattr(sys.modules["adamops.deepspeed"], "patch", fails, raising=False)
     monkeypatch.setattr(adamops, "deepspeed", sys.modules["adamops.deepspeed"], raising=False)
     with pytest.warns(UserWarning, match="cannot patch DeepSpeed in this child process: no op here"):
-        pickle.loads(pickle.dumps(PatchedChildren(None)))
+        pickle.loads(pickle.dumps(PatchedChildren("adamops.deepspeed", shm_comm=None)))
 
 
 # The optimizers -----------------------------------------------------------------------------------------------------
@@ -114,10 +115,10 @@ def test_a_child_that_cannot_be_patched_says_so_and_goes_on(monkeypatch):
 @pytest.mark.parametrize("cls", [adamops.DeepSpeedCPUAdam, adamops.FusedAdam])
 @pytest.mark.parametrize("state_dtype", [None, "8bit"])
 def test_deepspeed_is_waited_for_by_optimizers_of_8_bit_states(cls, state_dtype, monkeypatch):
-    monkeypatch.setattr(_neighbours, "_expecting_deepspeed", False)
+    monkeypatch.setattr(_deepspeed_expected, "_expecting", False)
     monkeypatch.delitem(sys.modules, "deepspeed", raising=False)
     waited_for = []
-    monkeypatch.setattr(_neighbours, "when_imported", lambda name, action: waited_for.append(name))
+    monkeypatch.setattr(_deepspeed_expected, "when_imported", lambda name, action: waited_for.append(name))
     for _ in range(2):
         cls([torch.nn.Parameter(torch.zeros(3))], state_dtype=state_dtype)
     assert waited_for == (["deepspeed"] if state_dtype else [])

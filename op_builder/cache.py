@@ -19,47 +19,37 @@ import sys
 import time
 from pathlib import Path
 from types import ModuleType
-from typing import TYPE_CHECKING
 
 from . import environment
-from .compile import (
-    SCRATCH_PREFIX,
-    BuildError,
-    Compiler,
-    compile_op,
-    extension_suffix,
-    pybind11_headers,
-    read_record,
-    write_record,
-)
-
-if TYPE_CHECKING:
-    from .builder import OpBuilder
+from .compile import SCRATCH_PREFIX, compile_op
+from .compiler import Compiler
+from .python_extension import extension_suffix, pybind11_headers, read_record, write_record
+from .spec import BuildError, OpSpec
 
 
-def load(builder: OpBuilder) -> ModuleType:
+def load(spec: OpSpec) -> ModuleType:
     """The op's module from the cache, built first if necessary. Raises BuildError or ImportError."""
-    compatible = builder.compatibility()
+    compatible = spec.compatibility()
     if not compatible:
         raise BuildError(compatible.reason)
-    extension = cached_path(builder)
-    _build_unless_there(builder, extension)
+    extension = cached_path(spec)
+    _build_unless_there(spec, extension)
     # A unique name, because pybind11 returns the module that it has already created under a name.
-    return _import_file(f"{extension.parent.name}.{builder.MODULE.rpartition('.')[2]}", extension)
+    return _import_file(f"{extension.parent.name}.{spec.MODULE.rpartition('.')[2]}", extension)
 
 
-def is_cached(builder: OpBuilder) -> bool:
+def is_cached(spec: OpSpec) -> bool:
     """Whether load() would find an intact build of the op in the cache."""
-    return _is_whole(cached_path(builder))
+    return _is_whole(cached_path(spec))
 
 
-def cached_path(builder: OpBuilder) -> Path:
+def cached_path(spec: OpSpec) -> Path:
     """The path in the cache of this op's build for this machine, whether or not it exists."""
-    name = builder.MODULE.rpartition(".")[2]
-    return environment.cache_dir() / f"{builder.NAME}-{_fingerprint(builder)}" / f"{name}{extension_suffix()}"
+    name = spec.MODULE.rpartition(".")[2]
+    return environment.cache_dir() / f"{spec.NAME}-{_fingerprint(spec)}" / f"{name}{extension_suffix()}"
 
 
-def _build_unless_there(builder: OpBuilder, extension: Path) -> None:
+def _build_unless_there(spec: OpSpec, extension: Path) -> None:
     _make_private_folder(extension.parent.parent)
     _make_private_folder(extension.parent)
     if _is_whole(extension):
@@ -69,7 +59,7 @@ def _build_unless_there(builder: OpBuilder, extension: Path) -> None:
     try:
         with filelock.FileLock(extension.parent / "lock"):
             if not _is_whole(extension):
-                _build(builder, extension)
+                _build(spec, extension)
     except (OSError, BuildError) as error:
         if isinstance(error, BuildError) and os.strerror(errno.ENOSPC) not in str(error):
             raise
@@ -79,10 +69,10 @@ def _build_unless_there(builder: OpBuilder, extension: Path) -> None:
         ) from error
 
 
-def _build(builder: OpBuilder, extension: Path) -> None:
+def _build(spec: OpSpec, extension: Path) -> None:
     """Builds the op under the caller's lock, and says so. The extension appears atomically, after its record."""
     started = time.monotonic()
-    print(f"adamops: building {builder.NAME} for this machine, once ...", end=" ", file=sys.stderr, flush=True)
+    print(f"adamops: building {spec.NAME} for this machine, once ...", end=" ", file=sys.stderr, flush=True)
     for left_by_a_killed_build in extension.parent.glob("unfinished-*"):
         left_by_a_killed_build.unlink()
     for left_by_a_killed_build in extension.parent.glob(f"{SCRATCH_PREFIX}*/"):
@@ -90,7 +80,7 @@ def _build(builder: OpBuilder, extension: Path) -> None:
     unfinished = extension.with_name(f"unfinished-{os.getpid()}.so")
     try:
         # Next to the result, not in the system's temporary folder, where nobody would clean up after a killed build.
-        record = compile_op(builder, unfinished, scratch_root=extension.parent)
+        record = compile_op(spec, unfinished, scratch_root=extension.parent)
         write_record(extension, {**record, "sha256": _digest(unfinished)})
         unfinished.replace(extension)
     except BaseException:
@@ -101,24 +91,24 @@ def _build(builder: OpBuilder, extension: Path) -> None:
     print(f"done in {time.monotonic() - started:.0f} s", file=sys.stderr, flush=True)
 
 
-def _fingerprint(builder: OpBuilder) -> str:
+def _fingerprint(spec: OpSpec) -> str:
     compiler = Compiler.find()
-    units = builder.compile_units()
+    units = spec.compile_units()
     ingredients = [
-        builder.NAME,
+        spec.NAME,
         compiler.version if compiler else "",
         compiler.machine if compiler else "",
         extension_suffix(),
         _pybind11_version(),
-        list(builder.toolchain()),
+        list(spec.toolchain()),
         [os.environ.get(name, "") for name in ("CXXFLAGS", "LDFLAGS")],
-        [*Compiler.COMMON_FLAGS, *Compiler.LINK_FLAGS, *builder.cxx_args(), *builder.extra_ldflags()],
+        [*Compiler.COMMON_FLAGS, *Compiler.LINK_FLAGS, *spec.cxx_args(), *spec.extra_ldflags()],
         [(unit.object_name, unit.flags) for unit in units],
     ]
     digest = hashlib.sha256(json.dumps(ingredients).encode())
-    for name in sorted({unit.source for unit in units} | set(builder.headers())):
+    for name in sorted({unit.source for unit in units} | set(spec.headers())):
         digest.update(name.encode())
-        digest.update(builder.locate(name).read_bytes())
+        digest.update(spec.locate(name).read_bytes())
     return digest.hexdigest()[:16]
 
 

@@ -1,24 +1,23 @@
-"""OpBuilder: the contract between an op and the code that builds, finds, loads or reports it.
+"""OpSpec: what is known of an op before anything is built: sources, flags, whether it can be built here.
 
-Must not know any particular op, how compilers are run (compile.py) or how builds are cached (jit.py).
+Must not know any particular op, nor how ops are compiled, cached or loaded.
 """
 
 from __future__ import annotations
 
-import importlib
 import importlib.util
-import os
-import threading
-import weakref
 from collections.abc import Sequence
 from pathlib import Path
-from types import ModuleType
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, Protocol, runtime_checkable
 
-from .compile import BuildError, CompileUnit, extension_suffix, pybind11_headers, read_record
+from .python_extension import extension_suffix, pybind11_headers, read_record
 
 # adamops' own C++ sources. Other packages' ops may include them and compile them into their extensions.
 SHARED_SOURCES = Path(__file__).resolve().parent.parent / "csrc"
+
+
+class BuildError(RuntimeError):
+    """An op could not be compiled; the message contains the compiler's output."""
 
 
 class OpUnavailableError(RuntimeError):
@@ -35,24 +34,65 @@ class Compatibility(NamedTuple):
         return self.ok
 
 
-_builders: weakref.WeakSet[OpBuilder] = weakref.WeakSet()
+class CompileUnit(NamedTuple):
+    """One compiler run: a source, which the builder locates, and its additional flags.
+
+    `label` distinguishes the objects of a source that is compiled more than once (say, once per SIMD target).
+    `command` is a compiler other than the C++ compiler (nvcc). It gets only the unit's own flags and the include
+    paths; "{jobs}" in it is replaced by the number of jobs that it may run at once.
+    """
+
+    source: str
+    flags: tuple[str, ...] = ()
+    label: str = ""
+    command: tuple[str, ...] = ()
+
+    @property
+    def object_name(self) -> str:
+        stem = self.source.replace("/", "_").removesuffix(".cpp")  # "x.cu" and "x.cpp" may both exist
+        return f"{stem}.{self.label}.o" if self.label else f"{stem}.o"
 
 
-def _unlock_after_fork() -> None:
-    """Replaces the locks in a forked child: a thread that held one does not exist there, and never releases it."""
-    for builder in _builders:
-        builder._lock = threading.RLock()
+@runtime_checkable
+class Op(Protocol):
+    """What an op must have, whoever wrote it. OpBuilder has it all; an object of another class will do, too."""
+
+    NAME: str
+
+    def compatibility(self) -> Compatibility:
+        """Whether the op can be built here, with the reason."""
+
+    def is_prebuilt(self) -> bool:
+        """Whether the package ships an extension for this Python."""
+
+    def load(self) -> Any:
+        """The op's module. Raises OpUnavailableError."""
 
 
-if hasattr(os, "register_at_fork"):
-    os.register_at_fork(after_in_child=_unlock_after_fork)
+@runtime_checkable
+class RecordedOp(Protocol):
+    """An op that knows how it was built."""
+
+    def build_record(self) -> dict[str, Any] | None:
+        """The record from the package's build: compiler and flags, or why the op was left out."""
 
 
-class OpBuilder:
-    """One op: what to compile, whether that is possible here, and how to get the result.
+@runtime_checkable
+class SituationalOp(Protocol):
+    """An op that not every machine has a use for."""
 
-    A subclass sets NAME and MODULE, and defines its sources and flags. Third parties register theirs under the
-    entry-point group ``adamops.op_builders``.
+    def not_applicable_reason(self) -> str:
+        """Why this machine has no use for the op; empty if the op would be used here."""
+
+
+def missing_of(op: object) -> list[str]:
+    """What an object lacks to be an Op: names of attributes."""
+    members = [*Op.__annotations__, *(name for name, member in vars(Op).items() if callable(member) and name[0] != "_")]
+    return [name for name in members if not hasattr(op, name)]
+
+
+class OpSpec:
+    """One op: what to compile, whether that is possible here, and what is already built.
 
     Attributes
     ----------
@@ -67,12 +107,6 @@ class OpBuilder:
     NAME = ""
     MODULE = ""
     HELP = "Install a C++ compiler (g++ or clang++), or a wheel that was built for this platform."
-
-    def __init__(self) -> None:
-        self._module: Any = None
-        self._failure: OpUnavailableError | None = None
-        self._lock = threading.RLock()  # held while the op is loaded, which may include building it
-        _builders.add(self)
 
     # What to compile -----------------------------------------------------------------------------------------------
 
@@ -169,70 +203,3 @@ class OpBuilder:
         """The record from the package's build: compiler and flags, or why the op was left out."""
         path = self.prebuilt_path()
         return None if path is None else read_record(path)
-
-    # Loading it ----------------------------------------------------------------------------------------------------
-
-    def load(self) -> Any:
-        """The op's module: the prebuilt one, or else one that is built now and cached.
-
-        Raises
-        ------
-        OpUnavailableError
-            If neither works. The outcome is remembered: later calls return or raise the same.
-        """
-        if self._module is None:
-            with self._lock:
-                self._load_once()
-        return self._module
-
-    def loaded(self) -> Any:
-        """The op's module if load() has succeeded, else None."""
-        return self._module
-
-    def _load_once(self) -> None:
-        if self._failure is not None:
-            # Drop the traceback of earlier calls: its frames would keep their arguments alive.
-            raise self._failure.with_traceback(None)
-        if self._module is None:
-            try:
-                self._module = self._load_first_possible()
-            except OpUnavailableError as error:
-                self._failure = error
-                raise
-
-    def _load_first_possible(self) -> Any:
-        attempts = []
-        try:
-            return self.prepare(self.load_prebuilt())
-        except ImportError as error:
-            attempts.append(f"prebuilt extension: {error}")
-        try:
-            return self.prepare(self.jit_load())
-        except (RuntimeError, ImportError, OSError) as error:
-            attempts.append(f"build at run time: {error}")
-        raise self.unavailable(attempts)
-
-    def unavailable(self, attempts: list[str]) -> OpUnavailableError:
-        """The error that lists the attempts to load the op and why each failed."""
-        return OpUnavailableError(
-            f"The op {self.NAME!r} is not available:\n"
-            + "".join(f"  - {attempt}\n" for attempt in attempts)
-            + f"{self.HELP} `python -m adamops.report` shows the state of every op."
-        )
-
-    def load_prebuilt(self) -> ModuleType:
-        """Imports the extension that the package ships. Raises ImportError, with the reason, if that fails."""
-        if self.is_prebuilt():
-            return importlib.import_module(self.MODULE)
-        record = self.build_record() or {}
-        raise ImportError(record.get("reason", "none came with this installation"))
-
-    def jit_load(self) -> ModuleType:
-        """Builds the op for this machine, or finds it in the cache, and loads it. Raises BuildError or ImportError."""
-        from . import jit
-
-        return jit.load(self)
-
-    def prepare(self, module: Any) -> Any:
-        """Called once with each module that is loaded; load() returns its result."""
-        return module

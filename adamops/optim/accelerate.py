@@ -1,0 +1,34 @@
+"""Reports that Accelerate replaces an optimizer. Imports neither Accelerate nor torch."""
+
+from __future__ import annotations
+
+import types
+import warnings
+from typing import Any
+
+
+def check_not_replaced(optimizer: Any, caller: types.FrameType) -> None:
+    """Called when an optimizer's defaults are read. Accelerate reads them to replace the optimizer by DeepSpeed's.
+
+    It does so for an offloaded optimizer. It carries over lr and weight decay, but neither decoupled decay nor
+    precision. No return value would make it keep the optimizer, so all that can be done here is to report it.
+
+    Raises
+    ------
+    RuntimeError
+        If DeepSpeed's optimizer would compute something else. Otherwise there is only a warning.
+    """
+    if caller.f_code.co_name != "map_pytorch_optim_to_deepspeed":
+        return
+    lost = optimizer.not_in_deepspeeds_adam()
+    said = (
+        f"Accelerate replaces this {type(optimizer).__module__.partition('.')[0]}.{type(optimizer).__name__} by "
+        "DeepSpeed's DeepSpeedCPUAdam, as the optimizer is offloaded"
+    )
+    remedy = (
+        "call adamops.deepspeed.patch() before accelerator.prepare(), or set "
+        '"zero_force_ds_cpu_optimizer": false and "zero_allow_untested_optimizer": true in DeepSpeed\'s config'
+    )
+    if lost:
+        raise RuntimeError(f"{said}, which does not have its {', '.join(lost)}. To keep it, {remedy}")
+    warnings.warn(f"{said}, which compiles its op at the first step. To keep it, {remedy}", stacklevel=4)

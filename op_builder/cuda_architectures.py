@@ -1,0 +1,110 @@
+"""CUDA architectures: which to compile for, and which GPUs run the result. Must not know of ops.
+
+At run time the extension itself asks the CUDA runtime, which is linked into it.
+"""
+
+from __future__ import annotations
+
+import functools
+import re
+import shutil
+from collections.abc import Sequence
+from typing import NamedTuple
+
+from . import environment
+from .nvcc import Nvcc, output_of
+
+# The architectures of the wheels, as compute capabilities times ten. PTX is added, for newer GPUs.
+WHEEL_ARCHITECTURES = ("75", "80", "86", "89", "90", "100", "120")
+
+
+class ArchitectureChoice(NamedTuple):
+    """Which architectures were requested and by what, which will be built, and which were dropped and why.
+
+    In `enabled`, "90" stands for machine code, and "90+PTX" for machine code and PTX.
+    """
+
+    requested: str
+    enabled: tuple[str, ...]
+    dropped: tuple[tuple[str, str], ...]
+    from_one_ptx: bool = False  # all machine code is compiled from the PTX of the oldest architecture
+
+    def _plain_numbers(self) -> dict[str, str]:
+        """The number of each name, except for names like "90a", which always have their own PTX."""
+        numbers = {name: name.removesuffix("+PTX") for name in self.enabled}
+        return {name: number for name, number in numbers.items() if number.isdigit()}
+
+    def by_one_ptx(self) -> ArchitectureChoice:
+        """The same choice, compiled from one PTX. It also replaces any newer PTX: it runs wherever that would."""
+        renamed = self._plain_numbers()
+        if any(name != number for name, number in renamed.items()):
+            renamed[min(renamed, key=lambda name: int(renamed[name]))] += "+PTX"
+        enabled = tuple(renamed.get(name, name) for name in self.enabled)
+        return self._replace(enabled=enabled, from_one_ptx=True)
+
+    def nvcc_flags(self) -> list[str]:
+        """The nvcc flags for these architectures."""
+        plain = self._plain_numbers()
+        oldest = min(plain.values(), key=int, default="")
+        codes: dict[str, list[str]] = {}  # by the PTX that they are compiled from
+        for name in self.enabled:
+            number = name.removesuffix("+PTX")
+            ptx = oldest if self.from_one_ptx and name in plain else number
+            codes.setdefault(ptx, []).append(f"sm_{number}")
+            if name != number:
+                codes[ptx].append(f"compute_{ptx}")
+        return [f"-gencode=arch=compute_{ptx},code=[{','.join(names)}]" for ptx, names in codes.items()]
+
+
+@functools.cache
+def visible_gpus() -> tuple[str, ...]:
+    """The architectures of this machine's GPUs, such as "90", without duplicates."""
+    command = shutil.which("nvidia-smi")
+    rows = output_of(command, "--query-gpu=compute_cap", "--format=csv,noheader").split() if command else []
+    return tuple(sorted({row.replace(".", "") for row in rows if re.fullmatch(r"\d+\.\d", row)}, key=int))
+
+
+class Coverage(NamedTuple):
+    """Whether a GPU runs a build, and how, or what to do."""
+
+    runs: bool
+    how: str
+
+
+def coverage(architectures: Sequence[str], gpu: str) -> Coverage:
+    """Whether and how a GPU, such as "90", runs a build for these architectures.
+
+    Machine code runs on GPUs of the same major version and an equal or higher minor version. PTX runs on GPUs of its
+    own version and newer.
+    """
+    if any(name.removesuffix("+PTX") == gpu for name in architectures):
+        return Coverage(True, "compiled for it")
+    numbers = {name.removesuffix("+PTX"): name.endswith("+PTX") for name in architectures}
+    plain = {name: ptx for name, ptx in numbers.items() if name.isdigit()}  # "90a" runs on 9.0 only
+    if any(name[:-1] == gpu[:-1] and int(name) < int(gpu) for name in plain):
+        return Coverage(True, "compiled for an older one of its kind")
+    if any(ptx and int(name) < int(gpu) for name, ptx in plain.items()):
+        return Coverage(True, "from PTX, which the driver compiles at first use")
+    return Coverage(False, "it is in none of the architectures; build with ADAMOPS_CUDA_ARCHS")
+
+
+def choose_architectures(nvcc: Nvcc) -> ArchitectureChoice:
+    """Those of ADAMOPS_CUDA_ARCHS, else of TORCH_CUDA_ARCH_LIST, else of the visible GPUs, else of the wheels.
+
+    Raises ValueError if a variable names an architecture that does not exist or that this nvcc does not know, or asks
+    for this machine's GPUs where there are none.
+    """
+    asked = environment.cuda_archs(nvcc.known)
+    if asked and asked[1] not in (["native"], ["all"]):
+        return ArchitectureChoice(asked[0], tuple(asked[1]), ())
+    words = asked[1] if asked else []
+    gpus = visible_gpus() if words != ["all"] else ()
+    if words == ["native"] and not gpus:
+        raise ValueError(f"{asked[0] if asked else ''} asks for the GPUs of this machine, but nvidia-smi shows none")
+    wanted = gpus or WHEEL_ARCHITECTURES
+    enabled = [number for number in wanted if number in nvcc.known]
+    dropped = [(number, f"nvcc {nvcc.version} does not know it") for number in wanted if number not in nvcc.known]
+    if enabled:  # the driver compiles PTX of the newest for GPUs that are newer still
+        enabled[-1] += "+PTX"
+    source = asked[0] if asked else "the visible GPUs" if gpus else "the list of the wheel"
+    return ArchitectureChoice(source, tuple(enabled), tuple(dropped))

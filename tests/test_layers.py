@@ -1,0 +1,43 @@
+"""What may import what: the contracts at the end of pyproject.toml, and no circles anywhere."""
+
+import graphlib
+import subprocess
+import sys
+from pathlib import Path
+
+import grimp
+import pytest
+
+ROOT = Path(__file__).resolve().parent.parent
+
+
+def test_no_layer_imports_one_above_it():
+    program = "import sys; from importlinter.cli import lint_imports; sys.exit(lint_imports(no_cache=True))"
+    done = subprocess.run([sys.executable, "-c", program], cwd=ROOT, capture_output=True, text=True, timeout=300)
+    assert done.returncode == 0, done.stdout + done.stderr
+
+
+def circle(graph):
+    """The names of modules that import each other in a circle, functions' imports included; None if there are none."""
+    try:
+        graphlib.TopologicalSorter(graph).prepare()
+    except graphlib.CycleError as error:
+        return error.args[1]
+    return None
+
+
+def imports_of(package, monkeypatch):
+    monkeypatch.syspath_prepend(ROOT)
+    graph = grimp.build_graph(package, exclude_type_checking_imports=True, cache_dir=None)
+    return {module: graph.find_modules_directly_imported_by(module) - {module} for module in graph.modules}
+
+
+@pytest.mark.parametrize("package", ["adamops", "op_builder"])
+def test_no_modules_import_each_other(package, monkeypatch):
+    graph = imports_of(package, monkeypatch)
+    assert len(graph) > 15
+    assert circle(graph) is None
+
+
+def test_a_circle_would_be_found():
+    assert circle({"a": {"b"}, "b": {"c"}, "c": {"a"}}) is not None
