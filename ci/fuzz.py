@@ -36,6 +36,7 @@ from adamops import DeepSpeedCPUAdam, FusedAdam, step_in_backward
 from adamops.optim.batch import check_params_and_grads, check_states
 from adamops.optim.clipping import ClippedGrads
 from adamops.optim.state.memory_layout import in_layout_of, is_in_layout_of
+from adamops.optim.step import GroupToStep, batches_of
 
 HOST = torch.device("cpu")
 CLASSES: list[Any] = [DeepSpeedCPUAdam, FusedAdam]
@@ -269,9 +270,10 @@ class Reference:
 
     def _names_of(self, param: Tensor, group: dict[str, Any]) -> set[str]:
         """The state tensors that a step may read; it ignores all others, whatever they are."""
-        precision = self.session.optimizer._precision_of(group, "")
+        optimizer = self.session.optimizer
+        precision = optimizer._group_precisions.of(group, "", optimizer._precision)
         names = {*precision.state_dtypes(param, bool(group["amsgrad"])), "block_scales"}
-        begins = "master_param" in names and "master_param" not in self.session.optimizer.state.get(param, {})
+        begins = "master_param" in names and "master_param" not in optimizer.state.get(param, {})
         return names | {"param_remainder"} if begins else names  # from which a new master starts
 
     def _is_needed(self, key: str, param: Tensor) -> bool:
@@ -508,7 +510,7 @@ def check_what_cpp_takes(optimizer: Any) -> int:
         if table is None:
             continue
         try:
-            batches = optimizer._batches(group, where, hyper)
+            batches = batches_of(optimizer, GroupToStep(where, group, hyper))
         except IN_WORDS as error:
             raise Finding(f"C++ takes what Python refuses: {error!r}") from error
         for _, batch in batches:
@@ -779,7 +781,7 @@ class Session:
 
     def _settings_at_first(self) -> Iterator[dict[str, Any]]:
         for group in self.optimizer.param_groups:
-            _, before, _, _ = self.optimizer._group_precisions[id(group)]
+            before = self.optimizer._group_precisions.settings_of(group)
             for name in ("state_dtype",):
                 if name not in before:
                     group.pop(name, None)

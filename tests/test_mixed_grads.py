@@ -5,6 +5,7 @@ import torch
 
 from adamops import DeepSpeedCPUAdam
 from adamops.optim import optimizer as optimizer_module
+from adamops.optim.backends.torch import TorchBackend
 
 DTYPES = [torch.bfloat16, torch.float16]
 SIZES = [0, 1, 33, 5000]
@@ -61,7 +62,7 @@ def test_the_slow_path_takes_them_too(dtype, seed):
 
 @pytest.mark.parametrize("dtype", DTYPES)
 def test_torch_calls_take_them_too(dtype, monkeypatch, seed):
-    monkeypatch.setattr(optimizer_module, "_load_host_backend", optimizer_module.TorchBackend)
+    monkeypatch.setattr(optimizer_module, "load_host_backend", TorchBackend)
     params = params_of(SIZES)
     twins = [torch.nn.Parameter(param.detach().clone()) for param in params]
     ours, theirs = DeepSpeedCPUAdam(params), DeepSpeedCPUAdam(twins)

@@ -1,10 +1,12 @@
-"""Reports that Accelerate replaces an optimizer. Imports neither Accelerate nor torch."""
+"""Reports that Accelerate replaces an optimizer. Does not import Accelerate."""
 
 from __future__ import annotations
 
 import types
 import warnings
 from typing import Any
+
+from .state.precision import Precision, own_settings
 
 
 def check_not_replaced(optimizer: Any, caller: types.FrameType) -> None:
@@ -20,7 +22,7 @@ def check_not_replaced(optimizer: Any, caller: types.FrameType) -> None:
     """
     if caller.f_code.co_name != "map_pytorch_optim_to_deepspeed":
         return
-    lost = optimizer.not_in_deepspeeds_adam()
+    lost = _not_in_deepspeeds_adam(optimizer)
     said = (
         f"Accelerate replaces this {type(optimizer).__module__.partition('.')[0]}.{type(optimizer).__name__} by "
         "DeepSpeed's DeepSpeedCPUAdam, as the optimizer is offloaded"
@@ -32,3 +34,15 @@ def check_not_replaced(optimizer: Any, caller: types.FrameType) -> None:
     if lost:
         raise RuntimeError(f"{said}, which does not have its {', '.join(lost)}. To keep it, {remedy}")
     warnings.warn(f"{said}, which compiles its op at the first step. To keep it, {remedy}", stacklevel=4)
+
+
+def _not_in_deepspeeds_adam(optimizer: Any) -> list[str]:
+    """What DeepSpeed's class with L2 would lose if built from the optimizer's param groups, as words for a message."""
+    groups = optimizer.param_groups
+    found = {
+        "decoupled weight decay": optimizer.adam_w_mode and any(group["weight_decay"] for group in groups),
+        "precision of states and params": optimizer._precision != Precision() or any(map(own_settings, groups)),
+        "amsgrad": any(group["amsgrad"] for group in groups),
+        "maximize": any(group["maximize"] for group in groups),
+    }
+    return [words for words, is_lost in found.items() if is_lost]

@@ -3,14 +3,19 @@
 from __future__ import annotations
 
 import _thread
+import functools
 import os
 import threading
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from typing import Any, TypeVar, cast
 
 import torch
 
 from .._torch_compat import without_torch_function
 from .backends.base import Backend, Update
+from .dynamo_disabled import dynamo_disabled
+
+_Method = TypeVar("_Method", bound=Callable[..., Any])
 
 
 class _Flag:
@@ -150,3 +155,26 @@ def run_updates(updates: Sequence[tuple[Backend | None, Update]], done: list[Upd
 def run_in_one_call(updates: Sequence[tuple[Backend | None, Update]]) -> None:
     """Runs updates for which are_one_call() is true."""
     updates[0][0].run_all([update for _, update in updates])  # type: ignore[union-attr]
+
+
+class ForBackground(int):
+    """What step_async() gives step() as `zero_grads`: by it, step() tells this call from those of step hooks."""
+
+    running: AsyncStep
+
+    def __new__(cls, zero_grads: bool, running: AsyncStep) -> ForBackground:
+        self = super().__new__(cls, bool(zero_grads))
+        self.running = running
+        return self
+
+
+def after_async_step(method: _Method) -> _Method:
+    """Makes a method of an optimizer wait for the background step first, and hides it from torch.compile."""
+
+    @dynamo_disabled
+    @functools.wraps(method)
+    def waiting(self: Any, *args: Any, **kwargs: Any) -> Any:
+        self._settle()
+        return method(self, *args, **kwargs)
+
+    return cast(_Method, waiting)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import inspect
 from collections.abc import Callable
 from typing import Any, TypeVar, cast
 
@@ -30,3 +31,12 @@ def dynamo_disabled(method: _Method) -> _Method:
         return method(*args, **kwargs)  # nothing is being compiled
 
     return cast(_Method, hidden)
+
+
+def unguarded(method: Callable[..., Any]) -> Callable[..., Any]:
+    """Strips the guard that hides a method of Optimizer from torch.compile, unless something may be compiling.
+
+    At its first call the guard imports torch._dynamo, which takes about a second. If nobody has imported that yet,
+    nothing is being compiled, and there is nothing to hide from.
+    """
+    return method if _torch_compat.may_compile() else inspect.unwrap(method)

@@ -6,11 +6,12 @@ The other side is csrc/adam/adam_update.h. Must not know about tensors: what may
 from __future__ import annotations
 
 import dataclasses
+import hashlib
 import math
 from collections.abc import Callable
 from typing import Any, SupportsFloat
 
-from .settings import check_number, unpacked_betas
+from .settings import check_number, checked_seed, unpacked_betas
 from .state.precision import Precision
 
 
@@ -144,3 +145,13 @@ def integer_power(base: float, exponent: int) -> float:
         base *= base
         exponent >>= 1
     return result
+
+
+def rng_offset(group: dict[str, Any], where: str, offset: int) -> int:
+    """The rng_offset, 32 bits, of a group's first param, or of the one at `offset`.
+
+    It depends only on what all replicas share: the seed, which is a setting, and the indices of the group and param.
+    """
+    seed = checked_seed(group.get("stochastic_rounding_seed"), f" in {where}")
+    begin = int.from_bytes(hashlib.blake2s(f"{seed} {where}".encode(), digest_size=4).digest(), "little")
+    return (begin + offset) & 0xFFFFFFFF

@@ -8,10 +8,13 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from ...optim.async_step import after_async_step
 from ...optim.batch import AdamBatch, check_on_cpu, check_params_and_grads, check_states
+from ...optim.commit import commit
 from ...optim.interrupts import deferred_signals
-from ...optim.optimizer import AdamOptimizer, GroupStep, after_async_step, evaluate
+from ...optim.optimizer import AdamOptimizer
 from ...optim.settings import check_flags
+from ...optim.step import GroupStep, add_batch, evaluate
 from .rollback import undo_step
 
 
@@ -130,9 +133,9 @@ class DeepSpeedCPUAdam(AdamOptimizer):
         held = self.state.get(subgroup_id)  # type: ignore[call-overload]
         batch.states, batch.owners = [held or {}], batch.params
         step = GroupStep([])
-        self._prepare_batch(step, self._backend_of(batch.params[0], batch.names[0]), batch)
+        add_batch(self, step, self._backend_of(batch.params[0], batch.names[0]), batch)
         step.new_states = [(subgroup_id, state) for _, state in step.new_states]
-        self._commit([step])
+        commit(self.state, [step])
         return loss
 
     @after_async_step

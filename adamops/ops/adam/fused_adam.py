@@ -11,8 +11,9 @@ from torch import Tensor
 from ... import op_builder
 from ...optim.backends.base import Backend
 from ...optim.backends.cuda import CudaBackend
+from ...optim.backends.loading import pure_pytorch
 from ...optim.hyper import AdamHyper
-from ...optim.optimizer import AdamOptimizer, pure_pytorch
+from ...optim.optimizer import AdamOptimizer
 from ...optim.settings import check_flags
 
 

@@ -1,0 +1,91 @@
+"""Completes the states of a batch: what a param's first step, or a step with other settings, finds missing.
+
+Must not know of optimizers.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from .backends.base import Backend
+from .batch import AdamBatch, check_nothing_lost, check_state
+from .state import remainders
+from .state.memory_layout import in_layout_of, is_in_layout_of
+from .state.precision import AVERAGES, MASTER, REMAINDER, SCALES, STATE_TENSORS, Master, Precision, scales_shape
+from .state.quantized_states import is_quantized, with_held_names
+
+
+def is_complete(state: dict[str, Any], param: Tensor, batch: AdamBatch) -> bool:
+    """Whether a state has everything that a step needs, in the memory layout of the param."""
+    needed = {"step", *batch.state_dtypes(param)} - {SCALES}
+    if not state.keys() >= needed or _has_stale_masters(state, param, batch.hyper.precision):
+        return False
+    if not is_in_layout_of(param, state):
+        return False
+    scales = state.get(SCALES)
+    if not is_quantized(state) or not isinstance(scales, Tensor) or scales.dim() != 2:
+        return True
+    return scales.shape[1] >= len(needed & {*AVERAGES})
+
+
+def complete_states(backend: Backend, batch: AdamBatch) -> None:
+    """Adds what the batch's states lack: a step count of 0, zeros, and master weights that start as the params.
+
+    Where the memory layout of a param has changed, its state follows.
+    """
+    held = [with_held_names(state, name) for name, state in zip(batch.names, batch.states, strict=True)]
+    for i, (name, param, state) in enumerate(zip(batch.names, batch.params, held, strict=True)):
+        check_nothing_lost(state, name)
+        check_state(batch.needed_of(state, param), param, name)  # before torch reads them
+        if not is_in_layout_of(param, state):
+            check_state(state, param, name)
+            held[i] = in_layout_of(param, state)
+    completed = [
+        {**state} if "step" in state else {"step": backend.new_step_count(batch.hyper), **state} for state in held
+    ]
+    needed = list(map(batch.state_dtypes, batch.params))
+    for key in STATE_TENSORS:
+        lacking = [i for i, names in enumerate(needed) if key in names and key not in completed[i]]
+        if key == SCALES or not lacking:
+            continue
+        like = [batch.params[i] for i in lacking]
+        dtypes = [needed[i][key] for i in lacking]
+        if key == AVERAGES[2]:  # the other averages may have another dtype than new ones would
+            dtypes = [completed[i][AVERAGES[1]].dtype for i in lacking]
+        for i, zeros in zip(lacking, backend.zeros_like(like, dtypes), strict=True):
+            is_master = key == MASTER
+            completed[i][key] = _initialized_master(zeros, batch.params[i], completed[i]) if is_master else zeros
+    for param, state in zip(batch.params, completed, strict=True):
+        if _has_stale_masters(state, param, batch.hyper.precision):
+            state.pop(MASTER, None)
+            state.pop(REMAINDER, None)
+        if is_quantized(state):
+            _complete_scales(state, param, batch.hyper.amsgrad)
+    batch.states = completed
+
+
+def _initialized_master(master: Tensor, param: Tensor, state: dict[str, Any]) -> Tensor:
+    """Initializes float32 master weights from the param, and from its loaded remainder if there is one."""
+    remainder = state.pop(REMAINDER, None)
+    return master.copy_(param if remainder is None else remainders.join(param, remainder))
+
+
+def _complete_scales(state: dict[str, Any], param: Tensor, amsgrad: bool) -> None:
+    """Adds the scales that a quantized state lacks. Its elements are zeros there, which any scale fits."""
+    shape = scales_shape(param, amsgrad)
+    scales = state.get(SCALES)
+    if scales is None or scales.shape != shape:
+        state[SCALES] = torch.zeros(shape, dtype=torch.bfloat16, device=param.device)
+        if scales is not None:
+            columns = min(scales.shape[1], shape[1])
+            state[SCALES][:, :columns] = scales[:, :columns]
+
+
+def _has_stale_masters(state: Mapping[str, Any], param: Tensor, precision: Precision) -> bool:
+    """Whether the param, now float32, had master weights when it was of 16 bits: a step makes them stale."""
+    is_used = precision.master is Master.NONE or param.dtype != torch.float32
+    return not is_used and (MASTER in state or REMAINDER in state)
