@@ -10,6 +10,7 @@ import pytest
 import torch
 from optimizers import PATHS, STATES, state_tensors
 from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.distributed.tensor import Shard, distribute_tensor
 from torch.nn import Parameter
 
 from adamops import DeepSpeedCPUAdam
@@ -271,6 +272,21 @@ def test_a_grad_of_several_groups_is_zeroed_once_all_have_read_it(PathAdam, stat
     assert not given.any()
     for shared, own in zip(params, alone, strict=True):
         assert torch.equal(shared, own)
+
+
+@pytest.mark.parametrize("zero", [lambda o: o.step(zero_grads=True), lambda o: o.zero_grad(set_to_none=False)])
+def test_no_grad_is_zeroed_if_another_cannot_be(PathAdam, zero, mesh):
+    """In a step that is skipped, torch zeroes all grads, of whatever kind; so does zero_grad()."""
+    first, second = Parameter(torch.randn(8)), Parameter(distribute_tensor(torch.randn(8), mesh, [Shard(0)]))
+    optimizer = PathAdam([first, second])
+    first.grad, second.grad = torch.randn(8), distribute_tensor(torch.randn(8), mesh, [Shard(0)])
+    second.grad._local_tensor = torch.quantize_per_tensor(torch.randn(8), 0.1, 0, torch.qint8)
+    optimizer.found_inf = torch.tensor(1.0)
+    before = first.grad.clone()
+    # The CUDA op skips the step itself, and so refuses the grad before.
+    with pytest.raises(TypeError, match="torch cannot set it to zero|has a grad of torch.qint8"):
+        zero(optimizer)
+    assert torch.equal(first.grad, before)
 
 
 def test_shared_grads_beside_a_zero_tensor_are_zeroed(PathAdam):

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import _thread
 import functools
+import operator
 import os
 import threading
 from collections.abc import Callable, Sequence
@@ -11,9 +12,10 @@ from typing import Any, TypeVar, cast
 
 import torch
 
-from .._torch_compat import without_torch_function
+from .._torch_compat import step_post_hooks, without_torch_function
 from .backends.base import Backend, Update
 from .dynamo_disabled import dynamo_disabled
+from .interrupts import deferred_signals
 
 _Method = TypeVar("_Method", bound=Callable[..., Any])
 
@@ -178,3 +180,26 @@ def after_async_step(method: _Method) -> _Method:
         return method(self, *args, **kwargs)
 
     return cast(_Method, waiting)
+
+
+def start_step(optimizer: Any, threads: int | None, zero_grads: bool, lowp_out: Any) -> AsyncStep:
+    """Starts a step of an optimizer in the background: AdamOptimizer.step_async()."""
+    if threads is not None and operator.index(threads) < 1:
+        raise ValueError(f"Invalid threads: {threads}; expected 1 or more")
+    if step_post_hooks(optimizer):
+        raise RuntimeError(
+            "step_async() ends before the step does, so hooks after the step cannot be called; use step()"
+        )
+    optimizer._settle()
+    running = AsyncStep(threads or torch.get_num_threads())
+    try:
+        # By its name, as schedulers and hooks wrap it.
+        optimizer.step(zero_grads=ForBackground(zero_grads, running), lowp_out=lowp_out)
+    except Exception as error:
+        running.fail(error)
+    else:
+        with deferred_signals():  # no thread may write params without the optimizer knowing
+            optimizer._running = running
+            running.start()
+    optimizer._running = running
+    return running

@@ -36,7 +36,14 @@ def zeroable_grads(group: dict[str, Any], where: str) -> list[Tensor]:
     grads = [grad for grad in local_grads(group, where) if not is_zero_tensor(grad)]
     for grad in grads:
         check_writable(grad, f"{where}: a grad")
+        check_not_quantized(grad, f"{where}: a grad")
     return grads
+
+
+def check_not_quantized(grad: Tensor, what: str) -> None:
+    """Raises TypeError for a quantized tensor, which torch does not zero in place. `what` begins the message."""
+    if grad.is_quantized:
+        raise TypeError(f"{what} is quantized ({grad.dtype}), and torch cannot set it to zero; set it to None")
 
 
 def sharded_grads(params: Sequence[Tensor]) -> list[Tensor]:

@@ -5,7 +5,6 @@ step() is short: resolve the settings, prepare all groups (step.py), commit (com
 
 from __future__ import annotations
 
-import operator
 import sys
 from collections.abc import Callable, Sequence
 from typing import Any
@@ -14,11 +13,10 @@ import torch
 from torch import Tensor
 from torch.optim import Optimizer
 
-from .. import _torch_compat
 from . import dtensor
 from .accelerate import check_not_replaced
 from .amp import StepSupportsAmpScaling
-from .async_step import AsyncStep, ForBackground, after_async_step
+from .async_step import AsyncStep, ForBackground, after_async_step, start_step
 from .backends.base import Backend
 from .backends.loading import load_host_backend
 from .batch import check_on_cpu
@@ -28,26 +26,16 @@ from .clipping import ClippedGrads
 from .commit import commit
 from .dynamo_disabled import dynamo_disabled, unguarded
 from .float_environment import in_default_float_environment
-from .grads import with_grads
+from .grads import check_not_quantized, with_grads
 from .group_precisions import GroupPrecisions, checked_precision
 from .hyper import AdamHyper, to_number
 from .hyper import rng_offset as rng_offset_of
-from .interrupts import deferred_signals
 from .memory import check_readable, check_writable
 from .param_groups import check_settings, checked_params
 from .profiled import profiled
 from .settings import FLAGS, check_betas, check_flags, check_hyper, checked_seed
 from .state.precision import EIGHT_BIT, Precision, precision_of
-from .step import (
-    GroupStep,
-    GroupToStep,
-    check_params_do_not_overlap,
-    checked_lowp_outs,
-    evaluate,
-    params_overlap,
-    prepare,
-    prepare_group,
-)
+from .step import GroupToStep, check_shared_memory, checked_lowp_outs, evaluate, prepare, prepare_group
 from .wrapper_shared_attribute import WrapperSharedAttribute
 
 _CPU = torch.device("cpu")
@@ -144,6 +132,7 @@ class AdamOptimizer(CheckpointedOptimizer):
                     # torch itself raises for zero tensors, but not for those inside DTensors.
                     is_sharded = dtensor.is_sharded(group["params"][index])
                     (check_writable if is_sharded else check_readable)(grad, f"{name}: its grad")
+                    check_not_quantized(grad, f"{name}: its grad")
         unguarded(Optimizer.zero_grad)(self, set_to_none)
 
     @after_async_step
@@ -236,18 +225,9 @@ class AdamOptimizer(CheckpointedOptimizer):
         steps = prepare(self, groups, outs, zero_grads)
         if outs and steps:
             steps[-1].sharded += [out for out in lowp_out or () if out is not None and dtensor.is_sharded(out)]
-        self._check_shared_memory(groups, steps)
+        check_shared_memory(self, groups, steps)
         commit(self.state, steps, background)
         return loss
-
-    def _check_shared_memory(self, groups: Sequence[GroupToStep], steps: Sequence[GroupStep]) -> None:
-        """Raises ValueError if two params that a step is to update share memory. Cheap if none is new."""
-        has_new_params = self._shared.get("was_loaded") or any(step.has_new_params for step in steps)
-        if has_new_params or self._shared.get("shares_memory"):
-            check_params_do_not_overlap(groups)
-        if has_new_params:
-            params = [param for group in self.param_groups for param in group["params"]]
-            self._shared.update(was_loaded=False, shares_memory=params_overlap(params, self.state))
 
     @dynamo_disabled
     def step_async(
@@ -274,25 +254,7 @@ class AdamOptimizer(CheckpointedOptimizer):
         RuntimeError
             If there are step post-hooks: the step would not be done when they are called.
         """
-        if threads is not None and operator.index(threads) < 1:
-            raise ValueError(f"Invalid threads: {threads}; expected 1 or more")
-        if _torch_compat.step_post_hooks(self):
-            raise RuntimeError(
-                "step_async() ends before the step does, so hooks after the step cannot be called; use step()"
-            )
-        self._settle()
-        running = AsyncStep(threads or torch.get_num_threads())
-        try:
-            # By its name, as schedulers and hooks wrap it.
-            self.step(zero_grads=ForBackground(zero_grads, running), lowp_out=lowp_out)  # type: ignore[arg-type]
-        except Exception as error:
-            running.fail(error)
-        else:
-            with deferred_signals():  # no thread may write params without the optimizer knowing
-                self._running = running
-                running.start()
-        self._running = running
-        return running
+        return start_step(self, threads, zero_grads, lowp_out)
 
     def _settle(self) -> None:
         """Waits for the background step, if there is one, and raises its error if nobody has seen it yet."""

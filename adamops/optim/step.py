@@ -29,6 +29,7 @@ class Steppable(Protocol):
 
     state: Any
     _backends: dict[torch.device, Backend]
+    _shared: dict[str, Any]  # what wrappers of the optimizer share with it
 
     def _backend_of(self, param: Tensor, name: str) -> Backend:
         """The backend that updates the param. Raises ValueError if there is none."""
@@ -185,12 +186,17 @@ def checked_lowp_outs(
     return outs
 
 
-def check_params_do_not_overlap(groups: Sequence[GroupToStep]) -> None:
-    """Raises ValueError if two params that have a grad share memory."""
-    check_no_overlap({name: param for where, group, _ in groups for _, name, param, _ in with_grads(group, where)})
+def check_shared_memory(optimizer: Steppable, groups: Sequence[GroupToStep], steps: Sequence[GroupStep]) -> None:
+    """Raises ValueError if two params that a step is to update share memory. Does nothing if none is new."""
+    has_new_params = optimizer._shared.get("was_loaded") or any(step.has_new_params for step in steps)
+    if has_new_params or optimizer._shared.get("shares_memory"):
+        check_no_overlap({name: param for where, group, _ in groups for _, name, param, _ in with_grads(group, where)})
+    if has_new_params:
+        params = [param for _, group, _ in groups for param in group["params"]]
+        optimizer._shared.update(was_loaded=False, shares_memory=_any_share_memory(params, optimizer.state))
 
 
-def params_overlap(params: Sequence[Tensor], states: Any) -> bool:
+def _any_share_memory(params: Sequence[Tensor], states: Any) -> bool:
     """Whether params that have a grad, or have had one, share memory, so that no step may update two of them."""
     held = [dtensor.local(param) for param in params if param.grad is not None or param in states]
     try:
