@@ -219,23 +219,28 @@ class BandwidthProbe:
 
     def __init__(self, optimizer: Optimizer) -> None:
         self.module = op_builder.get("cpu_adam").load()
-        states = [optimizer.state[param] for param in optimizer.state]
-        params = list(optimizer.state)
-        columns: list[list[Tensor]] = [
-            params,
-            [param.grad for param in params if param.grad is not None],
-            [state["exp_avg"] for state in states],
-            [state["exp_avg_sq"] for state in states],
-        ]
-        self.tensors = columns  # kept alive here, as the table owns nothing
-        codes = [DTYPES.index(column[0].dtype) for column in columns]
-        self.table = self.module.table_of_addresses(
-            *([tensor.data_ptr() for tensor in column] for column in columns),
-            max_exp_avg_sqs=None,
-            numels=[param.numel() for param in params],
-            dtypes=[codes[0] + 3 * codes[1] + 9 * codes[2]] * len(params),
-            steps=[1] * len(params),
-        )
+        codes = {dtype: self.module.DTYPES[str(dtype).removeprefix("torch.")] for dtype in DTYPES}
+        rows = []
+        self.tensors: list[Tensor] = []  # kept alive here, as the table owns nothing
+        for param, state in optimizer.state.items():
+            if param.grad is None:
+                continue
+            tensors = [param, param.grad, state["exp_avg"], state["exp_avg_sq"]]
+            self.tensors += tensors
+            addresses = [tensor.data_ptr() for tensor in tensors]
+            rows.append(
+                {
+                    "param": addresses[0],
+                    "grad": addresses[1],
+                    "states": addresses[2:],
+                    "numel": param.numel(),
+                    "param_dtype": codes[param.dtype],
+                    "grad_dtype": codes[param.grad.dtype],
+                    "state_dtype": codes[state["exp_avg"].dtype],
+                    "step": 1,
+                }
+            )
+        self.table = self.module.table_of_rows(rows)
 
     def __call__(self, prefetch_bytes: int) -> None:
         """Moves all bytes once with this prefetch distance in bytes; 0 means no prefetch."""

@@ -17,7 +17,7 @@
 #include "simd/cpu_features.h"
 
 // Declares `const Target target` in the namespace of each SIMD target of the build, to be defined by the kernel's
-// source, and lists the targets. The build (op_builder/cpu.py) supplies ADAMOPS_TARGETS(X), best target first:
+// source, and lists the targets. The build (op_builder/simd.py) supplies ADAMOPS_TARGETS(X), best target first:
 // X(avx512) X(avx2) X(baseline), for example. Use in namespace adamops, with ADAMOPS_TARGET_TYPE defined.
 #define ADAMOPS_DECLARE_TARGET(name)       \
   namespace name {                         \

@@ -19,31 +19,32 @@ from kernel_check import (
     scalars_of,
     small_tensors,
     stored,
+    table_of,
 )
 
 SIZES = [0, 1, 8, 17, 255, 4096, 4099]
 SCALARS = (1.0, 0.9, 1 - 0.9, 0.999, 1 - 0.999, -1e-3, 1.0, 1e-8, 1.0)
 
 
-def table_of(module, rows, offset, code, amsgrad, with_master, steps=None):
+def table_of_rows(module, rows, offset, kind, amsgrad, with_master, steps=None):
     """The table of rows of arrays: param, grad, exp_avg, exp_avg_sq, max_exp_avg_sq, master."""
     columns = [[row[k].buffer_info()[0] + offset * row[k].itemsize for row in rows] for k in range(6)]
-    return module.table_of_addresses(
-        *columns[:4],
-        columns[4] if amsgrad else None,
+    return table_of(
+        module,
+        [*columns[:4], columns[4] if amsgrad else None, columns[5] if with_master else None],
         SIZES,
-        [code] * len(SIZES),
+        kind,
         steps or [1] * len(SIZES),
-        columns[5] if with_master else None,
-        steps is not None,
+        counts_on_device=steps is not None,
     )
 
 
-def step_by_device_counts(cuda, rows, offset, code, amsgrad, with_master, l2):
+def step_by_device_counts(cuda, rows, offset, kind, amsgrad, with_master, l2):
     """A step, the first, with counts and scalars on the device, without bias correction, so that they are SCALARS."""
     counts = [array.array("f", [0.0]) for _ in SIZES]  # each in memory of its own
     scalars, found_inf = array.array("f", [0.0] * 11 * len(SIZES)), array.array("f", [0.0])
-    table = table_of(cuda, rows, offset, code, amsgrad, with_master, [count.buffer_info()[0] for count in counts])
+    places = [count.buffer_info()[0] for count in counts]
+    table = table_of_rows(cuda, rows, offset, kind, amsgrad, with_master, places)
     decay = 0.01 if l2 else 0.0
     there = scalars.buffer_info()[0], found_inf.buffer_info()[0]
     cuda.count_steps(
@@ -72,7 +73,7 @@ def main(cuda_path, cpu_path):
         if with_master and (param == FLOAT32 or state != FLOAT32):
             continue
         dtypes = (param, grad, state, state, state, FLOAT32)
-        code = param + 3 * grad + 9 * state
+        kind = (param, grad, state)
         for offset in (0, 1) if (param, state) in ((FLOAT32, FLOAT32), (BFLOAT16, FLOAT32)) else (0,):
             ours = [
                 [
@@ -84,10 +85,10 @@ def main(cuda_path, cpu_path):
             theirs = [[x[:] for x in row] for row in ours]
             scalars = [(*SCALARS, 0.01 if l2 else 0.0)]
             if device_counts:
-                step_by_device_counts(cuda, ours, offset, code, amsgrad, with_master, l2)
+                step_by_device_counts(cuda, ours, offset, kind, amsgrad, with_master, l2)
             else:
-                cuda.adam_step(table_of(cuda, ours, offset, code, amsgrad, with_master), scalars, l2, 0, 0, 0, 0)
-            cpu.adam_step(table_of(cpu, theirs, offset, code, amsgrad, with_master), scalars, l2, 1)
+                cuda.adam_step(table_of_rows(cuda, ours, offset, kind, amsgrad, with_master), scalars, l2, 0, 0, 0, 0)
+            cpu.adam_step(table_of_rows(cpu, theirs, offset, kind, amsgrad, with_master), scalars, l2, 1)
             for our_row, their_row in zip(ours, theirs, strict=True):
                 for x, y, dtype in zip(our_row, their_row, dtypes, strict=True):
                     assert canonical(x, dtype) == canonical(y, dtype), (dtypes, l2, amsgrad, with_master, offset)

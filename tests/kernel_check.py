@@ -94,10 +94,6 @@ class SmallTensor:
         """Of the columns that are floats, others None."""
         return [self.param, self.param, None, None, None, None, None, BFLOAT16]
 
-    def code(self):
-        """The code of its dtypes."""
-        return self.param + 3 * self.param + 9 * QUANTIZED + 36 * BFLOAT16
-
     def bits(self):
         """All that is stored, every NaN made the same."""
         columns = zip(self.columns, self.dtypes(), strict=True)
@@ -106,11 +102,37 @@ class SmallTensor:
     def table(self, module, step, addresses=None):
         """The table of this tensor alone, in the memory that it has or where it was copied to."""
         addresses = addresses or [None if x is None else x.buffer_info()[0] for x in self.columns]
-        column = [None if address is None else [address] for address in addresses]
-        return module.table_of_addresses(
-            *column[:5], [self.size], [self.code()], [step], column[5], False, self.master or FP32_MASTER,
-            column[6], column[7], [self.rng_offset],
-        )  # fmt: skip
+        return table_of(
+            module,
+            [None if address is None else [address] for address in addresses],
+            [self.size],
+            (self.param, self.param, QUANTIZED),
+            [step],
+            master=self.master,
+            lowp_dtype=BFLOAT16,
+            rng_offset=self.rng_offset,
+        )
+
+
+COLUMNS = ("param", "grad", "exp_avg", "exp_avg_sq", "max_exp_avg_sq", "master", "scales", "lowp_out")
+
+
+def table_of(module, columns, numels, dtypes, steps, master=None, counts_on_device=False, lowp_dtype=0, rng_offset=0):
+    """A table of columns of addresses, in the order of COLUMNS; one that is None, or left out, exists for no tensor.
+
+    `dtypes` are those of params, grads and states; `master` is by default FP32_MASTER if there are any.
+    """
+    columns = dict(itertools.zip_longest(COLUMNS, columns))
+    amsgrad = columns["max_exp_avg_sq"] is not None
+    rows = []
+    for i, (numel, step) in enumerate(zip(numels, steps, strict=True)):
+        row = {name: None if column is None else column[i] for name, column in columns.items()}
+        row["states"] = [row.pop(name) for name in ("exp_avg", "exp_avg_sq", "max_exp_avg_sq")][: 3 if amsgrad else 2]
+        row |= dict(zip(("param_dtype", "grad_dtype", "state_dtype"), dtypes, strict=True))
+        rows.append(row | {"numel": numel, "step": step, "lowp_dtype": lowp_dtype, "rng_offset": rng_offset})
+    if master is None:
+        master = FP32_MASTER if columns["master"] is not None else NO_MASTER
+    return module.table_of_rows(rows, amsgrad, master, counts_on_device)
 
 
 def small_tensors(rng, sizes):
@@ -146,7 +168,6 @@ def digest(module, threads=1):
     for (param, grad, state), l2, amsgrad, maximize, with_master in modes:
         if with_master and (param == FLOAT32 or state != FLOAT32):
             continue
-        code = param + 3 * grad + 9 * state
         for size in SIZES:
             data = [
                 stored(random_values(rng, size), param),
@@ -159,7 +180,8 @@ def digest(module, threads=1):
             addresses = [[x.buffer_info()[0]] for x in data]
             max_exp_avg_sqs, masters = addresses[4] if amsgrad else None, addresses[5] if with_master else None
             for step in (1, 2):
-                table = module.table_of_addresses(*addresses[:4], max_exp_avg_sqs, [size], [code], [step], masters)
+                columns = [*addresses[:4], max_exp_avg_sqs, masters]
+                table = table_of(module, columns, [size], (param, grad, state), [step])
                 module.adam_step(table, [scalars_of(step, maximize, l2)], bool(l2), threads)
             for x, dtype in zip(data, (param, grad, state, state, state, FLOAT32), strict=True):
                 sha.update(canonical(x, dtype))

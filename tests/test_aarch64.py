@@ -26,6 +26,7 @@ from kernel_check import (
     scalars_of,
     small_tensors,
     stored,
+    table_of,
 )
 
 HERE = Path(__file__).resolve().parent
@@ -54,14 +55,8 @@ def step_here(cpu_adam, kind, scalars, arrays):
     """The same step by the extension of this machine."""
     param, grad, state, with_master, l2, amsgrad = kind
     addresses = [[array.buffer_info()[0]] for array in arrays]
-    table = cpu_adam.table_of_addresses(
-        *addresses[:4],
-        addresses[4] if amsgrad else None,
-        [len(arrays[0])],
-        [param + 3 * grad + 9 * state],
-        [1],
-        addresses[5] if with_master else None,
-    )
+    columns = [*addresses[:4], addresses[4] if amsgrad else None, addresses[5] if with_master else None]
+    table = table_of(cpu_adam, columns, [len(arrays[0])], (param, grad, state), [1])
     cpu_adam.adam_step(table, [scalars], bool(l2), 1)
 
 

@@ -7,6 +7,7 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from kernel_check import table_of
 from reference import exact, float64, narrow_average, widen
 
 from adamops import op_builder
@@ -63,15 +64,10 @@ class Case:
         edges = [0, *sorted(cuts), self.size]
         pieces = [list(x.tensor_split(edges[1:-1])) for x in copies]
         columns = [[piece.data_ptr() for piece in column] for column in pieces]
-        p, g, s = (CODE[d] for d in self.dtypes)
         count = len(edges) - 1
-        table = MODULE.table_of_addresses(
-            *columns[:4],
-            columns[4] if self.amsgrad else None,
-            numels=[b - a for a, b in zip(edges, edges[1:], strict=False)],
-            dtypes=[p + 3 * g + 9 * s] * count,
-            steps=[self.step] * count,
-        )
+        numels = [b - a for a, b in zip(edges, edges[1:], strict=False)]
+        columns = [*columns[:4], columns[4] if self.amsgrad else None]
+        table = table_of(MODULE, columns, numels, [CODE[d] for d in self.dtypes], [self.step] * count)
         assert len(table) == count
         MODULE.adam_step(table, [self.scalars], self.l2, threads)
         assert torch.equal(copies[1].nan_to_num(), self.data[1].nan_to_num()), "the grad was written to"

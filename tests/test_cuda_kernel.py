@@ -9,6 +9,7 @@ import sys
 from pathlib import Path
 
 import cuda_emulation
+import kernel_check
 import pytest
 import torch
 from hypothesis import given, settings
@@ -90,17 +91,12 @@ def cpu_step(op, t, l2, scalars, steps=None):
 
 
 def table_of(op, t, params, grads, dtypes, steps=None, masters=None, counts_on_device=False):
-    p, g, s = (CODE[dtype] for dtype in dtypes)
-    return op.table_of_addresses(
-        params=addresses(params),
-        grads=addresses(grads),
-        exp_avgs=addresses(t.exp_avgs),
-        exp_avg_sqs=addresses(t.exp_avg_sqs),
-        max_exp_avg_sqs=addresses(t.max_exp_avg_sqs),
-        numels=t.numels,
-        dtypes=[p + 3 * g + 9 * s] * len(t.numels),
-        steps=steps or [1] * len(t.numels),
-        masters=addresses(masters),
+    return kernel_check.table_of(
+        op,
+        list(map(addresses, (params, grads, t.exp_avgs, t.exp_avg_sqs, t.max_exp_avg_sqs, masters))),
+        t.numels,
+        [CODE[dtype] for dtype in dtypes],
+        steps or [1] * len(t.numels),
         counts_on_device=counts_on_device,
     )
 
@@ -109,7 +105,7 @@ def table_of_counts(op, counts):
     """A table of empty tensors whose step counts lie on the device."""
     empty = [0] * len(counts)
     steps = [counts.data_ptr() + 4 * i for i in range(len(counts))]
-    return op.table_of_addresses(empty, empty, empty, empty, None, empty, empty, steps, counts_on_device=True)
+    return kernel_check.table_of(op, [empty] * 4, empty, (0, 0, 0), steps, counts_on_device=True)
 
 
 def assert_same_bits(ours, theirs):

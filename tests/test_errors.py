@@ -417,14 +417,46 @@ def test_params_that_share_memory(Adam):
     Adam(halves).step()  # neighbours are no overlap
 
 
-def test_the_op_refuses_columns_that_do_not_belong_together(cpu_adam):
-    with pytest.raises(ValueError, match="exp_avgs has 1 entries, expected 2"):
-        cpu_adam.table_of_addresses([1, 2], [1, 2], [1], [1, 2], None, [0, 0], [0, 0], [1, 1])
-    with pytest.raises(ValueError, match="unknown dtype code 108"):
-        cpu_adam.table_of_addresses([1], [1], [1], [1], None, [0], [108], [1])
-    table = cpu_adam.table_of_addresses([1], [1], [1], [1], None, [0], [1 + 3 * 2], [1])
+ROW = {
+    "param": 0,
+    "grad": 0,
+    "states": [0, 0],
+    "numel": 0,
+    "param_dtype": 0,
+    "grad_dtype": 0,
+    "state_dtype": 0,
+    "step": 1,
+}
+
+
+@pytest.mark.parametrize(
+    ("rows", "error", "words"),
+    [
+        ([{**ROW, "grads": 0}], ValueError, "a field of an unknown name"),
+        ([{key: value for key, value in ROW.items() if key != "grad"}], ValueError, "a row of a table has no grad"),
+        ([{**ROW, "states": [0]}], ValueError, "a row's states are not 2 addresses"),
+        ([{**ROW, "states": None}], ValueError, "a row of a table has no states"),
+        ([{**ROW, "param_dtype": 3}], ValueError, "param_dtype is 3, which is no dtype"),
+        ([{**ROW, "state_dtype": 4}], ValueError, "state_dtype is 4, which is no dtype"),
+        ([{**ROW, "numel": "1"}], TypeError, "numel of a row is not an int of 0 or more"),
+        ([{**ROW, "numel": -1}], TypeError, "numel of a row is not an int of 0 or more"),
+        ([{**ROW, "param": 2**64}], TypeError, "param of a row is not an int of 0 or more"),
+        ([[0, 0]], TypeError, "a row of a table is not a dict"),
+        ([{**ROW, "counted_in": 1}], TypeError, "counted_in of a row is not a dict"),
+        ([{**ROW, "counted_in": {}}, ROW], ValueError, "some rows have counted_in, and others have not"),
+    ],
+)
+def test_the_op_refuses_rows_that_are_not_of_a_table(cpu_adam, rows, error, words):
+    with pytest.raises(error, match=words):
+        cpu_adam.table_of_rows(rows)
+
+
+def test_the_op_refuses_dtypes_that_do_not_go_together_and_targets_that_it_lacks(cpu_adam):
+    table = cpu_adam.table_of_rows([{**ROW, "param_dtype": 1, "grad_dtype": 2}])
     with pytest.raises(ValueError, match="no kernel for these dtypes"):
         cpu_adam.adam_step(table, [(0.0,) * 10], False, 1)
+    with pytest.raises(ValueError, match="unknown kind of master 4"):
+        cpu_adam.table_of_rows([ROW], False, 4)
     with pytest.raises(ValueError, match="no SIMD target 'avx1024' in this build; it has: .*baseline"):
         cpu_adam.use_target("avx1024")
 

@@ -9,6 +9,7 @@ import random
 
 import pytest
 import torch
+from kernel_check import table_of
 
 from adamops import DeepSpeedCPUAdam, op_builder
 from adamops.optim.hyper import AdamHyper
@@ -183,7 +184,7 @@ def test_the_op_computes_the_scalars_that_python_computes(bias_correction, adamw
         results = []
         for scalars in (hyper.numbers(), [hyper.scalars(step)]):
             columns = [tensor.clone() for tensor in start]
-            table = MODULE.table_of_addresses(*([tensor.data_ptr()] for tensor in columns), None, [64], [0], [step])
+            table = table_of(MODULE, [[tensor.data_ptr()] for tensor in columns], [64], (0, 0, 0), [step])
             MODULE.adam_step(table, scalars, hyper.l2, 1)
             results.append([torch.where(tensor.isnan(), torch.inf, tensor) for tensor in columns])
         assert bits(results[0]) == bits(results[1]), (hyper, step)

@@ -9,10 +9,28 @@ import dataclasses
 import hashlib
 import math
 from collections.abc import Callable
-from typing import Any, SupportsFloat
+from typing import Any, NamedTuple, SupportsFloat
 
 from .settings import check_number, checked_seed, unpacked_betas
 from .state.precision import Precision
+
+
+class AdamScalars(NamedTuple):
+    """The scalars of one step in the order of struct AdamScalars of csrc/adam/adam_update.h, which says what each is.
+
+    They are doubles here, to be rounded to float once.
+    """
+
+    grad_scale: float
+    beta1: float
+    one_minus_beta1: float
+    beta2: float
+    one_minus_beta2: float
+    negative_step_size: float
+    inverse_sqrt_bias2: float
+    eps: float
+    decay: float
+    l2: float
 
 
 @dataclasses.dataclass(slots=True, eq=False, repr=False)  # created at each step: frozen=True would cost a microsecond
@@ -94,28 +112,28 @@ class AdamHyper:
             float(self.grad_factor),
         )
 
-    def scalars(self, step: int) -> tuple[float, ...]:
-        """The fields of AdamScalars in csrc/adam/adam_update.h, in order, as doubles to be rounded to float once.
+    def scalars(self, step: int) -> AdamScalars:
+        """The scalars of a step, which counts from 1 (t in Algorithm 1 of arXiv 1412.6980).
 
         For updates in pure PyTorch. The ops compute the same scalars from numbers(), whatever the floating-point
-        environment of the calling thread. `step` counts from 1 (t in Algorithm 1 of arXiv 1412.6980).
+        environment of the calling thread.
         """
         lr, scale = float(self.lr), float(self.loss_scale)
         inverse_scale = 1.0 / scale if scale else math.copysign(math.inf, scale)  # as in IEEE 754, and so on GPUs
         inverse_scale *= float(self.grad_factor)
         bias1 = 1.0 - integer_power(self.beta1, step) if self.bias_correction else 1.0
         bias2 = 1.0 - integer_power(self.beta2, step) if self.bias_correction else 1.0
-        return (
-            -inverse_scale if self.maximize else inverse_scale,
-            self.beta1,
-            1.0 - self.beta1,
-            self.beta2,
-            1.0 - self.beta2,
-            -lr / bias1,
-            1.0 / math.sqrt(bias2),
-            self.eps,
-            1.0 - lr * self.weight_decay if self.adamw_mode else 1.0,
-            self.weight_decay if self.l2 else 0.0,
+        return AdamScalars(
+            grad_scale=-inverse_scale if self.maximize else inverse_scale,
+            beta1=self.beta1,
+            one_minus_beta1=1.0 - self.beta1,
+            beta2=self.beta2,
+            one_minus_beta2=1.0 - self.beta2,
+            negative_step_size=-lr / bias1,
+            inverse_sqrt_bias2=1.0 / math.sqrt(bias2),
+            eps=self.eps,
+            decay=1.0 - lr * self.weight_decay if self.adamw_mode else 1.0,
+            l2=self.weight_decay if self.l2 else 0.0,
         )
 
 

@@ -2,10 +2,10 @@
 #include "adam_table.h"
 
 #include <algorithm>
+#include <array>
 #include <initializer_list>
 #include <string>
 
-#include "../column.h"
 #include "quantized_blocks.h"
 
 namespace py = pybind11;
@@ -61,6 +61,81 @@ Master master_of_number(int number) {
     throw py::value_error("unknown kind of master " + std::to_string(number));
   return static_cast<Master>(number);
 }
+
+// A row of a table as Python gives it: fields by name, each of which must be read.
+class Row {
+ public:
+  explicit Row(py::handle fields) : fields_(fields.ptr()) {
+    if (!PyDict_Check(fields_)) throw py::type_error("a row of a table is not a dict");
+  }
+
+  size_t number(const char* name) { return to_number(name, find_required(name)); }
+  size_t number(const char* name, size_t otherwise) {
+    PyObject* const value = find(name);
+    return value ? to_number(name, value) : otherwise;
+  }
+  template <class T>
+  T* required(const char* name) {
+    return reinterpret_cast<T*>(number(name));
+  }
+  template <class T>
+  T* optional(const char* name) {
+    return reinterpret_cast<T*>(number(name, 0));
+  }
+
+  // The addresses of the states; null beyond `count`.
+  std::array<void*, 3> states(size_t count) {
+    const auto given = py::reinterpret_borrow<py::sequence>(find_required("states"));
+    if (!PySequence_Check(given.ptr()) || given.size() != count)
+      throw py::value_error("a row's states are not " + std::to_string(count) + " addresses");
+    std::array<void*, 3> addresses{};
+    for (size_t i = 0; i < count; ++i)
+      addresses[i] = reinterpret_cast<void*>(to_number("states", py::object(given[i]).ptr()));
+    return addresses;
+  }
+
+  // A dtype up to `last`; `otherwise` is that of a row without the field.
+  Dtype dtype(const char* name, Dtype last, size_t otherwise) { return to_dtype(name, last, number(name, otherwise)); }
+  Dtype dtype(const char* name, Dtype last) { return to_dtype(name, last, number(name)); }
+
+  // A new reference to a dict; empty if there is none.
+  py::object dict(const char* name) {
+    PyObject* const value = find(name);
+    if (value && !PyDict_Check(value)) throw py::type_error(std::string(name) + " of a row is not a dict");
+    return py::reinterpret_borrow<py::object>(value);
+  }
+
+  void check_all_read() const {
+    if (PyDict_Size(fields_) != read_) throw py::value_error("a row of a table has a field of an unknown name");
+  }
+
+ private:
+  PyObject* find(const char* name) {
+    PyObject* const value = PyDict_GetItemString(fields_, name);
+    read_ += value != nullptr;
+    return value == Py_None ? nullptr : value;
+  }
+  PyObject* find_required(const char* name) {
+    PyObject* const value = find(name);
+    if (!value) throw py::value_error(std::string("a row of a table has no ") + name);
+    return value;
+  }
+  static Dtype to_dtype(const char* name, Dtype last, size_t found) {
+    if (found > last) throw py::value_error(std::string(name) + " is " + std::to_string(found) + ", which is no dtype");
+    return static_cast<Dtype>(found);
+  }
+  static size_t to_number(const char* name, PyObject* value) {
+    const size_t number = PyLong_Check(value) ? PyLong_AsSize_t(value) : static_cast<size_t>(-1);
+    if (number == static_cast<size_t>(-1)) {
+      PyErr_Clear();
+      throw py::type_error(std::string(name) + " of a row is not an int of 0 or more");
+    }
+    return number;
+  }
+
+  PyObject* fields_;
+  Py_ssize_t read_ = 0;
+};
 
 // Finds the states of params one after another. The dict of states usually has them in the order of the params.
 // Comparing a pointer then replaces torch's hash of a tensor, which is a Python function.
@@ -314,48 +389,40 @@ std::unique_ptr<AdamTable> table_of_params(const TensorReader& reader, const py:
   return table;
 }
 
-std::unique_ptr<AdamTable> table_of_addresses(const py::list& params, const py::list& grads, const py::list& exp_avgs,
-                                              const py::list& exp_avg_sqs, const py::object& max_exp_avg_sqs,
-                                              const py::list& numels, const py::list& dtypes, const py::list& steps,
-                                              const py::object& masters, bool counts_on_device, int master,
-                                              const py::object& scales, const py::object& lowp_outs,
-                                              const py::object& rng_offsets, const py::object& states) {
-  const size_t count = params.size();
-  const bool amsgrad = !max_exp_avg_sqs.is_none();
-  const Column param(params, count, "params"), grad(grads, count, "grads"), exp_avg(exp_avgs, count, "exp_avgs"),
-      exp_avg_sq(exp_avg_sqs, count, "exp_avg_sqs"), numel(numels, count, "numels"), code(dtypes, count, "dtypes"),
-      step(steps, count, "steps");
-  const OptionalColumn max_exp_avg_sq(max_exp_avg_sqs, count, "max_exp_avg_sqs"),
-      master_address(masters, count, "masters"), scale(scales, count, "scales"),
-      lowp_out(lowp_outs, count, "lowp_outs"), rng_offset(rng_offsets, count, "rng_offsets");
-  auto table = std::make_unique<AdamTable>(amsgrad, masters.is_none() ? kNoMaster : master_of_number(master));
-  table->reserve(count);
-  constexpr size_t kStates = kDtypeCount + 1;  // and kQuantized
-  for (size_t i = 0; i < count; ++i) {
-    size_t digits = code[i];
-    const auto next = [&digits](size_t base) {
-      const size_t digit = digits % base;
-      digits /= base;
-      return static_cast<Dtype>(digit);
-    };
-    const Dtype p = next(kDtypeCount), g = next(kDtypeCount), s = next(kStates), lowp = next(kDtypeCount);
-    if (digits) throw py::value_error("unknown dtype code " + std::to_string(code[i]));
-    table->dtypes.push_back({p, g, s, master_address[i] ? table->master : kNoMaster, lowp});
-    table->tensors.push_back({param.pointer<void>(i), grad.pointer<void>(i), exp_avg.pointer<void>(i),
-                              exp_avg_sq.pointer<void>(i), max_exp_avg_sq.pointer<void>(i),
-                              master_address.pointer<void>(i), scale.pointer<uint16_t>(i), lowp_out.pointer<void>(i),
-                              static_cast<int64_t>(numel[i]), static_cast<uint32_t>(rng_offset[i])});
+std::unique_ptr<AdamTable> table_of_rows(const py::list& rows, bool amsgrad, int master, bool counts_on_device) {
+  auto table = std::make_unique<AdamTable>(amsgrad, master_of_number(master));
+  table->reserve(rows.size());
+  size_t counted = 0;
+  for (const py::handle fields : rows) {
+    Row row(fields);
+    AdamTensor tensor{};
+    tensor.param = row.required<void>("param");
+    tensor.grad = row.required<void>("grad");
+    const auto states = row.states(amsgrad ? 3 : 2);
+    tensor.exp_avg = states[0];
+    tensor.exp_avg_sq = states[1];
+    tensor.max_exp_avg_sq = states[2];
+    tensor.master = row.optional<void>("master");
+    tensor.scales = row.optional<uint16_t>("scales");
+    tensor.lowp_out = row.optional<void>("lowp_out");
+    tensor.numel = static_cast<int64_t>(row.number("numel"));
+    tensor.rng_offset = static_cast<uint32_t>(row.number("rng_offset", 0));
+    const Master own_master = tensor.master ? table->master : kNoMaster;
+    table->dtypes.push_back({row.dtype("param_dtype", kFloat16), row.dtype("grad_dtype", kFloat16),
+                             row.dtype("state_dtype", kQuantized), own_master,
+                             row.dtype("lowp_dtype", kFloat16, kFloat32)});
+    table->tensors.push_back(tensor);
     if (counts_on_device)
-      table->device_steps.push_back(step.pointer<float>(i));
+      table->device_steps.push_back(row.required<float>("step"));
     else
-      table->add_step(static_cast<int64_t>(step[i]));
-  }
-  if (!states.is_none())
-    for (const py::handle state : states) {
-      if (!PyDict_Check(state.ptr())) throw py::type_error("a state is not a dict");
-      table->add_state(py::reinterpret_borrow<py::object>(state));
+      table->add_step(static_cast<int64_t>(row.number("step")));
+    if (py::object counted_in = row.dict("counted_in")) {
+      table->add_state(std::move(counted_in));
+      ++counted;
     }
-  if (!states.is_none() && py::len(states) != count) throw py::value_error("states are as many as params");
+    row.check_all_read();
+  }
+  if (counted && counted != rows.size()) throw py::value_error("some rows have counted_in, and others have not");
   return table;
 }
 
@@ -402,15 +469,16 @@ void bind_adam_table(py::module_& module) {
       "eligible for the fast path. `first_state` is that of the group's last table: where to look for states first. "
       "`master` "
       "is a Master of csrc/adam/adam_tensor.h.");
-  module.def(
-      "table_of_addresses", &table_of_addresses, py::arg("params"), py::arg("grads"), py::arg("exp_avgs"),
-      py::arg("exp_avg_sqs"), py::arg("max_exp_avg_sqs"), py::arg("numels"), py::arg("dtypes"), py::arg("steps"),
-      py::arg("masters") = py::none(), py::arg("counts_on_device") = false,
-      py::arg("master") = static_cast<int>(kMasterFp32), py::arg("scales") = py::none(),
-      py::arg("lowp_outs") = py::none(), py::arg("rng_offsets") = py::none(), py::arg("states") = py::none(),
-      "A table of columns of addresses, sizes, dtype codes (param + 3 * grad + 9 * state + 36 * lowp_out) and step "
-      "counts, or their addresses, all trusted. A master of 0 means none. Counts are written to the dicts in "
-      "`states`.");
+  module.def("table_of_rows", &table_of_rows, py::arg("rows"), py::arg("amsgrad") = false,
+             py::arg("master") = static_cast<int>(kNoMaster), py::arg("counts_on_device") = false,
+             "A table of rows, dicts with the fields that csrc/adam/adam_table.h names, all trusted.");
+  module.attr("DTYPES") = py::dict(py::arg("float32") = int{kFloat32}, py::arg("bfloat16") = int{kBfloat16},
+                                   py::arg("float16") = int{kFloat16}, py::arg("quantized") = int{kQuantized});
+  module.attr("MASTERS") =
+      py::dict(py::arg("NONE") = int{kNoMaster}, py::arg("FP32") = int{kMasterFp32},
+               py::arg("REMAINDER_8") = int{kRemainder8}, py::arg("REMAINDER_16") = int{kRemainder16});
+  module.attr("QUANTIZATION_BLOCK") = kQuantizationBlock;
+  module.attr("MOST_STEPS") = kMostSteps;
 }
 
 }  // namespace adamops

@@ -1,5 +1,5 @@
 // The table of a step: the tensors of a param group as addresses, sizes and dtypes. It is built from a list of params
-// and their states, or from columns of addresses. Must not know of kernels, threads or hyper-parameters. The modules of
+// and their states, or from rows of addresses. Must not know of kernels, threads or hyper-parameters. The modules of
 // the CPU op and of the CUDA op both contain it.
 #pragma once
 
@@ -48,7 +48,7 @@ class AdamTable {
   void count_steps() const;
 
   // Tells autograd what the step writes, by version counters; with `zero_grads`, the grads too. Does nothing when
-  // called again, or for a table made from addresses.
+  // called again, or for a table made from rows.
   void count_writes(bool zero_grads);
 
   // All tensors whose memory the table borrows; for DTensors, the local ones.
@@ -57,7 +57,7 @@ class AdamTable {
   // For each tensor of each column, its address and the number of bytes that a step reads or writes.
   std::vector<std::pair<uintptr_t, int64_t>> spans() const;
 
-  // For a table made from addresses: keeps the dict that a tensor's step count is written to.
+  // For a table made from rows: keeps the dict that a tensor's step count is written to.
   void add_state(pybind11::object state);
 
   // Adds one param with its grad and its state; for a DTensor, what this rank holds. Returns false if anything about
@@ -96,17 +96,15 @@ std::unique_ptr<AdamTable> table_of_params(const TensorReader& reader, const pyb
                                            const pybind11::dict& states, bool amsgrad, int master,
                                            Py_ssize_t first_state, uint32_t rng_offset);
 
-// The table of columns of addresses, which are trusted. A dtype code is param + 3 * grad + 9 * state + 36 * lowp_out,
-// where state 3 means quantized. `steps` are counts, this step included, or addresses of counts, this step not
-// included. A master of 0 means none. A column that is None exists for no tensor. `states` are the dicts that counts
-// are written to.
-std::unique_ptr<AdamTable> table_of_addresses(const pybind11::list& params, const pybind11::list& grads,
-                                              const pybind11::list& exp_avgs, const pybind11::list& exp_avg_sqs,
-                                              const pybind11::object& max_exp_avg_sqs, const pybind11::list& numels,
-                                              const pybind11::list& dtypes, const pybind11::list& steps,
-                                              const pybind11::object& masters, bool counts_on_device, int master,
-                                              const pybind11::object& scales, const pybind11::object& lowp_outs,
-                                              const pybind11::object& rng_offsets, const pybind11::object& states);
+// The table of rows, dicts with named fields, whose addresses are trusted:
+//   param, grad, states               addresses; `states` are exp_avg, exp_avg_sq and, with amsgrad, max_exp_avg_sq
+//   numel
+//   param_dtype, grad_dtype, state_dtype, lowp_dtype     numbers of Dtype
+//   step                              the count, this step included; or the address of the count before this step
+//   master, scales, lowp_out          addresses; 0, None or left out for what the tensor does not have
+//   rng_offset                        0 if left out
+//   counted_in                        the dict that the step count is written to; in all rows or in none
+std::unique_ptr<AdamTable> table_of_rows(const pybind11::list& rows, bool amsgrad, int master, bool counts_on_device);
 
 // Whether grads of the tables share memory with one another, so that none may be zeroed before all have been read.
 bool grads_overlap(const std::vector<const AdamTable*>& tables);

@@ -17,6 +17,7 @@
 #include "cpu_adam_kernel.h"
 #include "host_scalars.h"
 #include "norm_type.h"
+#include "quantized_blocks.h"
 
 namespace py = pybind11;
 
@@ -26,6 +27,11 @@ namespace adamops {
 ADAMOPS_TARGETS(ADAMOPS_DECLARE_TARGET)
 
 namespace {
+
+// A part begins at a multiple of the grain. So no two threads share a quantization block, which has one scale, nor a
+// cache line of a column of 8 bits, the narrowest.
+static_assert(Partition::kGrain % kQuantizationBlock == 0, "quantized states would depend on the threads");
+static_assert(Partition::kGrain % 64 == 0, "two threads would write to one cache line");
 
 SimdTargets<AdamTarget> simd_targets{ADAMOPS_TARGETS(ADAMOPS_TARGET_ADDRESS)};
 

@@ -137,7 +137,9 @@ def test_converted_checkpoints_continue(tmp_path, before, after, cls, stage, kin
 def test_the_converter_alone_does_not_take_8_bit_states_for_numbers(tmp_path, stage):
     run_on_ranks(save_for_conversion, 1, stage, "DeepSpeedCPUAdam", "", str(tmp_path))
     converted = convert(tmp_path)
-    assert converted.returncode != 0 and "'exp_avg'" in converted.stderr
+    # It misses the averages by their names, or before that fails to cut padding off the scales, which have two columns.
+    assert converted.returncode != 0
+    assert "'exp_avg'" in converted.stderr or "exceeds dimension size" in converted.stderr
 
 
 @pytest.mark.slow

@@ -20,7 +20,7 @@ import torch
 from torch import Tensor
 
 from ...optim.float_environment import in_default_float_environment
-from ...optim.hyper import AdamHyper
+from ...optim.hyper import AdamHyper, AdamScalars
 from ...optim.memory import check_writable
 from ...optim.pieces import each_piece
 
@@ -40,10 +40,9 @@ def undo_step(param: Tensor, grad: Tensor, state: dict[str, Any], hyper: AdamHyp
         raise RuntimeError("Cannot roll back a step with amsgrad: it does not say what max_exp_avg_sq was before")
     if not first and 0.0 in (hyper.beta1, hyper.beta2):
         raise RuntimeError("Cannot roll back a step with a beta of 0: nothing is left of the former average")
-    names = ("scale", "beta1", "c1", "beta2", "c2", "negative_step_size", "inverse_sqrt_bias2", "eps", "decay", "l2")
-    scalars = torch.tensor(hyper.scalars(step), dtype=torch.float32, device="cpu")
-    k = dict(zip(names, scalars.double().tolist(), strict=True))
-    if k["decay"] == 0.0:
+    exact = hyper.scalars(step)
+    k = AdamScalars._make(torch.tensor(exact, dtype=torch.float32, device="cpu").double().tolist())
+    if k.decay == 0.0:
         raise RuntimeError("Cannot roll back a step with lr * weight_decay = 1: nothing is left of the former param")
     keys = ["exp_avg", "exp_avg_sq", *(["max_exp_avg_sq"] if hyper.amsgrad else [])]
     for tensor in (param, *(state[key] for key in keys)):
@@ -59,20 +58,20 @@ def _undo_piece(
     exp_avg_sq: Tensor,
     max_exp_avg_sq: Tensor | None = None,
     *,
-    k: dict[str, float],
+    k: AdamScalars,
     first: bool,
 ) -> None:
     m, v = exp_avg.double(), exp_avg_sq.double()
     largest_v = v if max_exp_avg_sq is None else max_exp_avg_sq.double()
-    denominator = largest_v.sqrt() * k["inverse_sqrt_bias2"] + k["eps"]
+    denominator = largest_v.sqrt() * k.inverse_sqrt_bias2 + k.eps
     # With eps = 0 and a grad of zero, 0 / 0 made the param NaN in the step; there is nothing better to return.
-    former = (param.double() - k["negative_step_size"] * (m / denominator)) / k["decay"]
-    gradient = grad.double() * k["scale"] + k["l2"] * former
+    former = (param.double() - k.negative_step_size * (m / denominator)) / k.decay
+    gradient = grad.double() * k.grad_scale + k.l2 * former
     param.copy_(former)
     if first:
         for average in (exp_avg, exp_avg_sq, max_exp_avg_sq):
             if average is not None:
                 average.zero_()
     else:
-        exp_avg.copy_((m - k["c1"] * gradient) / k["beta1"])
-        exp_avg_sq.copy_(((v - k["c2"] * gradient * gradient) / k["beta2"]).clamp_(min=0.0))
+        exp_avg.copy_((m - k.one_minus_beta1 * gradient) / k.beta1)
+        exp_avg_sq.copy_(((v - k.one_minus_beta2 * gradient * gradient) / k.beta2).clamp_(min=0.0))

@@ -51,7 +51,7 @@ class CudaBackend(TableBackend):
             return super()._prepare_checked(batch)
         counts = [self._device_count(state["step"]) for state in batch.states]
         spare = replace_unused_scales(batch)
-        table = self._table_of_addresses(batch, addresses(counts), counts_on_device=True)
+        table = self._table_of_batch(batch, addresses(counts), counts_on_device=True)
         launch = self._runner(table, batch.hyper, None)
 
         def run() -> None:

@@ -7,10 +7,8 @@ by batch.py and memory.py, which also word the errors.
 from __future__ import annotations
 
 import contextlib
-import itertools
 import math
 from collections.abc import Callable, Sequence
-from operator import attrgetter
 from typing import Any, TypeAlias
 
 import torch
@@ -21,16 +19,18 @@ from ..batch import AdamBatch, check_params_and_grads, check_states
 from ..hyper import AdamHyper
 from ..layout import dense
 from ..memory import PLAIN_TYPES, addresses, in_memory
-from ..state.precision import DTYPES, SCALES, Master, averages_of
+from ..state.precision import DTYPES, SCALES, averages_of
 from . import tensor_layout
 from .base import Update
 
-_DTYPE_CODE = {
-    dtype: code for code, dtype in enumerate((*DTYPES, torch.int8))
-}  # enum Dtype in csrc/dtype.h; quantized states last
+# The op's names of dtypes; int8 is that of exp_avg if states are quantized.
+_DTYPE_NAMES = {
+    torch.float32: "float32",
+    torch.bfloat16: "bfloat16",
+    torch.float16: "float16",
+    torch.int8: "quantized",
+}
 _DLPACK_DEVICE_TYPE = {"cpu": 1, "cuda": 2}
-_dtype = attrgetter("dtype")
-
 
 _NORM_TYPES = (1.0, 2.0, math.inf)
 
@@ -46,6 +46,7 @@ class TableBackend:
     def __init__(self, module: Any, device: torch.device) -> None:
         self.module = module
         self.device = device
+        self._dtype_codes = {dtype: module.DTYPES[name] for dtype, name in _DTYPE_NAMES.items()}
         self._reader = self._new_reader()  # None: tensors are read and checked from Python
         self._first_states: dict[str, int] = {}  # by group: where the next step first looks for states
 
@@ -95,7 +96,7 @@ class TableBackend:
             return None
         read = [dense(in_memory(grad, "a grad")) for grad in grads]  # kept alive until the op has read them
         with without_torch_function():  # Python code of subclasses may have freed others meanwhile
-            codes = [_DTYPE_CODE[grad.dtype] for grad in read]
+            codes = [self._dtype_codes[grad.dtype] for grad in read]
             return self._norm_of((addresses(read, "a grad"), list(map(Tensor.numel, read)), codes), norm_type)
 
     def _columns_of_plain(self, tensors: Sequence[Tensor]) -> Columns | None:
@@ -114,7 +115,7 @@ class TableBackend:
         steps = batch.steps
         spare = replace_unused_scales(batch)
         counts_here = batch.counts_in_tensors
-        table = self._table_of_addresses(batch, steps, states=None if counts_here else batch.counted_states)
+        table = self._table_of_batch(batch, steps, None if counts_here else batch.counted_states)
         call = self._call(table, batch.hyper)
         run = self._runner(table, batch.hyper, call)
 
@@ -168,38 +169,42 @@ class TableBackend:
         )
         return table if table is not None and self._counts_fit(table, hyper) else None
 
-    def _table_of_addresses(
+    def _table_of_batch(
         self,
         batch: AdamBatch,
         steps: list[int],
-        states: list[dict[str, Any]] | None = None,
+        counted_in: Sequence[dict[str, Any] | None] | None = None,
         counts_on_device: bool = False,
     ) -> Any:
-        exp_avgs = batch.column("exp_avg")
-        columns = [list(map(_dtype, tensors)) for tensors in (batch.params, batch.grads, exp_avgs)]
-        combinations = list(zip(*columns, strict=True))
-        outs = batch.lowp_outs or []
-        codes = {c: _DTYPE_CODE[c[0]] + 3 * _DTYPE_CODE[c[1]] + 9 * _DTYPE_CODE[c[2]] for c in set(combinations)}
-        return self.module.table_of_addresses(
-            params=addresses(batch.params),
-            grads=addresses(batch.grads),
-            exp_avgs=addresses(exp_avgs),
-            exp_avg_sqs=addresses(batch.column("exp_avg_sq")),
-            max_exp_avg_sqs=addresses(batch.column("max_exp_avg_sq")) if batch.hyper.amsgrad else None,
-            numels=list(map(Tensor.numel, batch.params)),
-            dtypes=[
-                codes[combination] + (36 * _DTYPE_CODE[out.dtype] if out is not None else 0)
-                for combination, out in itertools.zip_longest(combinations, outs)
-            ],
-            steps=steps,
-            masters=addresses(batch.masters) if batch.hyper.precision.master else None,
+        """The table of a checked batch. `steps` are counts, this step included, or addresses of counts before it."""
+        states = [batch.column(name) for name in averages_of(batch.hyper.amsgrad)]
+        outs = batch.lowp_outs or [None] * len(batch.params)
+        columns = {
+            "param": addresses(batch.params),
+            "grad": addresses(batch.grads),
+            "states": list(zip(*map(addresses, states), strict=True)),
+            "numel": list(map(Tensor.numel, batch.params)),
+            "param_dtype": self._codes(batch.params),
+            "grad_dtype": self._codes(batch.grads),
+            "state_dtype": self._codes(states[0]),
+            "step": steps,
+            "master": addresses(batch.masters),
+            "scales": addresses(batch.scales),
+            "lowp_out": addresses(outs),
+            "lowp_dtype": self._codes(outs),
+            "rng_offset": [(batch.hyper.rng_offset + i) & 0xFFFFFFFF for i in batch.indices or [0] * len(steps)],
+            "counted_in": counted_in or [None] * len(steps),
+        }
+        return self.module.table_of_rows(
+            [dict(zip(columns, row, strict=True)) for row in zip(*columns.values(), strict=True)],
+            amsgrad=batch.hyper.amsgrad,
+            master=batch.hyper.precision.master,
             counts_on_device=counts_on_device,
-            master=batch.hyper.precision.master or Master.FP32,
-            scales=addresses(batch.scales),
-            lowp_outs=addresses(outs) if outs else None,
-            rng_offsets=[(batch.hyper.rng_offset + index) & 0xFFFFFFFF for index in batch.indices] or None,
-            states=states,
         )
+
+    def _codes(self, tensors: Sequence[Tensor | None]) -> list[int | None]:
+        """The op's numbers for the dtypes of tensors; None for None."""
+        return [None if tensor is None else self._dtype_codes[tensor.dtype] for tensor in tensors]
 
 
 def replace_unused_scales(batch: AdamBatch) -> list[tuple[Tensor, Tensor]]:

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from ..batch import AdamBatch, check_params_and_grads, check_states
-from ..hyper import AdamHyper
+from ..hyper import AdamHyper, AdamScalars
 from ..memory import check_writable
 from ..state import remainders
 from ..state.average_rounding import store_average
@@ -96,32 +96,20 @@ def _adam_update(
     param: Tensor,
     grad: Tensor,
     averages: dict[str, Tensor],
-    scalars: tuple[float, ...],
+    k: AdamScalars,
     l2: bool,
     step: int,
 ) -> None:
     """adam_update() of csrc/adam/adam_update.h in pure PyTorch, computed in float32 for every dtype."""
-    (
-        scale,
-        beta1,
-        one_minus_beta1,
-        beta2,
-        one_minus_beta2,
-        negative_step_size,
-        inverse_sqrt_bias2,
-        eps,
-        decay,
-        l2_decay,
-    ) = scalars
-    p, g = param.float(), grad.float() * scale
+    p, g = param.float(), grad.float() * k.grad_scale
     new = {name: average.float() for name, average in averages.items()}
     if l2:
-        g = g + l2_decay * p
-    new["exp_avg"] = beta1 * new["exp_avg"] + one_minus_beta1 * g
-    new["exp_avg_sq"] = largest_v = beta2 * new["exp_avg_sq"] + one_minus_beta2 * g * g
+        g = g + k.l2 * p
+    new["exp_avg"] = k.beta1 * new["exp_avg"] + k.one_minus_beta1 * g
+    new["exp_avg_sq"] = largest_v = k.beta2 * new["exp_avg_sq"] + k.one_minus_beta2 * g * g
     if "max_exp_avg_sq" in new:
         new["max_exp_avg_sq"] = largest_v = torch.maximum(new["max_exp_avg_sq"], largest_v)
-    denominator = largest_v.sqrt() * inverse_sqrt_bias2 + eps
-    param.copy_(p * decay + negative_step_size * (new["exp_avg"] / denominator))
+    denominator = largest_v.sqrt() * k.inverse_sqrt_bias2 + k.eps
+    param.copy_(p * k.decay + k.negative_step_size * (new["exp_avg"] / denominator))
     for name, value in new.items():
         store_average(averages[name], name, value, step)

@@ -1,0 +1,92 @@
+"""What stands in Python and in C++ is the same in both: numbers of dtypes and masters, sizes, the order of scalars."""
+
+import re
+import shutil
+from pathlib import Path
+
+import pytest
+import torch
+from adamops.op_builder import BuildError, CPUAdamBuilder
+from adamops.op_builder.compiler import Compiler
+from adamops.op_builder.spec import SHARED_SOURCES
+
+import adamops
+from adamops import op_builder
+from adamops.optim.backends.cpu import NativeBackend
+from adamops.optim.batch import MOST_STEPS
+from adamops.optim.hyper import AdamHyper, AdamScalars
+from adamops.optim.pieces import PIECE
+from adamops.optim.state.precision import DTYPES, Master
+from adamops.optim.state.quantization import QUANTIZATION_BLOCK
+
+CSRC = SHARED_SOURCES
+
+
+@pytest.fixture(params=["cpu_adam", "fused_adam"])
+def module(request):
+    """The CPU op, and the CUDA op that runs on the host."""
+    return op_builder.get("cpu_adam").load() if request.param == "cpu_adam" else request.getfixturevalue("cuda_op")
+
+
+def test_enums_and_sizes(module):
+    assert {master.name: master.value for master in Master} == module.MASTERS
+    assert [str(dtype) for dtype in DTYPES] == [f"torch.{name}" for name in list(module.DTYPES)[:3]]
+    assert list(module.DTYPES.values()) == [0, 1, 2, 3]
+    assert module.QUANTIZATION_BLOCK == QUANTIZATION_BLOCK and module.MOST_STEPS == MOST_STEPS
+    assert PIECE % QUANTIZATION_BLOCK == 0
+
+
+def test_each_dtype_has_the_number_of_the_op():
+    backend = NativeBackend(op_builder.get("cpu_adam").load())
+    for dtype in DTYPES:
+        name = str(dtype).removeprefix("torch.")
+        assert backend._codes([torch.zeros(1, dtype=dtype)]) == [backend.module.DTYPES[name]]
+    assert backend._codes([torch.zeros(1, dtype=torch.int8)]) == [backend.module.DTYPES["quantized"]]
+
+
+def fields_of(header, struct):
+    """The names of a struct's fields of one type, in order."""
+    body = re.search(rf"struct {struct} {{(.*?)\n}};", (CSRC / header).read_text(), re.DOTALL).group(1)
+    declarations = re.findall(r"^\s*(?:float|double|bool|uint32_t) ([\w, ]+);", body, re.MULTILINE)
+    return [name for names in declarations for name in re.split(r",\s*", names)]
+
+
+def test_scalars_are_in_the_order_of_the_struct():
+    assert [*AdamScalars._fields, "step"] == fields_of("adam/adam_update.h", "AdamScalars")
+
+
+def test_numbers_are_in_the_order_of_the_struct():
+    values = {
+        "lr": 1.0, "beta1": 0.2, "beta2": 0.3, "eps": 4.0, "weight_decay": 5.0,
+        "bias_correction": False, "adamw_mode": True, "maximize": False, "loss_scale": 6.0, "grad_factor": 7.0,
+    }  # fmt: skip
+    names = [*fields_of("adam/adam_scalars.h", "AdamHyper"), "loss_scale", "grad_factor"]
+    assert list(AdamHyper(amsgrad=False, **values).numbers()) == [values[name] for name in names]
+
+
+def test_a_grain_that_splits_quantization_blocks_does_not_compile(tmp_path):
+    """With 64, two threads would share a scale, and quantized states would depend on the threads."""
+    shutil.copytree(CSRC, tmp_path / "csrc")
+    header = tmp_path / "csrc" / "parallel.h"
+    text = header.read_text()
+    assert "kGrain = 256" in text
+    header.write_text(text.replace("kGrain = 256", "kGrain = 64"))
+
+    class Builder(CPUAdamBuilder):
+        def source_roots(self):
+            return [tmp_path / "csrc"]
+
+    builder = Builder()
+    flags = next(unit.flags for unit in builder.compile_units() if unit.source == "adam/cpu_adam.cpp")
+    includes = [
+        f"-I{path}" for path in [*builder.include_paths(), *map(str, [op_builder.python_extension.python_headers()])]
+    ]
+    source = str(builder.locate("adam/cpu_adam.cpp"))
+    with pytest.raises(BuildError, match="quantized states would depend on the threads"):
+        Compiler.find().run([*Compiler.COMMON_FLAGS, "-fsyntax-only", *flags, *includes, source])
+
+
+def test_versions_agree():
+    assert adamops.__version__ == re.search(
+        r'^version = "(.*)"', (Path(__file__).parent.parent / "pyproject.toml").read_text(), re.MULTILINE
+    ).group(1)
