@@ -39,5 +39,13 @@ def test_no_modules_import_each_other(package, monkeypatch):
     assert circle(graph) is None
 
 
+def test_the_drawing_is_that_of_the_code():
+    command = [sys.executable, "ci/draw_imports.py"]
+    drawn = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=True, timeout=300).stdout
+    graphs, *_ = drawn.split("## Lines")
+    page = (ROOT / "docs" / "dev" / "imports.md").read_text()
+    assert page.split("## Lines")[0] == graphs, "python ci/draw_imports.py > docs/dev/imports.md"
+
+
 def test_a_circle_would_be_found():
     assert circle({"a": {"b"}, "b": {"c"}, "c": {"a"}}) is not None
