@@ -17,7 +17,7 @@ from pathlib import Path
 from typing import Any
 
 from . import op_builder
-from .op_facts import describe_plugin
+from ._op_facts import describe_plugin
 
 
 def describe(entry_point: importlib.metadata.EntryPoint, seconds: float) -> dict[str, Any]:

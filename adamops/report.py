@@ -20,10 +20,10 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from . import __version__, op_builder, plugin_process
+from ._op_facts import describe, in_words, torch_facts
 from .op_builder import environment
 from .op_builder.nvcc import Nvcc
 from .op_builder.simd import targets_of
-from .op_facts import describe, in_words, torch_facts
 
 PLUGIN_SECONDS = 60.0  # time limit for importing, loading and describing a plugin
 OTHER_VARIABLES = ("CUDA_HOME", "CXX", "CXXFLAGS", "LDFLAGS", "MAX_JOBS", "TORCH_CUDA_ARCH_LIST")

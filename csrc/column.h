@@ -29,23 +29,4 @@ class Column {
   const pybind11::list& values_;
 };
 
-// An optional column: if it is None, all its entries are 0.
-class OptionalColumn {
- public:
-  OptionalColumn(const pybind11::object& values, size_t expected, const char* name)
-      : values_(values.is_none() ? pybind11::list(expected) : pybind11::list(values)),
-        column_(values_, expected, name),
-        present_(!values.is_none()) {}
-  size_t operator[](size_t index) const { return present_ ? column_[index] : 0; }
-  template <class T>
-  T* pointer(size_t index) const {
-    return reinterpret_cast<T*>((*this)[index]);
-  }
-
- private:
-  pybind11::list values_;
-  Column column_;
-  bool present_;
-};
-
 }  // namespace adamops

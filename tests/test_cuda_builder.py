@@ -14,7 +14,7 @@ from adamops.op_builder.cuda_architectures import ArchitectureChoice, choose_arc
 from adamops.op_builder.fused_adam import FusedAdamBuilder
 from adamops.op_builder.nvcc import Nvcc
 
-from adamops import op_builder, op_facts, report
+from adamops import _op_facts, op_builder, report
 
 KNOWN = ("75", "80", "86", "90", "90a", "100", "120")
 NVCC = Nvcc("/none/nvcc", "13.0", (), KNOWN)
@@ -153,9 +153,9 @@ def test_the_report_says_which_gpus_a_build_covers(monkeypatch):
             }
         )
 
-    for module in (op_facts, cuda):
+    for module in (_op_facts, cuda):
         monkeypatch.setattr(module, "visible_gpus", lambda: ("86", "90"))
-    entry = op_facts.describe(op_builder.RegisteredOp("fused_adam", "built-in", Builder()))
+    entry = _op_facts.describe(op_builder.RegisteredOp("fused_adam", "built-in", Builder()))
     assert entry["gpus"] == {
         "sm_86": {"runs": True, "how": "compiled for an older one of its kind"},
         "sm_90": {"runs": False, "how": "it is in none of the architectures; build with ADAMOPS_CUDA_ARCHS"},
@@ -255,10 +255,10 @@ def test_a_gpu_that_the_build_cannot_use_is_an_error_in_the_report(monkeypatch):
         load_prebuilt = staticmethod(lambda: Module)
         build_record = staticmethod(lambda: {"built": False})
 
-    without = op_facts._describe_builder(Builder())
+    without = _op_facts._describe_builder(Builder())
     assert without["ok"] and without["not_applicable_reason"]
     monkeypatch.setattr(cuda, "visible_gpus", lambda: ("90",))
-    found = op_facts._describe_builder(Builder())
+    found = _op_facts._describe_builder(Builder())
     assert not found["ok"]
     assert found["error"] == Module.status()["problem"]
     assert found["in_use"] == "a build at first use, else torch_adam (pure PyTorch)"

@@ -437,6 +437,7 @@ ROW = {
         ([{**ROW, "states": [0]}], ValueError, "a row's states are not 2 addresses"),
         ([{**ROW, "states": None}], ValueError, "a row of a table has no states"),
         ([{**ROW, "param_dtype": 3}], ValueError, "param_dtype is 3, which is no dtype"),
+        ([{**ROW, "lowp_out": 64}], ValueError, "a row of a table has no lowp_dtype"),
         ([{**ROW, "state_dtype": 4}], ValueError, "state_dtype is 4, which is no dtype"),
         ([{**ROW, "numel": "1"}], TypeError, "numel of a row is not an int of 0 or more"),
         ([{**ROW, "numel": -1}], TypeError, "numel of a row is not an int of 0 or more"),

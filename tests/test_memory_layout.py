@@ -3,7 +3,7 @@
 import pytest
 import torch
 import twins
-from optimizers import state_tensors
+from optimizers import HOST, MAKERS, state_tensors
 from torch.distributed.tensor import DTensor, Shard, distribute_tensor
 
 from adamops import DeepSpeedCPUAdam, FusedAdam
@@ -151,12 +151,85 @@ def test_a_step_that_is_refused_leaves_the_states_as_they_were(PathAdam, states)
     assert all(after[name] is value and torch.equal(value, bits) for name, (value, bits) in before.items())
 
 
-@pytest.mark.parametrize("settings", [{}, {"state_dtype": "8bit"}])
-def test_a_state_of_former_settings_whose_storage_was_freed_is_not_read(PathAdam, settings):
-    param, optimizer = started(PathAdam, {**settings, "amsgrad": True}, torch.float32)
+def test_a_leftover_of_former_settings_is_left_alone(PathAdam):
+    param, optimizer = started(PathAdam, {"amsgrad": True}, torch.float32)
+    optimizer.param_groups[0]["amsgrad"] = False
+    leftover = optimizer.state[param]["max_exp_avg_sq"]
+    leftover.untyped_storage().resize_(0)
+    param.data = LAYOUTS["channels_last"](param.data)
+    twins.same_grads([param])
+    optimizer.step()
+    state = optimizer.state[param]
+    assert state["max_exp_avg_sq"] is leftover and state["exp_avg"].stride() == param.stride()
+    optimizer.param_groups[0]["amsgrad"] = True
+    with pytest.raises(ValueError, match="'max_exp_avg_sq' .* freed or shortened"):
+        optimizer.step()
+
+
+def test_a_leftover_follows_when_it_is_needed_again(PathAdam, states):
+    settings, dtype = states
+    param, optimizer = started(PathAdam, {**settings, "amsgrad": True}, dtype)
+    plain = torch.nn.Parameter(param.detach().clone())
+    other = PathAdam([plain], lr=0.1, weight_decay=0.1, **{**settings, "amsgrad": True})
+    other.load_state_dict(optimizer.state_dict())
+    param.data, plain.data = (LAYOUTS["channels_last"](p.data) for p in (param, plain))
+    other.load_state_dict(other.state_dict())  # brings all states into the new layout
+    for amsgrad in (False, True):
+        optimizer.param_groups[0]["amsgrad"] = other.param_groups[0]["amsgrad"] = amsgrad
+        twins.same_grads([param], [plain])
+        optimizer.step()
+        other.step()
+    assert torch.equal(param, plain)
+    assert torch.equal(optimizer.state[param]["max_exp_avg_sq"], other.state[plain]["max_exp_avg_sq"])
+
+
+def test_8_bit_states_share_scales_so_a_leftover_of_theirs_must_be_sound(PathAdam):
+    param, optimizer = started(PathAdam, {"state_dtype": "8bit", "amsgrad": True}, torch.float32)
+    param.data = torch.cat([param.data] * 6).clone()  # 8-bit states from 4096 elements on
+    optimizer = PathAdam([param], lr=0.1, state_dtype="8bit", amsgrad=True)
+    twins.same_grads([param])
+    optimizer.step()
     optimizer.param_groups[0]["amsgrad"] = False
     optimizer.state[param]["max_exp_avg_sq"].untyped_storage().resize_(0)
     param.data = LAYOUTS["channels_last"](param.data)
     twins.same_grads([param])
     with pytest.raises(ValueError, match="'max_exp_avg_sq' .* freed or shortened"):
         optimizer.step()
+
+
+def test_scales_in_shared_memory_are_not_replaced(PathAdam):
+    param = torch.nn.Parameter(torch.randn(16, 16, 5, 4))
+    optimizer = PathAdam([param], state_dtype="8bit")
+    twins.same_grads([param])
+    optimizer.step()
+    scales = optimizer.state[param]["block_scales"].share_memory_()
+    param.data = LAYOUTS["channels_last"](param.data)
+    twins.same_grads([param])
+    with pytest.raises(ValueError, match="has strides .* its state 'exp_avg' has"):
+        optimizer.step()
+    assert optimizer.state[param]["block_scales"] is scales
+
+
+def test_no_state_is_moved_while_a_graph_is_captured(cuda_op):
+    """The graph would move it from its former memory at each replay."""
+    param, optimizer = started(MAKERS["FusedAdam-CUDA-capturable"], {}, torch.float32)
+    param.data = LAYOUTS["channels_last"](param.data)
+    twins.same_grads([param])
+    optimizer._backends[HOST].capturing = True
+    with pytest.raises(RuntimeError, match="captur"):
+        optimizer.step()
+
+
+@pytest.mark.parametrize("settings", [{}, {"state_dtype": "8bit"}])
+def test_a_leftover_of_a_dtensor_follows_or_stays(settings, mesh):
+    values = torch.randn(16, 16, 5, 4)
+    param = torch.nn.Parameter(distribute_tensor(values, mesh, [Shard(0)]))
+    optimizer = FusedAdam([param], lr=0.1, amsgrad=True, **settings)
+    for step in range(4):
+        optimizer.param_groups[0]["amsgrad"] = step != 2
+        if step == 2:
+            param._local_tensor = LAYOUTS["channels_last"](param._local_tensor)
+        param.grad = distribute_tensor(torch.randn_like(values), mesh, [Shard(0)])
+        optimizer.step()
+        assert {"exp_avg", "max_exp_avg_sq"} <= optimizer.state[param].keys()
+        assert all(isinstance(optimizer.state[param][name], DTensor) for name in ("exp_avg", "max_exp_avg_sq"))

@@ -34,6 +34,22 @@ def test_subgroups_step_like_params_of_their_own():
     assert [lender.state[i]["step"] for i in range(3)] == [3, 3, 3]
 
 
+def test_random_bits_do_not_depend_on_how_tensors_are_read():
+    values, grad = torch.randn(3000).bfloat16(), torch.randn(3000).bfloat16()
+    results = []
+    for has_reader in (True, False):
+        param = torch.nn.Parameter(values.clone())
+        optimizer = DeepSpeedCPUAdam([param], stochastic_rounding=True, stochastic_rounding_seed=5)
+        if not has_reader:
+            (backend,) = optimizer._backends.values()
+            backend._reader = None
+        for _ in range(2):
+            param.grad = grad.clone()
+            optimizer.step_subgroup(3)
+        results.append(param.detach())
+    assert torch.equal(*results)
+
+
 def stepped(steps, adamw_mode=True, amsgrad=False, weight_decay=0.1, dtype=torch.float32, betas=(0.9, 0.999)):
     """An optimizer after some steps of a subgroup, with the param and state from before the last one."""
     param = torch.nn.Parameter(torch.randn(5000).to(dtype))

@@ -58,7 +58,8 @@ def _commit_proved(states: Any, steps: Sequence[GroupStep], background: AsyncSte
 
 
 def _insert(states: Any, new_states: list[tuple[Any, dict[str, Any]]]) -> dict[Any, Any]:
-    """Adds new states, all or none. They are equivalent to what was there: zeros with no step counted to no state.
+    """Adds new states, all or none. They are equivalent to what was there: zeros at step 0 to no state, and tensors in
+    another memory layout to the former ones, except that 8-bit states are quantized anew.
 
     Returns what was there before, or None, by key.
     """

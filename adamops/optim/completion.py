@@ -5,16 +5,18 @@ Must not know of optimizers.
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Mapping
 from typing import Any
 
 import torch
 from torch import Tensor
 
+from . import dtensor
 from .backends.base import Backend
 from .batch import AdamBatch, check_nothing_lost, check_state
 from .state import remainders
-from .state.memory_layout import in_layout_of, is_in_layout_of
+from .state.memory_layout import in_layout_of, is_in_layout_of, moved_with
 from .state.precision import AVERAGES, MASTER, REMAINDER, SCALES, STATE_TENSORS, Master, Precision, scales_shape
 from .state.quantized_states import is_quantized, with_held_names
 
@@ -24,7 +26,7 @@ def is_complete(state: dict[str, Any], param: Tensor, batch: AdamBatch) -> bool:
     needed = {"step", *batch.state_dtypes(param)} - {SCALES}
     if not state.keys() >= needed or _has_stale_masters(state, param, batch.hyper.precision):
         return False
-    if not is_in_layout_of(param, state):
+    if not is_in_layout_of(param, state, needed):
         return False
     scales = state.get(SCALES)
     if not is_quantized(state) or not isinstance(scales, Tensor) or scales.dim() != 2:
@@ -41,19 +43,22 @@ def complete_states(backend: Backend, batch: AdamBatch) -> None:
     for i, (name, param, state) in enumerate(zip(batch.names, batch.params, held, strict=True)):
         check_nothing_lost(state, name)
         check_state(batch.needed_of(state, param), param, name)  # before torch reads them
-        if not is_in_layout_of(param, state):
-            check_state(state, param, name)
-            held[i] = in_layout_of(param, state)
+        needed = batch.state_dtypes(param)
+        if not is_in_layout_of(param, state, needed):
+            local = {key: dtensor.local(state[key]) for key in moved_with(state, needed) if key in state}
+            check_state(local, param, name)
+            new = functools.partial(_new_like, backend, param)
+            held[i] = {**state, **in_layout_of(param, local, needed, new)}
     completed = [
         {**state} if "step" in state else {"step": backend.new_step_count(batch.hyper), **state} for state in held
     ]
-    needed = list(map(batch.state_dtypes, batch.params))
+    dtypes_of = list(map(batch.state_dtypes, batch.params))
     for key in STATE_TENSORS:
-        lacking = [i for i, names in enumerate(needed) if key in names and key not in completed[i]]
+        lacking = [i for i, names in enumerate(dtypes_of) if key in names and key not in completed[i]]
         if key == SCALES or not lacking:
             continue
         like = [batch.params[i] for i in lacking]
-        dtypes = [needed[i][key] for i in lacking]
+        dtypes = [dtypes_of[i][key] for i in lacking]
         if key == AVERAGES[2]:  # the other averages may have another dtype than new ones would
             dtypes = [completed[i][AVERAGES[1]].dtype for i in lacking]
         for i, zeros in zip(lacking, backend.zeros_like(like, dtypes), strict=True):
@@ -66,6 +71,11 @@ def complete_states(backend: Backend, batch: AdamBatch) -> None:
         if is_quantized(state):
             _complete_scales(state, param, batch.hyper.amsgrad)
     batch.states = completed
+
+
+def _new_like(backend: Backend, param: Tensor, dtype: torch.dtype) -> Tensor:
+    (new,) = backend.zeros_like([param], [dtype])  # refuses while a CUDA graph is captured
+    return new
 
 
 def _initialized_master(master: Tensor, param: Tensor, state: dict[str, Any]) -> Tensor:

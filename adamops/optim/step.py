@@ -119,7 +119,7 @@ def batches_of(optimizer: Steppable, to_step: GroupToStep) -> list[tuple[Backend
         owner = group["params"][index]
         batch = batches[param.device][1]
         state = optimizer.state.get(owner, {})
-        if not isinstance(state, Mapping):
+        if not isinstance(state, dict):
             raise TypeError(f"{name} has a {type(state).__name__} as its state; expected a dict")
         if dtensor.is_sharded(owner):
             state = dtensor.local_state(state, owner, name, batch.needed_of(state, param))

@@ -94,9 +94,12 @@ class Row {
     return addresses;
   }
 
-  // A dtype up to `last`; `otherwise` is that of a row without the field.
-  Dtype dtype(const char* name, Dtype last, size_t otherwise) { return to_dtype(name, last, number(name, otherwise)); }
   Dtype dtype(const char* name, Dtype last) { return to_dtype(name, last, number(name)); }
+
+  // The dtype of the 16-bit copy, which a row without one may leave out.
+  Dtype lowp_dtype(bool is_needed) {
+    return to_dtype("lowp_dtype", kFloat16, is_needed ? number("lowp_dtype") : number("lowp_dtype", kFloat32));
+  }
 
   // A new reference to a dict; empty if there is none.
   py::object dict(const char* name) {
@@ -409,8 +412,7 @@ std::unique_ptr<AdamTable> table_of_rows(const py::list& rows, bool amsgrad, int
     tensor.rng_offset = static_cast<uint32_t>(row.number("rng_offset", 0));
     const Master own_master = tensor.master ? table->master : kNoMaster;
     table->dtypes.push_back({row.dtype("param_dtype", kFloat16), row.dtype("grad_dtype", kFloat16),
-                             row.dtype("state_dtype", kQuantized), own_master,
-                             row.dtype("lowp_dtype", kFloat16, kFloat32)});
+                             row.dtype("state_dtype", kQuantized), own_master, row.lowp_dtype(tensor.lowp_out)});
     table->tensors.push_back(tensor);
     if (counts_on_device)
       table->device_steps.push_back(row.required<float>("step"));

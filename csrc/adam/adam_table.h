@@ -99,7 +99,7 @@ std::unique_ptr<AdamTable> table_of_params(const TensorReader& reader, const pyb
 // The table of rows, dicts with named fields, whose addresses are trusted:
 //   param, grad, states               addresses; `states` are exp_avg, exp_avg_sq and, with amsgrad, max_exp_avg_sq
 //   numel
-//   param_dtype, grad_dtype, state_dtype, lowp_dtype     numbers of Dtype
+//   param_dtype, grad_dtype, state_dtype     numbers of Dtype; lowp_dtype too if there is a lowp_out
 //   step                              the count, this step included; or the address of the count before this step
 //   master, scales, lowp_out          addresses; 0, None or left out for what the tensor does not have
 //   rng_offset                        0 if left out

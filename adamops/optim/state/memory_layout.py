@@ -5,43 +5,56 @@ Must not know of optimizers.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Collection, Mapping
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from ..layout import is_dense, like_param, same_layout
-from .precision import AVERAGES, MASTER, REMAINDER
+from .precision import AVERAGES, MASTER, REMAINDER, SCALES
 from .quantized_states import dequantized_states, is_quantized, quantized_states
 
-
-def is_in_layout_of(param: Tensor, state: Mapping[str, Any]) -> bool:
-    """Whether no tensor of the state has the elements in another order in memory than the param has them."""
-    return not _in_other_layouts(state, param)
+_LAID_OUT = (*AVERAGES, MASTER, REMAINDER)  # what has the memory layout of the param
 
 
-def in_layout_of(param: Tensor, state: Mapping[str, Any]) -> dict[str, Any]:
-    """A state with new tensors in place of those with another memory layout; the state must fit the param otherwise.
+def is_in_layout_of(param: Tensor, state: Mapping[str, Any], needed: Collection[str]) -> bool:
+    """Whether no needed tensor of the state has the elements in another order in memory than the param has them."""
+    return not _in_other_layouts(state, param, needed)
 
-    Quantized states are quantized anew, as other elements share a quantization block then. A state stays as it is if
-    such a tensor shares its memory, with other processes or as a view of a larger one: they would miss later writes.
+
+def moved_with(state: Mapping[str, Any], needed: Collection[str]) -> tuple[str, ...]:
+    """The tensors that in_layout_of() may replace: the needed ones; of quantized states all, as they share scales."""
+    return tuple({*needed, *AVERAGES, SCALES} if is_quantized(state) else needed)
+
+
+def in_layout_of(
+    param: Tensor, state: Mapping[str, Any], needed: Collection[str], new: Callable[[torch.dtype], Tensor]
+) -> dict[str, Any]:
+    """A state with new tensors in place of needed ones with another memory layout; it must fit the param otherwise.
+
+    `new` makes a tensor with the param's layout. Quantized states are all quantized anew, as other elements share a
+    quantization block then. A state stays as it is if a tensor to be replaced shares its memory, with other processes
+    or as a view of a larger one: they would miss later writes.
     """
-    others = _in_other_layouts(state, param)
-    if not all(map(_owns_its_memory, others.values())):
+    others = _in_other_layouts(state, param, needed)
+    requantizes = is_quantized(state) and not others.keys().isdisjoint(AVERAGES)
+    replaced = others if not requantizes else {n: state[n] for n in (*AVERAGES, SCALES) if n in state} | others
+    if not all(map(_owns_its_memory, replaced.values())):
         return {**state}
-    moved = {name: like_param(value, param) for name, value in others.items()}
-    if is_quantized(state) and not moved.keys().isdisjoint(AVERAGES):
+    moved = {name: new(value.dtype).copy_(value) for name, value in others.items()}
+    if requantizes:
         averages = {name: like_param(value, param) for name, value in dequantized_states(state).items()}
         moved.update(quantized_states(averages))
     return {**state, **moved}
 
 
-def _in_other_layouts(state: Mapping[str, Any], param: Tensor) -> dict[str, Tensor]:
+def _in_other_layouts(state: Mapping[str, Any], param: Tensor, names: Collection[str]) -> dict[str, Tensor]:
     return {
         name: value
-        for name in (*AVERAGES, MASTER, REMAINDER)
-        if isinstance(value := state.get(name), Tensor)
+        for name in _LAID_OUT
+        if name in names
+        and isinstance(value := state.get(name), Tensor)
         and value.layout == param.layout == torch.strided
         and value.shape == param.shape
         and is_dense(value)

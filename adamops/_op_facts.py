@@ -112,7 +112,12 @@ def _usable(builder: Op, compatible: bool, prebuilt: bool) -> dict[str, Any]:
 def _facts(builder: Op) -> dict[str, Any]:
     """Loads the op, and returns what it says of itself."""
     module = builder.load()
-    return builder.facts(module) if isinstance(builder, OpBuilder) else {}
+    if not isinstance(builder, OpBuilder):
+        return {}
+    try:
+        return builder.facts(module)
+    except Exception as error:
+        return {"ok": False, "error": f"facts(), which describes the loaded op, failed: {in_words(error)}"}
 
 
 def in_words(error: BaseException) -> str:
