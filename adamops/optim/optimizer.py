@@ -213,7 +213,7 @@ class AdamOptimizer(CheckpointedOptimizer):
             loss = evaluate(closure)
             self._settle()  # the closure may have started a step in the background
         # First convert everything that must become a number: it may be an object that runs code of its own.
-        factor = self._grad_factor()
+        factor = grad_factor(self)
         threads = None if background is None else background.threads
         groups = [
             GroupToStep(where, group, self._hyper(group, where, zero_grads, factor, threads=threads))
