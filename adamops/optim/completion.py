@@ -40,10 +40,10 @@ def complete_states(backend: Backend, batch: AdamBatch) -> None:
     Where the memory layout of a param has changed, its state follows.
     """
     held = [with_held_names(state, name) for name, state in zip(batch.names, batch.states, strict=True)]
-    for i, (name, param, state) in enumerate(zip(batch.names, batch.params, held, strict=True)):
+    dtypes_of = list(map(batch.state_dtypes, batch.params))
+    for i, (name, param, state, needed) in enumerate(zip(batch.names, batch.params, held, dtypes_of, strict=True)):
         check_nothing_lost(state, name)
         check_state(batch.needed_of(state, param), param, name)  # before torch reads them
-        needed = batch.state_dtypes(param)
         if not is_in_layout_of(param, state, needed):
             local = {key: dtensor.local(state[key]) for key in moved_with(state, needed) if key in state}
             check_state(local, param, name)
@@ -52,7 +52,6 @@ def complete_states(backend: Backend, batch: AdamBatch) -> None:
     completed = [
         {**state} if "step" in state else {"step": backend.new_step_count(batch.hyper), **state} for state in held
     ]
-    dtypes_of = list(map(batch.state_dtypes, batch.params))
     for key in STATE_TENSORS:
         lacking = [i for i, names in enumerate(dtypes_of) if key in names and key not in completed[i]]
         if key == SCALES or not lacking:
