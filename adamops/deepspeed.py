@@ -6,7 +6,7 @@
 or, without a change to the script, `python -m adamops.deepspeed train.py`. DeepSpeed's optimizers remain its own
 classes; only the op that their builders load is replaced. Optimizers of adamops are kept as they are. Must not know how
 an update is computed. Must not change what DeepSpeed computes, with one exception: bfloat16 averages are rounded with
-noise, as everywhere in adamops (csrc/adam/average_rounding.h).
+noise, as everywhere in adamops (csrc/formats/average_rounding.h).
 """
 
 from __future__ import annotations

@@ -21,9 +21,9 @@ WHY_LONG = {
     "adamops/bench.py": "the whole benchmark: implementations, rounds, tables, command line",
     "adamops/deepspeed.py": "all that is replaced in DeepSpeed, in one patch that can be undone",
     "adamops/optim/batch.py": "the step's data with every check of it, so that no check is looked for elsewhere",
-    "csrc/adam/adam_table.cpp": "the same table from params and from rows, and its binding",
-    "csrc/adam/cpu_adam_staged.cpp": "the staged loops, for all kinds of columns",
-    "csrc/adam/fused_adam_blocks.cuh": "what a thread block does, for all kinds of columns",
+    "csrc/python/table.cpp": "the same table from params and from rows, and its binding",
+    "csrc/cpu/staged.cpp": "the staged loops, for all kinds of columns",
+    "csrc/cuda/blocks.cuh": "what a thread block does, for all kinds of columns",
     "ci/fuzz.py": "the whole fuzzer: mutations, the clean copies that it compares with, sessions, replay",
 }
 Graph = dict[str, set[str]]
@@ -51,8 +51,7 @@ def include_graph(root: Path) -> Graph:
     graph: Graph = {}
     for name, path in files.items():
         names = re.findall(r'^#include "([^"]+)"', path.read_text(), re.MULTILINE)
-        found = {str((path.parent / other).resolve().relative_to(root)) for other in names}
-        graph[name] = found & files.keys()
+        graph[name] = files.keys() & set(names)  # includes begin at csrc
     return graph
 
 
@@ -114,7 +113,9 @@ def page() -> Iterable[str]:
     yield from counted(
         {"op_builder": r".*", "adamops": r"[^/]*", "adamops/ops": r".*", "adamops/optim": r"[^/]*"}
         | {f"adamops/optim/{name}": r".*" for name in ("backends", "state", "checkpoint")}
-        | {"csrc": r"[^/]*", "csrc/adam": r".*", "csrc/simd": r".*", "tests": r".*", "ci": r".*"}
+        | {"csrc": r"[^/]*"}
+        | {f"csrc/{path.name}": r".*" for path in sorted((ROOT / "csrc").iterdir()) if path.is_dir()}
+        | {"tests": r".*", "ci": r".*"}
     )
     yield from ["", *long_files()]
 

@@ -19,7 +19,7 @@ class CPUOpBuilder(OpBuilder):
     default_targets = "all"
 
     # Sources that are compiled into every CPU op, in addition to its own.
-    SHARED = ("parallel.cpp", "simd/cpu_features.cpp")
+    SHARED = ("runtime/parallel.cpp", "runtime/cpu_features.cpp")
 
     def kernel_sources(self) -> list[str]:
         """C++ files that are compiled once per SIMD target; see locate()."""

@@ -6,13 +6,13 @@ from .cpu import CPUOpBuilder
 
 
 class CPUAdamBuilder(CPUOpBuilder):
-    """Adam for tensors on the CPU, built from csrc/adam."""
+    """Adam for tensors on the CPU, built from csrc."""
 
     NAME = "cpu_adam"
     MODULE = "adamops._native.cpu_adam"
 
     def sources(self) -> list[str]:
-        return ["adam/cpu_adam.cpp", "adam/adam_table.cpp"]
+        return ["python/cpu_module.cpp", "python/table.cpp"]
 
     def kernel_sources(self) -> list[str]:
-        return ["adam/cpu_adam_kernel.cpp", "adam/cpu_adam_staged.cpp", "adam/grad_norm_kernel.cpp"]
+        return ["cpu/direct.cpp", "cpu/staged.cpp", "cpu/grad_norm.cpp"]

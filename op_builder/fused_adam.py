@@ -6,14 +6,14 @@ from .cuda import CUDAOpBuilder
 
 
 class FusedAdamBuilder(CUDAOpBuilder):
-    """Adam for tensors in device memory, built from csrc/adam."""
+    """Adam for tensors in device memory, built from csrc."""
 
     NAME = "fused_adam"
     MODULE = "adamops._native.fused_adam"
     FROM_ONE_PTX = True
 
     def sources(self) -> list[str]:
-        return ["adam/fused_adam.cpp", "adam/adam_table.cpp", "adam/launch_plan.cpp"]
+        return ["python/cuda_module.cpp", "python/table.cpp", "cuda/launch_plan.cpp"]
 
     def cuda_sources(self) -> list[str]:
-        return ["adam/fused_adam.cu"]
+        return ["cuda/launches.cu"]

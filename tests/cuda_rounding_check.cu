@@ -1,12 +1,12 @@
-// Test only: asks a GPU whether the roots and quotients of csrc/adam/fused_adam_numbers.cuh are rounded as IEEE 754 has
+// Test only: asks a GPU whether the roots and quotients of csrc/cuda/numbers.cuh are rounded as IEEE 754 has
 // it: the roots of all floats, and some 10^11 quotients. Prints how many are not.
 #include <cuda_fp16.h>
 #include <cuda_runtime.h>
 
 #include <cstdio>
 
-#include "adam/fused_adam_numbers.cuh"
-#include "adam/rounding.h"
+#include "cuda/numbers.cuh"
+#include "formats/split_masters.h"
 
 namespace adamops {
 namespace {

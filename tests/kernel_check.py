@@ -22,7 +22,7 @@ COMBINATIONS = [(FLOAT32, FLOAT32, FLOAT32)] + [
 ]
 SIZES = (1, 7, 31, 32, 33, 64, 130, 1000)
 QUANTIZED = 3  # the dtype of quantized states of 8 bits
-NO_MASTER, FP32_MASTER, REMAINDER_8, REMAINDER_16 = range(4)  # enum Master of csrc/adam/adam_tensor.h
+NO_MASTER, FP32_MASTER, REMAINDER_8, REMAINDER_16 = range(4)  # enum Master of csrc/tensor.h
 # What every wheel gives on every CPU. It changes with what is fed below, the update rule, the codes, the noise of
 # codes and of bfloat16 averages, or the order in which a norm is added up, and nothing else.
 DIGEST = "a8ddf96884954b78a6fb8ac45e508355d1a37730f6b41e15e789280d176552a9"

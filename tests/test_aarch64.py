@@ -33,7 +33,7 @@ HERE = Path(__file__).resolve().parent
 CSRC = HERE.parent / "csrc"
 CROSS, QEMU = "aarch64-linux-gnu-g++", "qemu-aarch64"
 SIZES = (0, 1, 7, 31, 32, 33, 64, 130, 1000)
-CHUNK = 32768  # kNormChunk of csrc/adam/grad_norm.h
+CHUNK = 32768  # kNormChunk of csrc/grad_norm.h
 
 
 def cases(seed):
@@ -85,8 +85,8 @@ def packed(numel, scalars, columns, offset=0, rng_offset=0, **kind):
 def build_driver(compiler, target, output):
     command = [*compiler.command, *Compiler.COMMON_FLAGS, *target.flags, "-static", f"-I{CSRC}"]
     command += [f"-DADAMOPS_TARGET={target.name}", f'-DADAMOPS_SIMD_HEADER="{target.header}"']
-    kernels = ("cpu_adam_kernel.cpp", "cpu_adam_staged.cpp", "grad_norm_kernel.cpp")
-    sources = [HERE / "cross" / "kernel_driver.cpp", *(CSRC / "adam" / name for name in kernels)]
+    kernels = ("direct.cpp", "staged.cpp", "grad_norm.cpp")
+    sources = [HERE / "cross" / "kernel_driver.cpp", *(CSRC / "cpu" / name for name in kernels)]
     subprocess.run([*command, *map(str, sources), "-o", str(output)], check=True)
 
 
@@ -100,7 +100,7 @@ def test_targets_are_those_of_the_architecture_that_is_built_for(monkeypatch):
     units = CPUAdamBuilder().compile_units()
     assert "-DADAMOPS_TARGETS(X)=X(neon)" in units[0].flags
     kernels = [unit.object_name for unit in units if "-DADAMOPS_TARGET=neon" in unit.flags]
-    assert kernels == [f"adam_{name}.neon.o" for name in ("cpu_adam_kernel", "cpu_adam_staged", "grad_norm_kernel")]
+    assert kernels == [f"cpu_{name}.neon.o" for name in ("direct", "staged", "grad_norm")]
 
 
 @pytest.mark.slow

@@ -28,7 +28,7 @@ WORDS = 11  # of AdamScalars: ten floats and the step
 
 @pytest.fixture(scope="session")
 def launch_plan(tmp_path_factory):
-    sources = [cuda_emulation.HERE / "launch_plan_module.cpp", cuda_emulation.CSRC / "adam/launch_plan.cpp"]
+    sources = [cuda_emulation.HERE / "launch_plan_module.cpp", cuda_emulation.CSRC / "cuda/launch_plan.cpp"]
     return cuda_emulation.load(cuda_emulation.build(tmp_path_factory.mktemp("plan") / "launch_plan.so", sources))
 
 

@@ -52,7 +52,7 @@ def fields_of(header, struct):
 
 
 def test_scalars_are_in_the_order_of_the_struct():
-    assert [*AdamScalars._fields, "step"] == fields_of("adam/adam_update.h", "AdamScalars")
+    assert [*AdamScalars._fields, "step"] == fields_of("rules/adam_update.h", "AdamScalars")
 
 
 def test_numbers_are_in_the_order_of_the_struct():
@@ -60,14 +60,14 @@ def test_numbers_are_in_the_order_of_the_struct():
         "lr": 1.0, "beta1": 0.2, "beta2": 0.3, "eps": 4.0, "weight_decay": 5.0,
         "bias_correction": False, "adamw_mode": True, "maximize": False, "loss_scale": 6.0, "grad_factor": 7.0,
     }  # fmt: skip
-    names = [*fields_of("adam/adam_scalars.h", "AdamHyper"), "loss_scale", "grad_factor"]
+    names = [*fields_of("rules/adam_scalars.h", "AdamHyper"), "loss_scale", "grad_factor"]
     assert list(AdamHyper(amsgrad=False, **values).numbers()) == [values[name] for name in names]
 
 
 def test_a_grain_that_splits_quantization_blocks_does_not_compile(tmp_path):
     """With 64, two threads would share a scale, and quantized states would depend on the threads."""
     shutil.copytree(CSRC, tmp_path / "csrc")
-    header = tmp_path / "csrc" / "parallel.h"
+    header = tmp_path / "csrc" / "runtime" / "parallel.h"
     text = header.read_text()
     assert "kGrain = 256" in text
     header.write_text(text.replace("kGrain = 256", "kGrain = 64"))
@@ -77,11 +77,11 @@ def test_a_grain_that_splits_quantization_blocks_does_not_compile(tmp_path):
             return [tmp_path / "csrc"]
 
     builder = Builder()
-    flags = next(unit.flags for unit in builder.compile_units() if unit.source == "adam/cpu_adam.cpp")
+    flags = next(unit.flags for unit in builder.compile_units() if unit.source == "python/cpu_module.cpp")
     includes = [
         f"-I{path}" for path in [*builder.include_paths(), *map(str, [op_builder.python_extension.python_headers()])]
     ]
-    source = str(builder.locate("adam/cpu_adam.cpp"))
+    source = str(builder.locate("python/cpu_module.cpp"))
     with pytest.raises(BuildError, match="quantized states would depend on the threads"):
         Compiler.find().run([*Compiler.COMMON_FLAGS, "-fsyntax-only", *flags, *includes, source])
 

@@ -208,8 +208,9 @@ def test_what_it_is_made_of_is_found_in_its_own_folder_first(tmp_path):
         def source_root(self):
             return tmp_path
 
-    (tmp_path / "parallel.cpp").write_text("")
-    assert Own().locate("parallel.cpp") == tmp_path / "parallel.cpp"
-    assert Own().locate("adam/cpu_adam.cpp") == CPUAdamBuilder().source_root() / "adam" / "cpu_adam.cpp"
+    (tmp_path / "runtime").mkdir()
+    (tmp_path / "runtime" / "parallel.cpp").write_text("")
+    assert Own().locate("runtime/parallel.cpp") == tmp_path / "runtime" / "parallel.cpp"
+    assert Own().locate("python/cpu_module.cpp") == CPUAdamBuilder().source_root() / "python" / "cpu_module.cpp"
     with pytest.raises(BuildError, match="cpu_adam has no source lost.cpp in .*"):
         Own().locate("lost.cpp")

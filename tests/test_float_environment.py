@@ -164,7 +164,7 @@ def test_saving_and_loading_quantized_states_gives_the_same_bits(name):
 @pytest.mark.parametrize("adamw_mode", [True, False])
 @pytest.mark.parametrize("maximize", [True, False])
 def test_the_op_computes_the_scalars_that_python_computes(bias_correction, adamw_mode, maximize):
-    """AdamHyper.scalars(), which the fallback and rollback use, against csrc/adam/adam_scalars.h, by a step each."""
+    """AdamHyper.scalars(), which the fallback and rollback use, against csrc/rules/adam_scalars.h, by a step each."""
     for _ in range(100):
         hyper = AdamHyper(
             lr=10 ** random.uniform(-6, 0),

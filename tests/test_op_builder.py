@@ -282,7 +282,8 @@ def test_what_went_into_a_build_is_in_its_name(monkeypatch, tmp_path):
         def source_root(self):
             return tmp_path
 
-    (tmp_path / "parallel.cpp").write_text("// shorter")
+    (tmp_path / "runtime").mkdir()
+    (tmp_path / "runtime" / "parallel.cpp").write_text("// shorter")
     names.append(cache.cached_path(OtherSource()))
     assert len(set(names)) == len(names)
 

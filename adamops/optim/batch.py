@@ -30,7 +30,7 @@ from .state.precision import (
 from .state.quantization import FORMATS, block_count
 from .state.quantized_states import is_quantized
 
-MOST_STEPS = 2**53  # kMostSteps in csrc/adam/adam_table.h
+MOST_STEPS = 2**53  # kMostSteps in csrc/python/table.h
 
 
 @dataclasses.dataclass(eq=False, repr=False)

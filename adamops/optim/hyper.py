@@ -1,6 +1,6 @@
 """The host's side of the update rule: hyper-parameters in, the scalars of one step out.
 
-The other side is csrc/adam/adam_update.h. Must not know about tensors: what may be one is used only as a number.
+The other side is csrc/rules/adam_update.h. Must not know about tensors: what may be one is used only as a number.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ from .state.precision import Precision
 
 
 class AdamScalars(NamedTuple):
-    """The scalars of one step in the order of struct AdamScalars of csrc/adam/adam_update.h, which says what each is.
+    """The scalars of one step in the order of struct AdamScalars of csrc/rules/adam_update.h, which says what each is.
 
     They are doubles here, to be rounded to float once.
     """
@@ -98,7 +98,7 @@ class AdamHyper:
         return self.found_inf is not None and float(self.found_inf) != 0
 
     def numbers(self) -> tuple[float, ...]:
-        """The numbers from which the ops compute a step's scalars: HyperNumbers in csrc/adam/host_scalars.h."""
+        """The numbers from which the ops compute a step's scalars: HyperNumbers in csrc/python/host_scalars.h."""
         return (
             float(self.lr),
             self.beta1,

@@ -4,8 +4,8 @@
 
 #include <immintrin.h>
 
-#include "cpu_features.h"
-#include "half.h"
+#include "formats/half.h"
+#include "runtime/cpu_features.h"
 
 namespace adamops {
 

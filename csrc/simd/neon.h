@@ -6,8 +6,8 @@
 
 #include <cstring>
 
-#include "cpu_features.h"
-#include "half.h"
+#include "formats/half.h"
+#include "runtime/cpu_features.h"
 
 namespace adamops {
 

@@ -3,9 +3,9 @@
 
 #include <cmath>
 
-#include "cpu_features.h"
-#include "float_bits.h"
-#include "half.h"
+#include "formats/float_bits.h"
+#include "formats/half.h"
+#include "runtime/cpu_features.h"
 
 namespace adamops {
 

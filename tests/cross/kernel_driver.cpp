@@ -9,7 +9,7 @@
 #include <cstring>
 #include <vector>
 
-#include "adam/cpu_adam_kernel.h"
+#include "cpu/kernels.h"
 
 namespace adamops {
 namespace ADAMOPS_TARGET {

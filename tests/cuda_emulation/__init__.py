@@ -13,7 +13,7 @@ from adamops.op_builder.python_extension import pybind11_headers
 
 HERE = Path(__file__).resolve().parent
 CSRC = HERE.parents[1] / "csrc"
-OP_SOURCES = ["adam/fused_adam.cu", "adam/fused_adam.cpp", "adam/adam_table.cpp", "adam/launch_plan.cpp"]
+OP_SOURCES = ["cuda/launches.cu", "python/cuda_module.cpp", "python/table.cpp", "cuda/launch_plan.cpp"]
 
 
 def build(output: Path, sources: list[Path], *flags: str) -> Path:

@@ -1,4 +1,4 @@
-// Test only: stands in for CUDA's header, so that csrc/adam/fused_adam.cu and its kernels compile as C++ and run on the
+// Test only: stands in for CUDA's header, so that csrc/cuda/launches.cu and its kernels compile as C++ and run on the
 // host. The 32 threads of a warp take turns, each running until it exchanges data with the others. The warps run one
 // after another. There are no thread block barriers.
 #pragma once
@@ -12,7 +12,7 @@
 #include <cstring>
 #include <memory>
 
-#include "float_environment.h"
+#include "runtime/float_environment.h"
 
 #define __global__
 #define __device__

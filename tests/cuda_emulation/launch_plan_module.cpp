@@ -2,7 +2,7 @@
 #include <pybind11/pybind11.h>
 #include <pybind11/stl.h>
 
-#include "adam/launch_plan.h"
+#include "cuda/launch_plan.h"
 
 PYBIND11_MODULE(launch_plan, module) {
   module.def("plan_launches", [](const std::vector<std::pair<int64_t, uint32_t>>& tensors, size_t most_tensors,

@@ -100,7 +100,7 @@ def _adam_update(
     l2: bool,
     step: int,
 ) -> None:
-    """adam_update() of csrc/adam/adam_update.h in pure PyTorch, computed in float32 for every dtype."""
+    """adam_update() of csrc/rules/adam_update.h in pure PyTorch, computed in float32 for every dtype."""
     p, g = param.float(), grad.float() * k.grad_scale
     new = {name: average.float() for name, average in averages.items()}
     if l2:

@@ -1,6 +1,6 @@
 """Rounds averages to bfloat16 after a step, in pure PyTorch, for use where no op is compiled.
 
-csrc/adam/average_rounding.h has the definition and its reasons; results here are bit-identical.
+csrc/formats/average_rounding.h has the definition and its reasons; results here are bit-identical.
 """
 
 from __future__ import annotations

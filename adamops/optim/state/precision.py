@@ -31,7 +31,7 @@ _OF_STATES, _OF_MASTERS = SETTINGS[:2], SETTINGS[2:4]  # a param group that sets
 
 
 class Master(enum.IntEnum):
-    """The kind of master weights of a 16-bit param: enum Master in csrc/adam/adam_tensor.h."""
+    """The kind of master weights of a 16-bit param: enum Master in csrc/tensor.h."""
 
     NONE = 0
     FP32 = 1  # a float32 master, of which the param is a rounded copy

@@ -1,6 +1,6 @@
 """Quantizes states to 8 bits, and dequantizes them, in pure PyTorch: for loading, saving and where no op is compiled.
 
-csrc/adam/quantized_blocks.h has the definition and its reasons; results here are bit-identical.
+csrc/formats/quantized_blocks.h has the definition and its reasons; results here are bit-identical.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ _LEAST_SCALE, _MOST_SCALE = (127 - 90) << 7, 0x7F7F
 
 
 class Format(NamedTuple):
-    """The 8-bit format of a state: SignedFormat or UnsignedFormat in csrc/adam/quantized_blocks.h."""
+    """The 8-bit format of a state: SignedFormat or UnsignedFormat in csrc/formats/quantized_blocks.h."""
 
     dtype: torch.dtype
     power: int  # how many places the bits are shifted by

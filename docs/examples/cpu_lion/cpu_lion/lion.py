@@ -10,7 +10,7 @@ from torch import Tensor
 
 from adamops import op_builder
 
-_DTYPE_CODES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}  # csrc/dtype.h of adamops
+_DTYPE_CODES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}  # csrc/formats/dtype.h of adamops
 
 
 class Lion(torch.optim.Optimizer):

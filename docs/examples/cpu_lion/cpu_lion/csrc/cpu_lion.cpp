@@ -5,9 +5,9 @@
 #include <array>
 #include <cstring>
 
-#include "column.h"
+#include "python/column.h"
 #include "cpu_lion_kernel.h"
-#include "cpu_op.h"
+#include "python/cpu_op.h"
 
 namespace py = pybind11;
 

@@ -3,7 +3,7 @@
 
 #include ADAMOPS_SIMD_HEADER
 
-#include "simd/blocks.h"
+#include "cpu/vector_blocks.h"
 
 namespace adamops {
 namespace ADAMOPS_TARGET {

@@ -3,7 +3,7 @@
 
 #include <cstdint>
 
-#include "dtype.h"
+#include "formats/dtype.h"
 #include "lion_update.h"
 
 namespace adamops {

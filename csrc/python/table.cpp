@@ -1,0 +1,486 @@
+// Builds the table of a step: see python/table.h.
+#include "python/table.h"
+
+#include <algorithm>
+#include <array>
+#include <initializer_list>
+#include <string>
+
+#include "formats/quantized_blocks.h"
+
+namespace py = pybind11;
+
+namespace adamops {
+
+namespace {
+
+// The names in a param's state, interned once.
+struct Names {
+  PyObject *grad, *step, *exp_avg, *exp_avg_sq, *max_exp_avg_sq, *scales, *master, *remainder;
+
+  Names()
+      : grad(PyUnicode_InternFromString("grad")),
+        step(PyUnicode_InternFromString("step")),
+        exp_avg(PyUnicode_InternFromString("exp_avg")),
+        exp_avg_sq(PyUnicode_InternFromString("exp_avg_sq")),
+        max_exp_avg_sq(PyUnicode_InternFromString("max_exp_avg_sq")),
+        scales(PyUnicode_InternFromString("block_scales")),
+        master(PyUnicode_InternFromString("master_param")),
+        remainder(PyUnicode_InternFromString("param_remainder")) {}
+};
+
+const Names& names() {
+  static const Names names;
+  return names;
+}
+
+// A borrowed entry of a dict, null if there is none.
+PyObject* entry(PyObject* dict, PyObject* key) {
+  PyObject* value = PyDict_GetItemWithError(dict, key);
+  if (!value && PyErr_Occurred()) throw py::error_already_set();
+  return value;
+}
+
+// A new reference to an entry of a dict, empty if there is none.
+py::object owned_entry(PyObject* dict, PyObject* key) {
+  return py::reinterpret_borrow<py::object>(entry(dict, key));
+}
+
+// How many quantization blocks the states of a tensor have (formats/quantized_blocks.h).
+int64_t blocks_of(int64_t numel) {
+  return (numel + kQuantizationBlock - 1) / kQuantizationBlock;
+}
+
+// The bytes of an element.
+int64_t size_of(Dtype dtype) {
+  return dtype == kFloat32 ? 4 : dtype == kQuantized ? 1 : 2;
+}
+
+Master master_of_number(int number) {
+  if (number < kNoMaster || number > kRemainder16)
+    throw py::value_error("unknown kind of master " + std::to_string(number));
+  return static_cast<Master>(number);
+}
+
+// A row of a table as Python gives it: fields by name, each of which must be read.
+class Row {
+ public:
+  explicit Row(py::handle fields) : fields_(fields.ptr()) {
+    if (!PyDict_Check(fields_)) throw py::type_error("a row of a table is not a dict");
+  }
+
+  size_t number(const char* name) { return to_number(name, find_required(name)); }
+  size_t number(const char* name, size_t otherwise) {
+    PyObject* const value = find(name);
+    return value ? to_number(name, value) : otherwise;
+  }
+  template <class T>
+  T* required(const char* name) {
+    return reinterpret_cast<T*>(number(name));
+  }
+  template <class T>
+  T* optional(const char* name) {
+    return reinterpret_cast<T*>(number(name, 0));
+  }
+
+  // The addresses of the states; null beyond `count`.
+  std::array<void*, 3> states(size_t count) {
+    const auto given = py::reinterpret_borrow<py::sequence>(find_required("states"));
+    if (!PySequence_Check(given.ptr()) || given.size() != count)
+      throw py::value_error("a row's states are not " + std::to_string(count) + " addresses");
+    std::array<void*, 3> addresses{};
+    for (size_t i = 0; i < count; ++i)
+      addresses[i] = reinterpret_cast<void*>(to_number("states", py::object(given[i]).ptr()));
+    return addresses;
+  }
+
+  Dtype dtype(const char* name, Dtype last) { return to_dtype(name, last, number(name)); }
+
+  // The dtype of the 16-bit copy, which a row without one may leave out.
+  Dtype lowp_dtype(bool is_needed) {
+    return to_dtype("lowp_dtype", kFloat16, is_needed ? number("lowp_dtype") : number("lowp_dtype", kFloat32));
+  }
+
+  // A new reference to a dict; empty if there is none.
+  py::object dict(const char* name) {
+    PyObject* const value = find(name);
+    if (value && !PyDict_Check(value)) throw py::type_error(std::string(name) + " of a row is not a dict");
+    return py::reinterpret_borrow<py::object>(value);
+  }
+
+  void check_all_read() const {
+    if (PyDict_Size(fields_) != read_) throw py::value_error("a row of a table has a field of an unknown name");
+  }
+
+ private:
+  PyObject* find(const char* name) {
+    PyObject* const value = PyDict_GetItemString(fields_, name);
+    read_ += value != nullptr;
+    return value == Py_None ? nullptr : value;
+  }
+  PyObject* find_required(const char* name) {
+    PyObject* const value = find(name);
+    if (!value) throw py::value_error(std::string("a row of a table has no ") + name);
+    return value;
+  }
+  static Dtype to_dtype(const char* name, Dtype last, size_t found) {
+    if (found > last) throw py::value_error(std::string(name) + " is " + std::to_string(found) + ", which is no dtype");
+    return static_cast<Dtype>(found);
+  }
+  static size_t to_number(const char* name, PyObject* value) {
+    const size_t number = PyLong_Check(value) ? PyLong_AsSize_t(value) : static_cast<size_t>(-1);
+    if (number == static_cast<size_t>(-1)) {
+      PyErr_Clear();
+      throw py::type_error(std::string(name) + " of a row is not an int of 0 or more");
+    }
+    return number;
+  }
+
+  PyObject* fields_;
+  Py_ssize_t read_ = 0;
+};
+
+// Finds the states of params one after another. The dict of states usually has them in the order of the params.
+// Comparing a pointer then replaces torch's hash of a tensor, which is a Python function.
+class StateFinder {
+ public:
+  // `position` is where to look first, as PyDict_Next counts; any number is safe.
+  StateFinder(PyObject* states, Py_ssize_t position) : states_(states), next_(position) {}
+
+  // How many entries to try for params after the first: enough to skip some that have no grad.
+  static constexpr Py_ssize_t kReach = 4;
+
+  // The state of a param, borrowed; null if there is none. Tries `reach` entries before it looks the param up by hash.
+  PyObject* find(PyObject* param, Py_ssize_t reach) {
+    Py_ssize_t position = next_;
+    PyObject *key, *state;
+    for (; reach > 0; --reach) {
+      found_ = position;
+      if (!PyDict_Next(states_, &position, &key, &state)) {
+        position = 0;  // go on with the first entry: the search began in the middle
+        continue;
+      }
+      if (key == param) {
+        next_ = position;
+        return state;
+      }
+    }
+    return entry(states_, param);
+  }
+
+  // The position of the last state, if it was found without hashing.
+  Py_ssize_t found() const { return found_; }
+
+ private:
+  PyObject* states_;
+  Py_ssize_t next_, found_ = 0;
+};
+
+}  // namespace
+
+void AdamTable::reserve(size_t count) {
+  tensors.reserve(count);
+  dtypes.reserve(count);
+  step_rows.reserve(count);
+  objects_.reserve(count);
+  written_.reserve(3 * count);
+  grads_.reserve(count);
+}
+
+void AdamTable::add_step(int64_t step) {
+  if (step_rows.empty() || steps[step_rows.back()] != step) {
+    const auto [found, is_new] = row_of_step_.try_emplace(step, static_cast<uint32_t>(steps.size()));
+    step_rows.push_back(found->second);
+    if (is_new) steps.push_back(step);
+  } else {
+    step_rows.push_back(step_rows.back());
+  }
+}
+
+void AdamTable::count_steps() const {
+  if (counts_on_device()) return;
+  std::vector<py::int_> counts(steps.begin(), steps.end());
+  for (size_t row = 0; row < objects_.size(); ++row) {
+    if (PyDict_SetItem(objects_[row].state.ptr(), names().step, counts[step_rows[row]].ptr()) != 0)
+      throw py::error_already_set();
+  }
+}
+
+void AdamTable::count_writes(bool zero_grads) {
+  for (VersionCounter* const counter : written_) count_write(*counter);
+  if (zero_grads)
+    for (VersionCounter* const counter : grads_) count_write(*counter);
+  written_.clear();
+  grads_.clear();
+}
+
+std::vector<std::pair<uintptr_t, int64_t>> AdamTable::spans() const {
+  std::vector<std::pair<uintptr_t, int64_t>> spans;
+  for (size_t i = 0; i < tensors.size(); ++i) {
+    const AdamTensor& tensor = tensors[i];
+    const AdamDtypes& own = dtypes[i];
+    const int64_t scale_columns = own.state != kQuantized ? 0 : amsgrad ? 3 : 2;
+    const int64_t master_size = own.master == kNoMaster      ? 0
+                                : own.master == kMasterFp32  ? 4
+                                : own.master == kRemainder16 ? 2
+                                                             : 1;
+    for (const auto& [address, size] : std::initializer_list<std::pair<const void*, int64_t>>{
+             {tensor.param, tensor.numel * size_of(own.param)},
+             {tensor.grad, tensor.numel * size_of(own.grad)},
+             {tensor.exp_avg, tensor.numel * size_of(own.state)},
+             {tensor.exp_avg_sq, tensor.numel * size_of(own.state)},
+             {tensor.max_exp_avg_sq, amsgrad ? tensor.numel * size_of(own.state) : 0},
+             {tensor.master, tensor.numel * master_size},
+             {tensor.scales, blocks_of(tensor.numel) * scale_columns * 2},
+             {tensor.lowp_out, tensor.lowp_out ? tensor.numel * 2 : 0}})
+      if (size) spans.emplace_back(reinterpret_cast<uintptr_t>(address), size);
+  }
+  for (const float* const count : device_steps) spans.emplace_back(reinterpret_cast<uintptr_t>(count), sizeof *count);
+  return spans;
+}
+
+py::list AdamTable::borrowed() const {
+  py::list tensors;
+  for (const Objects& row : objects_)
+    for (const py::object* tensor :
+         {&row.param, &row.grad, &row.exp_avg, &row.exp_avg_sq, &row.max_exp_avg_sq, &row.scales, &row.master})
+      if (*tensor) tensors.append(*tensor);
+  if (counts_on_device())
+    for (const Objects& row : objects_) tensors.append(row.step);
+  return tensors;
+}
+
+void AdamTable::add_state(py::object state) {
+  objects_.emplace_back();
+  objects_.back().state = std::move(state);
+}
+
+bool AdamTable::add(const TensorReader& reader, PyObject* param, py::object grad, PyObject* state,
+                    uint32_t rng_offset) {
+  if (!state || !PyDict_Check(state)) return false;
+  const bool sharded = reader.is_sharded(param);
+  // The state's tensor of this name, or its local tensor if the param is sharded. Empty if there is none, or if only
+  // one of the two is sharded.
+  const auto state_tensor = [&](PyObject* name) {
+    py::object tensor = owned_entry(state, name);
+    if (!tensor || reader.is_sharded(tensor.ptr()) != sharded) return py::object();
+    return sharded ? reader.local(tensor.ptr()) : tensor;
+  };
+  TensorReader::View p, g, m, v, max_v{}, scales{}, master_view{};
+  Objects row;
+  row.param = py::reinterpret_borrow<py::object>(param);
+  if (reader.is_sharded(grad.ptr()) != sharded) return false;
+  if (sharded) {
+    if (!reader.sharded_alike(param, grad.ptr())) return false;
+    row.param = reader.local(param);
+    grad = reader.local(grad.ptr());
+  }
+  row.grad = std::move(grad);
+  row.state = py::reinterpret_borrow<py::object>(state);
+  row.step = owned_entry(state, names().step);
+  row.exp_avg = state_tensor(names().exp_avg);
+  row.exp_avg_sq = state_tensor(names().exp_avg_sq);
+  if (amsgrad) row.max_exp_avg_sq = state_tensor(names().max_exp_avg_sq);
+
+  const auto read = [&](const py::object& object, TensorReader::View& view) {
+    return object && reader.read(object.ptr(), view) && view.same_shape(p);
+  };
+  const auto read_integers = [&](const py::object& object, bool is_signed, int bits, TensorReader::View& view) {
+    return object && reader.read_integers(object.ptr(), is_signed, bits, view) && view.same_shape(p);
+  };
+  const auto read_states = [&](const auto& read) {
+    return read(row.exp_avg, m) && read(row.exp_avg_sq, v) && (!amsgrad || read(row.max_exp_avg_sq, max_v));
+  };
+
+  if (!reader.read(row.param.ptr(), p) || !read(row.grad, g)) return false;
+  if (read_states(read)) {
+    if (v.dtype != m.dtype || (amsgrad && max_v.dtype != m.dtype)) return false;
+    // Scales next to floating-point states mean that someone took quantized states for plain numbers and cast them to
+    // floats. Only looked for if the state has more entries than the step needs.
+    const Py_ssize_t needed = 3 + (amsgrad ? 1 : 0) + (p.dtype != kFloat32 && master != kNoMaster ? 1 : 0);
+    if (PyDict_Size(state) > needed && entry(state, names().scales)) return false;
+  } else {
+    const auto read_quantized = [&](const py::object& object, TensorReader::View& view) {
+      return read_integers(object, &view == &m, 8, view);  // only exp_avg is signed
+    };
+    row.scales = owned_entry(state, names().scales);  // always plain: they belong to what this rank holds
+    if (!read_states(read_quantized) || !row.scales || !reader.read(row.scales.ptr(), scales)) return false;
+    if (scales.dtype != kBfloat16 || scales.tensor.ndim != 2) return false;
+    if (scales.tensor.shape[0] != blocks_of(p.numel) || scales.tensor.shape[1] != (amsgrad ? 3 : 2)) return false;
+    m.dtype = kQuantized;
+  }
+
+  const Master own_master = p.dtype == kFloat32 ? kNoMaster : master;
+  // Of a param that was of 16 bits before. This step makes them stale, so the slow path drops them.
+  if (p.dtype == kFloat32 && master != kNoMaster && (entry(state, names().master) || entry(state, names().remainder)))
+    return false;
+  if (own_master == kMasterFp32) {
+    row.master = state_tensor(names().master);
+    if (!read(row.master, master_view) || master_view.dtype != kFloat32 || m.dtype != kFloat32) return false;
+  } else if (own_master != kNoMaster) {
+    row.master = state_tensor(names().remainder);
+    if (!read_integers(row.master, true, own_master == kRemainder8 ? 8 : 16, master_view)) return false;
+  }
+
+  const AdamDtypes own_dtypes = {p.dtype, g.dtype, m.dtype, own_master, kFloat32};
+  if (!is_supported(own_dtypes) || !add_step(reader, row.step)) return false;
+  tensors.push_back({p.address(), g.address(), m.address(), v.address(), amsgrad ? max_v.address() : nullptr,
+                     own_master == kNoMaster ? nullptr : master_view.address(),
+                     m.dtype == kQuantized ? static_cast<uint16_t*>(scales.address()) : nullptr, nullptr, p.numel,
+                     rng_offset});
+  dtypes.push_back(own_dtypes);
+  objects_.push_back(std::move(row));
+  written_.insert(written_.end(), {p.version, m.version, v.version});
+  if (amsgrad) written_.push_back(max_v.version);
+  if (m.dtype == kQuantized) written_.push_back(scales.version);
+  if (own_master != kNoMaster) written_.push_back(master_view.version);
+  grads_.push_back(g.version);
+  this->sharded |= sharded;
+  return true;
+}
+
+bool AdamTable::add_step(const TensorReader& reader, const py::object& step) {
+  if (step && PyLong_CheckExact(step.ptr())) {
+    if (counts_on_device()) return false;
+    int overflow = 0;
+    const long long done = PyLong_AsLongLongAndOverflow(step.ptr(), &overflow);
+    if (overflow || done < 0 || done >= kMostSteps) return false;
+    add_step(done + 1);
+    return true;
+  }
+  TensorReader::View count;
+  if (!step || !step_rows.empty() || !reader.read(step.ptr(), count)) return false;
+  if (count.dtype != kFloat32 || count.numel != 1) return false;
+  device_steps.push_back(static_cast<float*>(count.address()));
+  written_.push_back(count.version);
+  return true;
+}
+
+bool grads_overlap(const std::vector<const AdamTable*>& tables) {
+  std::vector<std::pair<const char*, const char*>> spans;
+  for (const AdamTable* const table : tables) {
+    spans.reserve(spans.size() + table->tensors.size());
+    for (size_t i = 0; i < table->tensors.size(); ++i) {
+      const AdamTensor& tensor = table->tensors[i];
+      const auto* const begin = static_cast<const char*>(tensor.grad);
+      if (tensor.numel) spans.emplace_back(begin, begin + tensor.numel * size_of(table->dtypes[i].grad));
+    }
+  }
+  std::sort(spans.begin(), spans.end());
+  for (size_t i = 1; i < spans.size(); ++i)
+    if (spans[i].first < spans[i - 1].second) return true;
+  return false;
+}
+
+std::unique_ptr<AdamTable> table_of_params(const TensorReader& reader, const py::list& params, const py::dict& states,
+                                           bool amsgrad, int master, Py_ssize_t first_state, uint32_t rng_offset) {
+  auto table = std::make_unique<AdamTable>(amsgrad, master_of_number(master));
+  table->reserve(params.size());
+  StateFinder finder(states.ptr(), first_state);
+  // Reads the list's size in each iteration, since reading a grad may run foreign code.
+  for (size_t i = 0; i < params.size(); ++i) {
+    PyObject* const param = PyList_GET_ITEM(params.ptr(), static_cast<Py_ssize_t>(i));
+    auto grad = py::reinterpret_steal<py::object>(PyObject_GetAttr(param, names().grad));
+    if (!grad) throw py::error_already_set();
+    if (grad.is_none()) continue;  // frozen params may be of any kind
+    if (!reader.is_plain(param) && !reader.is_sharded(param)) return nullptr;
+    const bool first = table->tensors.empty();
+    PyObject* const state = finder.find(param, first ? PyDict_Size(states.ptr()) + 1 : StateFinder::kReach);
+    if (!table->add(reader, param, std::move(grad), state, rng_offset + static_cast<uint32_t>(i))) return nullptr;
+    if (first) table->first_state = finder.found();
+  }
+  return table;
+}
+
+std::unique_ptr<AdamTable> table_of_rows(const py::list& rows, bool amsgrad, int master, bool counts_on_device) {
+  auto table = std::make_unique<AdamTable>(amsgrad, master_of_number(master));
+  table->reserve(rows.size());
+  size_t counted = 0;
+  for (const py::handle fields : rows) {
+    Row row(fields);
+    AdamTensor tensor{};
+    tensor.param = row.required<void>("param");
+    tensor.grad = row.required<void>("grad");
+    const auto states = row.states(amsgrad ? 3 : 2);
+    tensor.exp_avg = states[0];
+    tensor.exp_avg_sq = states[1];
+    tensor.max_exp_avg_sq = states[2];
+    tensor.master = row.optional<void>("master");
+    tensor.scales = row.optional<uint16_t>("scales");
+    tensor.lowp_out = row.optional<void>("lowp_out");
+    tensor.numel = static_cast<int64_t>(row.number("numel"));
+    tensor.rng_offset = static_cast<uint32_t>(row.number("rng_offset", 0));
+    const Master own_master = tensor.master ? table->master : kNoMaster;
+    table->dtypes.push_back({row.dtype("param_dtype", kFloat16), row.dtype("grad_dtype", kFloat16),
+                             row.dtype("state_dtype", kQuantized), own_master, row.lowp_dtype(tensor.lowp_out)});
+    table->tensors.push_back(tensor);
+    if (counts_on_device)
+      table->device_steps.push_back(row.required<float>("step"));
+    else
+      table->add_step(static_cast<int64_t>(row.number("step")));
+    if (py::object counted_in = row.dict("counted_in")) {
+      table->add_state(std::move(counted_in));
+      ++counted;
+    }
+    row.check_all_read();
+  }
+  if (counted && counted != rows.size()) throw py::value_error("some rows have counted_in, and others have not");
+  return table;
+}
+
+py::object columns_of(const TensorReader& reader, const py::list& tensors) {
+  py::list addresses, numels, dtypes;
+  for (const py::handle tensor : tensors) {
+    TensorReader::View view;
+    if (!reader.read(tensor.ptr(), view)) return py::none();
+    addresses.append(reinterpret_cast<uintptr_t>(view.address()));
+    numels.append(view.numel);
+    dtypes.append(static_cast<int>(view.dtype));
+  }
+  return py::make_tuple(addresses, numels, dtypes);
+}
+
+void bind_adam_table(py::module_& module) {
+  // Each module has its own classes, since the other module may be of another version.
+  bind_tensor_layout(module);
+  py::class_<TensorReader>(module, "TensorReader", "Reads plain tensors of a device through torch's DLPack table.",
+                           py::module_local())
+      .def_readwrite("sharded_type", &TensorReader::sharded_type,
+                     "DTensor, once there are any; its local tensors are read.")
+      .def(py::init<const py::object&, const std::array<py::type, 2>&, const TensorLayout&, int32_t, int32_t>(),
+           py::arg("capsule"), py::arg("types"), py::arg("layout"), py::arg("device_type") = kDlCpu,
+           py::arg("device_id") = 0);
+  py::class_<AdamTable>(module, "AdamTable", "The tensors of a step, as addresses, and their step counts.",
+                        py::module_local())
+      .def("__len__", [](const AdamTable& table) { return table.tensors.size(); })
+      .def_readonly("first_state", &AdamTable::first_state, "Where the dict of states has that of the first tensor.")
+      .def_readonly("steps", &AdamTable::steps, "The distinct step counts, this step included.")
+      .def_property_readonly("counts_on_device", &AdamTable::counts_on_device, "Whether step counts are in tensors.")
+      .def_property_readonly("borrowed", &AdamTable::borrowed, "The tensors that the table was made from.")
+      .def_property_readonly("spans", &AdamTable::spans, "Of each tensor the address, and how many bytes are used.")
+      .def_readonly("sharded", &AdamTable::sharded, "Whether there are DTensors among the params.")
+      .def("count_writes", &AdamTable::count_writes, py::arg("zero_grads"),
+           "Bumps the versions of what a step writes.");
+  module.def("grads_overlap", &grads_overlap, py::arg("tables"), "Whether grads share memory with one another.");
+  module.def("columns_of", &columns_of, py::arg("reader"), py::arg("tensors"),
+             "Addresses, sizes and dtype codes of tensors, or None if one of them is not plain.");
+  module.def(
+      "table_of_params", &table_of_params, py::arg("reader"), py::arg("params"), py::arg("states"), py::arg("amsgrad"),
+      py::arg("master") = static_cast<int>(kNoMaster), py::arg("first_state") = 0, py::arg("rng_offset") = 0,
+      "A table of the params that have a grad, kept alive with what belongs to them, or None if any of it is not "
+      "eligible for the fast path. `first_state` is that of the group's last table: where to look for states first. "
+      "`master` "
+      "is a Master of csrc/tensor.h.");
+  module.def("table_of_rows", &table_of_rows, py::arg("rows"), py::arg("amsgrad") = false,
+             py::arg("master") = static_cast<int>(kNoMaster), py::arg("counts_on_device") = false,
+             "A table of rows, dicts with the fields that csrc/python/table.h names, all trusted.");
+  module.attr("DTYPES") = py::dict(py::arg("float32") = int{kFloat32}, py::arg("bfloat16") = int{kBfloat16},
+                                   py::arg("float16") = int{kFloat16}, py::arg("quantized") = int{kQuantized});
+  module.attr("MASTERS") =
+      py::dict(py::arg("NONE") = int{kNoMaster}, py::arg("FP32") = int{kMasterFp32},
+               py::arg("REMAINDER_8") = int{kRemainder8}, py::arg("REMAINDER_16") = int{kRemainder16});
+  module.attr("QUANTIZATION_BLOCK") = kQuantizationBlock;
+  module.attr("MOST_STEPS") = kMostSteps;
+}
+
+}  // namespace adamops

@@ -1,0 +1,118 @@
+// The table of a step: the tensors of a param group as addresses, sizes and dtypes. It is built from a list of params
+// and their states, or from rows of addresses. Must not know of kernels, threads or hyper-parameters. The modules of
+// the CPU op and of the CUDA op both contain it.
+#pragma once
+
+#include <pybind11/pybind11.h>
+#include <pybind11/stl.h>
+
+#include <cstdint>
+#include <memory>
+#include <unordered_map>
+#include <utility>
+#include <vector>
+
+#include "python/tensor_reader.h"
+#include "tensor.h"
+
+namespace adamops {
+
+// More steps than anyone takes; the scalars' error bound ends long before (adamops/optim/hyper.py).
+constexpr int64_t kMostSteps = int64_t{1} << 53;
+
+// Tensors and what belongs to each, ready for the kernels.
+class AdamTable {
+ public:
+  AdamTable(bool amsgrad, Master master) : amsgrad(amsgrad), master(master) {}
+  AdamTable(const AdamTable&) = delete;
+  AdamTable& operator=(const AdamTable&) = delete;
+
+  bool amsgrad;   // stored, since an empty tensor has a null address in every column
+  Master master;  // what 16-bit params must have
+  std::vector<AdamTensor> tensors;
+  std::vector<AdamDtypes> dtypes;
+  std::vector<int64_t> steps;        // the distinct step counts, this step included
+  std::vector<uint32_t> step_rows;   // for each tensor, the index of its count in `steps`
+  std::vector<float*> device_steps;  // or the address of each tensor's fp32 count, before this step
+  Py_ssize_t first_state = 0;        // the first tensor's position in the dict of states, as PyDict_Next counts
+
+  void reserve(size_t count);
+
+  // Records a tensor's step count, this step included.
+  void add_step(int64_t step);
+
+  // Whether step counts are kept in tensors, on the params' device.
+  bool counts_on_device() const { return !device_steps.empty(); }
+
+  // Writes the step counts into the states that the table was made from, if any. Counts on the device are left alone.
+  void count_steps() const;
+
+  // Tells autograd what the step writes, by version counters; with `zero_grads`, the grads too. Does nothing when
+  // called again, or for a table made from rows.
+  void count_writes(bool zero_grads);
+
+  // All tensors whose memory the table borrows; for DTensors, the local ones.
+  pybind11::list borrowed() const;
+
+  // For each tensor of each column, its address and the number of bytes that a step reads or writes.
+  std::vector<std::pair<uintptr_t, int64_t>> spans() const;
+
+  // For a table made from rows: keeps the dict that a tensor's step count is written to.
+  void add_state(pybind11::object state);
+
+  // Adds one param with its grad and its state; for a DTensor, what this rank holds. Returns false if anything about
+  // them is not eligible for the fast path.
+  bool add(const TensorReader& reader, PyObject* param, pybind11::object grad, PyObject* state, uint32_t rng_offset);
+
+  // Releases the references to the tensors.
+  void release() {
+    written_.clear();
+    grads_.clear();
+    objects_.clear();
+  }
+
+  bool sharded = false;  // whether there are DTensors among the params
+
+ private:
+  // Records a step count as found in the state. Returns false if it is not eligible for the fast path, or if some
+  // counts are numbers and others tensors.
+  bool add_step(const TensorReader& reader, const pybind11::object& step);
+
+  // The Python objects whose memory this table borrows, kept alive; one member per column. For DTensors, the local
+  // ones.
+  struct Objects {
+    pybind11::object param, grad, state, step, exp_avg, exp_avg_sq, max_exp_avg_sq, scales, master;
+  };
+  std::vector<Objects> objects_;
+  std::vector<VersionCounter*> written_, grads_;       // of a table made from params; the objects keep them alive
+  std::unordered_map<int64_t, uint32_t> row_of_step_;  // the index of each in `steps`
+};
+
+// The table of a list of params (those without a grad are left out) and their states, {param: {"step", "exp_avg",
+// ...}}. Null, so None in Python, if any of it is not eligible for the fast path (a state is missing, a tensor is not
+// plain or does not fit its param); the caller then finds the offending parameter. `first_state` is that of the group's
+// previous table, 0 if unknown. The params' own RNG offsets are `rng_offset` and the numbers after it.
+std::unique_ptr<AdamTable> table_of_params(const TensorReader& reader, const pybind11::list& params,
+                                           const pybind11::dict& states, bool amsgrad, int master,
+                                           Py_ssize_t first_state, uint32_t rng_offset);
+
+// The table of rows, dicts with named fields, whose addresses are trusted:
+//   param, grad, states               addresses; `states` are exp_avg, exp_avg_sq and, with amsgrad, max_exp_avg_sq
+//   numel
+//   param_dtype, grad_dtype, state_dtype     numbers of Dtype; lowp_dtype too if there is a lowp_out
+//   step                              the count, this step included; or the address of the count before this step
+//   master, scales, lowp_out          addresses; 0, None or left out for what the tensor does not have
+//   rng_offset                        0 if left out
+//   counted_in                        the dict that the step count is written to; in all rows or in none
+std::unique_ptr<AdamTable> table_of_rows(const pybind11::list& rows, bool amsgrad, int master, bool counts_on_device);
+
+// Whether grads of the tables share memory with one another, so that none may be zeroed before all have been read.
+bool grads_overlap(const std::vector<const AdamTable*>& tables);
+
+// The addresses, sizes and dtype codes of tensors, one list each; None if any of them is not plain.
+pybind11::object columns_of(const TensorReader& reader, const pybind11::list& tensors);
+
+// Binds TensorReader, AdamTable and the functions above, local to the module.
+void bind_adam_table(pybind11::module_& module);
+
+}  // namespace adamops
