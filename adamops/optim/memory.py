@@ -1,7 +1,7 @@
 """Proves that a tensor's address may be used: its elements exist, hold its own values, and lie in its storage.
 
-Every address that reaches an op comes from here, or from csrc/python/tensor_reader.h, which proves the same for plain tensors
-in C++. Must not know of optimizers.
+Every address that reaches an op comes from here, or from csrc/python/tensor_reader.h, which proves the same for plain
+tensors in C++. Must not know of optimizers.
 """
 
 from __future__ import annotations

@@ -1,8 +1,8 @@
 """Finds by experiment the offsets, in torch's objects, of the fields that prove that a tensor's address may be used.
 
-csrc/python/tensor_layout.h reads them. Every read here lies within an object of known size. An offset is accepted only if it
-is the only one that agrees with what torch says about all of many different tensors. Otherwise there is no layout, and
-tensors are checked through torch's Python API. Must not know of optimizers.
+csrc/python/tensor_layout.h reads them. Every read here lies within an object of known size. An offset is accepted only
+if it is the only one that agrees with what torch says about all of many different tensors. Otherwise there is no
+layout, and tensors are checked through torch's Python API. Must not know of optimizers.
 """
 
 from __future__ import annotations

@@ -1,6 +1,7 @@
 """Splits master weights into 16-bit params and remainders, in pure PyTorch.
 
-For loading, saving and where no op is compiled. csrc/formats/split_masters.h has the definition; results are bit-identical.
+For loading, saving and where no op is compiled. csrc/formats/split_masters.h has the definition; results are
+bit-identical.
 """
 
 from __future__ import annotations
