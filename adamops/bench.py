@@ -240,7 +240,7 @@ class BandwidthProbe:
                     "step": 1,
                 }
             )
-        self.table = self.module.table_of_rows(rows)
+        self.table = self.module.table_of_rows(rows, state_count=2)
 
     def __call__(self, prefetch_bytes: int) -> None:
         """Moves all bytes once with this prefetch distance in bytes; 0 means no prefetch."""

@@ -20,6 +20,7 @@ from .registry import (
     plugins,
     registered_ops,
 )
+from .rules import CPURuleBuilder, CUDARuleBuilder
 from .spec import BuildError, Compatibility, CompileUnit, Op, OpUnavailableError
 from .torch_adam import TorchAdamBuilder
 
@@ -27,7 +28,9 @@ __all__ = [
     "BuildError",
     "CPUAdamBuilder",
     "CPUOpBuilder",
+    "CPURuleBuilder",
     "CUDAOpBuilder",
+    "CUDARuleBuilder",
     "Compatibility",
     "CompileUnit",
     "FusedAdamBuilder",

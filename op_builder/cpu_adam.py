@@ -2,17 +2,13 @@
 
 from __future__ import annotations
 
-from .cpu import CPUOpBuilder
+from .rules import CPURuleBuilder
 
 
-class CPUAdamBuilder(CPUOpBuilder):
-    """Adam for tensors on the CPU, built from csrc."""
+class CPUAdamBuilder(CPURuleBuilder):
+    """Adam for tensors on the CPU."""
 
     NAME = "cpu_adam"
     MODULE = "adamops._native.cpu_adam"
-
-    def sources(self) -> list[str]:
-        return ["python/cpu_module.cpp", "python/table.cpp"]
-
-    def kernel_sources(self) -> list[str]:
-        return ["cpu/direct.cpp", "cpu/staged.cpp", "cpu/grad_norm.cpp"]
+    RULE = "Adam"
+    RULE_HEADER = "rules/adam.h"

@@ -2,18 +2,13 @@
 
 from __future__ import annotations
 
-from .cuda import CUDAOpBuilder
+from .rules import CUDARuleBuilder
 
 
-class FusedAdamBuilder(CUDAOpBuilder):
-    """Adam for tensors in device memory, built from csrc."""
+class FusedAdamBuilder(CUDARuleBuilder):
+    """Adam for tensors in device memory."""
 
     NAME = "fused_adam"
     MODULE = "adamops._native.fused_adam"
-    FROM_ONE_PTX = True
-
-    def sources(self) -> list[str]:
-        return ["python/cuda_module.cpp", "python/table.cpp", "cuda/launch_plan.cpp"]
-
-    def cuda_sources(self) -> list[str]:
-        return ["cuda/launches.cu"]
+    RULE = "Adam"
+    RULE_HEADER = "rules/adam.h"

@@ -47,10 +47,9 @@ def step_by_device_counts(cuda, rows, offset, kind, amsgrad, with_master, l2):
     table = table_of_rows(cuda, rows, offset, kind, amsgrad, with_master, places)
     decay = 0.01 if l2 else 0.0
     there = scalars.buffer_info()[0], found_inf.buffer_info()[0]
-    cuda.count_steps(
-        table, there[0], 1e-3, 0, 0, 0.9, 0.999, 1e-8, decay, False, not l2, False, 0, there[1], device=0, stream=0
-    )
-    cuda.adam_step(table, [], l2, *there, 0, 0)
+    numbers = (1e-3, 0.9, 0.999, 1e-8, decay, False, not l2)
+    cuda.count_steps(table, there[0], numbers, False, 0, 0, 0, 0, there[1], device=0, stream=0)
+    cuda.step_with_scalars(table, [], int(l2), *there, 0, 0)
     assert [count[0] for count in counts] == [1.0] * len(SIZES)
 
 
@@ -60,8 +59,8 @@ def check_small_tensors(cuda, cpu, rng):
         twin = copy.deepcopy(tensor)
         for step in (1, 2):
             scalars, modes = [scalars_of(step, False, False)], (tensor.zero_grads, tensor.stochastic_rounding)
-            cuda.adam_step(tensor.table(cuda, step), scalars, False, 0, 0, 0, 0, *modes)
-            cpu.adam_step(twin.table(cpu, step), scalars, False, 1, *modes)
+            cuda.step_with_scalars(tensor.table(cuda, step), scalars, 0, 0, 0, 0, 0, *modes)
+            cpu.step_with_scalars(twin.table(cpu, step), scalars, 0, 1, *modes)
             assert tensor.bits() == twin.bits(), (vars(tensor), step)
 
 
@@ -87,8 +86,10 @@ def main(cuda_path, cpu_path):
             if device_counts:
                 step_by_device_counts(cuda, ours, offset, kind, amsgrad, with_master, l2)
             else:
-                cuda.adam_step(table_of_rows(cuda, ours, offset, kind, amsgrad, with_master), scalars, l2, 0, 0, 0, 0)
-            cpu.adam_step(table_of_rows(cpu, theirs, offset, kind, amsgrad, with_master), scalars, l2, 1)
+                table = table_of_rows(cuda, ours, offset, kind, amsgrad, with_master)
+                cuda.step_with_scalars(table, scalars, int(l2), 0, 0, 0, 0)
+            table = table_of_rows(cpu, theirs, offset, kind, amsgrad, with_master)
+            cpu.step_with_scalars(table, scalars, int(l2), 1)
             for our_row, their_row in zip(ours, theirs, strict=True):
                 for x, y, dtype in zip(our_row, their_row, dtypes, strict=True):
                     assert canonical(x, dtype) == canonical(y, dtype), (dtypes, l2, amsgrad, with_master, offset)

@@ -132,7 +132,7 @@ def table_of(module, columns, numels, dtypes, steps, master=None, counts_on_devi
         rows.append(row | {"numel": numel, "step": step, "lowp_dtype": lowp_dtype, "rng_offset": rng_offset})
     if master is None:
         master = FP32_MASTER if columns["master"] is not None else NO_MASTER
-    return module.table_of_rows(rows, amsgrad, master, counts_on_device)
+    return module.table_of_rows(rows, 3 if amsgrad else 2, master, counts_on_device)
 
 
 def small_tensors(rng, sizes):
@@ -182,14 +182,14 @@ def digest(module, threads=1):
             for step in (1, 2):
                 columns = [*addresses[:4], max_exp_avg_sqs, masters]
                 table = table_of(module, columns, [size], (param, grad, state), [step])
-                module.adam_step(table, [scalars_of(step, maximize, l2)], bool(l2), threads)
+                module.step_with_scalars(table, [scalars_of(step, maximize, l2)], l2, threads)
             for x, dtype in zip(data, (param, grad, state, state, state, FLOAT32), strict=True):
                 sha.update(canonical(x, dtype))
     for tensor in small_tensors(rng, (1, 255, 256, 257, 1000)):
         for step in (1, 2):
             scalars = [scalars_of(step, False, False)]
-            module.adam_step(tensor.table(module, step), scalars, False, threads, tensor.amsgrad,
-                             tensor.stochastic_rounding)  # fmt: skip
+            module.step_with_scalars(tensor.table(module, step), scalars, 0, threads, tensor.amsgrad,
+                                     tensor.stochastic_rounding)  # fmt: skip
         for data in filter(None, tensor.bits()):
             sha.update(data)
     for norm in norms(module, rng, threads):

@@ -57,7 +57,7 @@ def step_here(cpu_adam, kind, scalars, arrays):
     addresses = [[array.buffer_info()[0]] for array in arrays]
     columns = [*addresses[:4], addresses[4] if amsgrad else None, addresses[5] if with_master else None]
     table = table_of(cpu_adam, columns, [len(arrays[0])], (param, grad, state), [1])
-    cpu_adam.adam_step(table, [scalars], bool(l2), 1)
+    cpu_adam.step_with_scalars(table, [scalars], int(l2), 1)
 
 
 def norms_here(cpu_adam, grad, dtype):
@@ -83,7 +83,14 @@ def packed(numel, scalars, columns, offset=0, rng_offset=0, **kind):
 
 
 def build_driver(compiler, target, output):
-    command = [*compiler.command, *Compiler.COMMON_FLAGS, *target.flags, "-static", f"-I{CSRC}"]
+    command = [
+        *compiler.command,
+        *Compiler.COMMON_FLAGS,
+        *target.flags,
+        "-static",
+        f"-I{CSRC}",
+        *CPUAdamBuilder().cxx_args(),
+    ]
     command += [f"-DADAMOPS_TARGET={target.name}", f'-DADAMOPS_SIMD_HEADER="{target.header}"']
     kernels = ("direct.cpp", "staged.cpp", "grad_norm.cpp")
     sources = [HERE / "cross" / "kernel_driver.cpp", *(CSRC / "cpu" / name for name in kernels)]
@@ -149,7 +156,7 @@ def test_neon_has_the_bits_of_this_machine(monkeypatch, tmp_path, cpu_adam, seed
         there = copy.deepcopy(tensor)
         there.columns = [None if own is None else read_like(own, theirs) for own in tensor.columns]
         modes = tensor.zero_grads, tensor.stochastic_rounding
-        cpu_adam.adam_step(tensor.table(cpu_adam, 1), [scalars_of(1, False, False)], False, 1, *modes)
+        cpu_adam.step_with_scalars(tensor.table(cpu_adam, 1), [scalars_of(1, False, False)], 0, 1, *modes)
         assert there.bits() == tensor.bits(), vars(tensor)
     assert not theirs.read()
 

@@ -47,11 +47,11 @@ class Gate:
     def __getattr__(self, name):
         return getattr(self._module, name)
 
-    def adam_steps(self, calls):
+    def steps(self, calls):
         self.entered.set()
         self.calls += [(threading.current_thread(), threads, torch.is_grad_enabled()) for *_, threads in calls]
         assert self._open.wait(SECONDS)
-        self._module.adam_steps(calls)
+        self._module.steps(calls)
 
     def open(self):
         self._open.set()
@@ -177,7 +177,7 @@ def test_an_error_that_nobody_waited_for_comes_with_the_next_use(in_background):
     if in_background:
         backend.module = Gate(module)
         backend.module.open()
-        backend.module.adam_steps = None  # not callable
+        backend.module.steps = None  # not callable
     else:
         params[0].grad.data = torch.randn(7)
     optimizer.step_async()

@@ -69,7 +69,7 @@ class Case:
         columns = [*columns[:4], columns[4] if self.amsgrad else None]
         table = table_of(MODULE, columns, numels, [CODE[d] for d in self.dtypes], [self.step] * count)
         assert len(table) == count
-        MODULE.adam_step(table, [self.scalars], self.l2, threads)
+        MODULE.step_with_scalars(table, [self.scalars], int(self.l2), threads)
         assert torch.equal(copies[1].nan_to_num(), self.data[1].nan_to_num()), "the grad was written to"
         return [copies[0], *copies[2:]]
 

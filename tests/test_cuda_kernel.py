@@ -76,7 +76,7 @@ def addresses(tensors):
 
 def cuda_step(op, t, l2, scalars, steps=None, device_scalars=0, found_inf=0, device=0):
     table = table_of(op, t, t.params, t.grads, t.dtypes, steps, t.masters)
-    op.adam_step(table, scalars, l2, device_scalars, found_inf, device, 0)
+    op.step_with_scalars(table, scalars, int(l2), device_scalars, found_inf, device, 0)
 
 
 def cpu_step(op, t, l2, scalars, steps=None):
@@ -84,7 +84,7 @@ def cpu_step(op, t, l2, scalars, steps=None):
     params, grads, dtypes = t.params, t.grads, t.dtypes
     if t.masters:
         params, grads, dtypes = t.masters, [x.float() for x in t.grads], (torch.float32,) * 3
-    op.adam_step(table_of(op, t, params, grads, dtypes, steps), scalars, l2, 2)
+    op.step_with_scalars(table_of(op, t, params, grads, dtypes, steps), scalars, int(l2), 2)
     if t.masters:
         for param, master in zip(t.params, t.masters, strict=True):
             param.copy_(master)
@@ -186,16 +186,12 @@ def test_scalars_on_the_device_are_those_of_the_host(
     cuda_op.count_steps(
         table_of_counts(cuda_op, counts),
         out.data_ptr(),
-        lr,
-        0,
-        0,
-        *betas,
-        1e-8,
-        weight_decay,
-        bias_correction,
-        not l2,
+        (lr, *betas, 1e-8, weight_decay, bias_correction, not l2),
         maximize,
+        0,
+        0,
         0 if scale is None else scale.data_ptr(),
+        0,
         0,
         0,
         0,
@@ -214,8 +210,8 @@ def test_learning_rate_and_scalars_from_the_device(cuda_op, cpu_adam):
     counts, out = torch.tensor([0.0, 4.0, 9.0]), torch.zeros(3, WORDS)
     for lr, where in ((torch.tensor(0.01), (1, 0)), (torch.tensor(0.02, dtype=torch.float64), (0, 1))):
         pointers = [lr.data_ptr() * w for w in where]
-        rest = (0.9, 0.999, 1e-8, 0.01, True, True, False, 0, 0, 0, 0)
-        cuda_op.count_steps(table_of_counts(cuda_op, counts), out.data_ptr(), 0.5, *pointers, *rest)
+        numbers = (0.5, 0.9, 0.999, 1e-8, 0.01, True, True)
+        cuda_op.count_steps(table_of_counts(cuda_op, counts), out.data_ptr(), numbers, False, *pointers, 0, 0, 0, 0, 0)
         cuda_step(cuda_op, ours, False, [], device_scalars=out.data_ptr())
         scalars = [hyper(lr=float(lr)).scalars(int(step)) for step in counts]
         cpu_step(cpu_adam, theirs, False, scalars, counts.int().tolist())
@@ -227,8 +223,8 @@ def test_found_inf_skips_the_step_on_the_device(cuda_op):
     ours = Tensors([5000, 3], (torch.bfloat16, torch.float32, torch.float32), masters=True)
     before = ours.clone()
     counts, out, found_inf = torch.tensor([1.0, 2.0]), torch.full((2, WORDS), 7.0), torch.tensor([1.0])
-    rest = (0.9, 0.999, 1e-8, 0.01, True, True, False, 0, found_inf.data_ptr(), 0, 0)
-    cuda_op.count_steps(table_of_counts(cuda_op, counts), out.data_ptr(), 0.5, 0, 0, *rest)
+    numbers, rest = (0.5, 0.9, 0.999, 1e-8, 0.01, True, True), (0, 0, 0, 0, found_inf.data_ptr(), 0, 0)
+    cuda_op.count_steps(table_of_counts(cuda_op, counts), out.data_ptr(), numbers, False, *rest)
     cuda_step(cuda_op, ours, False, [], device_scalars=out.data_ptr(), found_inf=found_inf.data_ptr())
     assert counts.tolist() == [1, 2]
     assert out.eq(7).all()
@@ -237,8 +233,8 @@ def test_found_inf_skips_the_step_on_the_device(cuda_op):
 
 def test_more_step_counts_than_one_launch_holds(cuda_op):
     counts, out = torch.zeros(10_000), torch.zeros(10_000, WORDS)
-    rest = (0.9, 0.999, 1e-8, 0.0, True, True, False, 0, 0, 0, 0)
-    cuda_op.count_steps(table_of_counts(cuda_op, counts), out.data_ptr(), 0.5, 0, 0, *rest)
+    numbers = (0.5, 0.9, 0.999, 1e-8, 0.0, True, True)
+    cuda_op.count_steps(table_of_counts(cuda_op, counts), out.data_ptr(), numbers, False, 0, 0, 0, 0, 0, 0, 0)
     assert counts.eq(1).all()
     assert out.eq(out[0]).all()
     assert out[0, 1] == torch.tensor(0.9)

@@ -12,12 +12,13 @@ from adamops.op_builder.spec import SHARED_SOURCES
 
 import adamops
 from adamops import op_builder
-from adamops.optim.backends.cpu import NativeBackend
+from adamops.optim.backends.cpu import NativeBackend, StepCall
 from adamops.optim.batch import MOST_STEPS
 from adamops.optim.hyper import AdamHyper, AdamScalars
 from adamops.optim.pieces import PIECE
-from adamops.optim.state.precision import DTYPES, Master
-from adamops.optim.state.quantization import QUANTIZATION_BLOCK
+from adamops.optim.state.average_rounding import NEAREST
+from adamops.optim.state.precision import AVERAGES, DTYPES, Master, averages_of
+from adamops.optim.state.quantization import FORMATS, QUANTIZATION_BLOCK, SIGNED, UNSIGNED
 
 CSRC = SHARED_SOURCES
 
@@ -44,24 +45,37 @@ def test_each_dtype_has_the_number_of_the_op():
     assert backend._codes([torch.zeros(1, dtype=torch.int8)]) == [backend.module.DTYPES["quantized"]]
 
 
-def fields_of(header, struct):
-    """The names of a struct's fields of one type, in order."""
-    body = re.search(rf"struct {struct} {{(.*?)\n}};", (CSRC / header).read_text(), re.DOTALL).group(1)
-    declarations = re.findall(r"^\s*(?:float|double|bool|uint32_t) ([\w, ]+);", body, re.MULTILINE)
+def fields_of(struct):
+    """The names of the fields of a struct in rules/adam.h, in order."""
+    body = re.search(rf"struct {struct} {{(.*?)\n  }};", (CSRC / "rules" / "adam.h").read_text(), re.DOTALL).group(1)
+    declarations = re.findall(r"^\s*(?:Number|double) ([\w, ]+);", body, re.MULTILINE)
     return [name for names in declarations for name in re.split(r",\s*", names)]
 
 
-def test_scalars_are_in_the_order_of_the_struct():
-    assert [*AdamScalars._fields, "step"] == fields_of("rules/adam_update.h", "AdamScalars")
+def test_scalars_are_in_the_order_of_the_struct(module):
+    assert [*AdamScalars._fields] == ["grad_scale", *fields_of("Scalars")]
+    assert len(AdamScalars._fields) == module.SCALAR_COUNT
 
 
-def test_numbers_are_in_the_order_of_the_struct():
+def test_hyper_parameters_are_in_the_order_of_the_struct(module):
     values = {
         "lr": 1.0, "beta1": 0.2, "beta2": 0.3, "eps": 4.0, "weight_decay": 5.0,
-        "bias_correction": False, "adamw_mode": True, "maximize": False, "loss_scale": 6.0, "grad_factor": 7.0,
+        "bias_correction": False, "adamw_mode": True,
     }  # fmt: skip
-    names = [*fields_of("rules/adam_scalars.h", "AdamHyper"), "loss_scale", "grad_factor"]
-    assert list(AdamHyper(amsgrad=False, **values).numbers()) == [values[name] for name in names]
+    assert list(module.HYPER) == fields_of("Hyper") == list(values)
+    assert AdamHyper(amsgrad=False, maximize=False, **values).numbers() == tuple(values.values())
+
+
+def test_states_are_those_of_the_rule(module):
+    assert [name for name, *_ in module.STATES] == list(AVERAGES) and len(averages_of(False)) == module.LEAST_STATES
+    formats = {True: SIGNED, False: UNSIGNED}
+    assert [formats[is_signed] for _, is_signed, _ in module.STATES] == [FORMATS[name] for name in AVERAGES]
+    roundings = ["nearest" if name in NEAREST else "average" for name in AVERAGES]
+    assert [rounding for *_, rounding in module.STATES] == roundings
+
+
+def test_a_step_is_passed_in_the_order_of_the_op():
+    assert StepCall._fields == op_builder.get("cpu_adam").load().STEP_FIELDS
 
 
 def test_a_grain_that_splits_quantization_blocks_does_not_compile(tmp_path):
@@ -83,7 +97,7 @@ def test_a_grain_that_splits_quantization_blocks_does_not_compile(tmp_path):
     ]
     source = str(builder.locate("python/cpu_module.cpp"))
     with pytest.raises(BuildError, match="quantized states would depend on the threads"):
-        Compiler.find().run([*Compiler.COMMON_FLAGS, "-fsyntax-only", *flags, *includes, source])
+        Compiler.find().run([*Compiler.COMMON_FLAGS, *builder.cxx_args(), "-fsyntax-only", *flags, *includes, source])
 
 
 def test_versions_agree():

@@ -449,15 +449,19 @@ ROW = {
 )
 def test_the_op_refuses_rows_that_are_not_of_a_table(cpu_adam, rows, error, words):
     with pytest.raises(error, match=words):
-        cpu_adam.table_of_rows(rows)
+        cpu_adam.table_of_rows(rows, 2)
 
 
 def test_the_op_refuses_dtypes_that_do_not_go_together_and_targets_that_it_lacks(cpu_adam):
-    table = cpu_adam.table_of_rows([{**ROW, "param_dtype": 1, "grad_dtype": 2}])
+    table = cpu_adam.table_of_rows([{**ROW, "param_dtype": 1, "grad_dtype": 2}], 2)
     with pytest.raises(ValueError, match="no kernel for these dtypes"):
-        cpu_adam.adam_step(table, [(0.0,) * 10], False, 1)
+        cpu_adam.step_with_scalars(table, [(0.0,) * cpu_adam.SCALAR_COUNT], 0, 1)
+    with pytest.raises(ValueError, match="mode is 2, expected less than 2"):
+        cpu_adam.step_with_scalars(table, [(0.0,) * cpu_adam.SCALAR_COUNT], 2, 1)
+    with pytest.raises(ValueError, match="state_count is 4, expected 2 to 3"):
+        cpu_adam.table_of_rows([ROW], 4)
     with pytest.raises(ValueError, match="unknown kind of master 4"):
-        cpu_adam.table_of_rows([ROW], False, 4)
+        cpu_adam.table_of_rows([ROW], 2, 4)
     with pytest.raises(ValueError, match="no SIMD target 'avx1024' in this build; it has: .*baseline"):
         cpu_adam.use_target("avx1024")
 

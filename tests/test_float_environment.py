@@ -12,6 +12,7 @@ import torch
 from kernel_check import table_of
 
 from adamops import DeepSpeedCPUAdam, op_builder
+from adamops.optim.backends.cpu import StepCall
 from adamops.optim.hyper import AdamHyper
 
 MODULE = op_builder.get("cpu_adam").load()
@@ -164,7 +165,7 @@ def test_saving_and_loading_quantized_states_gives_the_same_bits(name):
 @pytest.mark.parametrize("adamw_mode", [True, False])
 @pytest.mark.parametrize("maximize", [True, False])
 def test_the_op_computes_the_scalars_that_python_computes(bias_correction, adamw_mode, maximize):
-    """AdamHyper.scalars(), which the fallback and rollback use, against csrc/rules/adam_scalars.h, by a step each."""
+    """AdamHyper.scalars(), which the fallback and rollback use, against csrc/rules/adam.h, by a step each."""
     for _ in range(100):
         hyper = AdamHyper(
             lr=10 ** random.uniform(-6, 0),
@@ -182,9 +183,13 @@ def test_the_op_computes_the_scalars_that_python_computes(bias_correction, adamw
         step = random.choice([1, 2, random.randrange(1, 10**4), random.randrange(1, 2**53)])
         start = [torch.randn(64), torch.randn(64), torch.randn(64), torch.rand(64)]
         results = []
-        for scalars in (hyper.numbers(), [hyper.scalars(step)]):
+        for from_rows in (False, True):
             columns = [tensor.clone() for tensor in start]
             table = table_of(MODULE, [[tensor.data_ptr()] for tensor in columns], [64], (0, 0, 0), [step])
-            MODULE.adam_step(table, scalars, hyper.l2, 1)
+            if from_rows:
+                MODULE.step_with_scalars(table, [hyper.scalars(step)], int(hyper.l2), 1)
+            else:
+                factors = hyper.loss_scale, hyper.grad_factor, hyper.maximize
+                MODULE.steps([StepCall(table, hyper.numbers(), *factors, False, False, 1)])
             results.append([torch.where(tensor.isnan(), torch.inf, tensor) for tensor in columns])
         assert bits(results[0]) == bits(results[1]), (hyper, step)

@@ -89,7 +89,8 @@ def _complete_scales(state: dict[str, Any], param: Tensor, amsgrad: bool) -> Non
     scales = state.get(SCALES)
     if scales is None or scales.shape != shape:
         state[SCALES] = torch.zeros(shape, dtype=torch.bfloat16, device=param.device)
-        if scales is not None:
+        # Scales of another shape belong to no states, or check_state() would have refused them.
+        if scales is not None and scales.dim() == 2 and len(scales) == shape[0]:
             columns = min(scales.shape[1], shape[1])
             state[SCALES][:, :columns] = scales[:, :columns]
 

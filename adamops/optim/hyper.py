@@ -97,19 +97,16 @@ class AdamHyper:
         """Whether torch.amp.GradScaler found infs or NaNs in the grads."""
         return self.found_inf is not None and float(self.found_inf) != 0
 
-    def numbers(self) -> tuple[float, ...]:
-        """The numbers from which the ops compute a step's scalars: HyperNumbers in csrc/python/host_scalars.h."""
+    def numbers(self, lr: float | None = None) -> tuple[float, ...]:
+        """The numbers from which the ops compute a step's scalars, in the order of their HYPER. `lr` replaces the lr."""
         return (
-            float(self.lr),
+            float(self.lr) if lr is None else lr,
             self.beta1,
             self.beta2,
             self.eps,
             self.weight_decay,
             self.bias_correction,
             self.adamw_mode,
-            self.maximize,
-            float(self.loss_scale),
-            float(self.grad_factor),
         )
 
     def scalars(self, step: int) -> AdamScalars:

@@ -7,21 +7,24 @@
 
 #include "cpu/vector_blocks.h"
 #include "formats/average_rounding.h"
+#include "state_format.h"
 
 namespace adamops {
 namespace ADAMOPS_TARGET {
 namespace {
 
-// The noise of a step for each average. Averages in dtypes other than bfloat16 are rounded to nearest.
+// The noise of a step for averages of each sign.
 class AverageRounding {
  public:
   explicit AverageRounding(uint32_t step)
       : signed_noise_(Bits{} + average_noise<SignedFormat>(step)),
         unsigned_noise_(Bits{} + average_noise<UnsignedFormat>(step)) {}
 
-  template <class Format, bool EvenOdd, class T>
-  ADAMOPS_INLINE void store(T* to, const Pair& from) const {
-    if constexpr (!same_type<T, bf16>)
+  // Stores the state of this index as the rule says. Average or not: to nearest in dtypes other than bfloat16.
+  template <int kIndex, bool EvenOdd, class T>
+  ADAMOPS_INLINE void store_state(T* to, const Pair& from) const {
+    using Format = FormatOf<kIndex>;
+    if constexpr (!same_type<T, bf16> || Rule::kStates[kIndex].rounding == kNearest)
       store_pair<EvenOdd>(to, from);
     else if constexpr (EvenOdd)  // all inputs are bfloat16: a NaN among them has a zero lower half
       Ops::store_even_odd_upper(to, rounded<Format>(from.a, noise<Format>()), rounded<Format>(from.b, noise<Format>()));

@@ -8,54 +8,45 @@
 #include ADAMOPS_SIMD_HEADER
 
 #include "cpu/average_pairs.h"
+#include "cpu/rule_loops.h"
 #include "cpu/vector_blocks.h"
 
 namespace adamops {
 namespace ADAMOPS_TARGET {
 
-AdamRange choose_staged_range(AdamDtypes dtypes, AdamMode mode);             // cpu/staged.cpp
+StepRange choose_staged_range(Dtypes dtypes, StepOptions options);           // cpu/staged.cpp
 double norm_range(const void* grad, Dtype dtype, Norm norm, int64_t count);  // cpu/grad_norm.cpp
 
 namespace {
 
-// The update of a Pair of Numbers, in two phases. Param, Grad and State are storage types; the last two columns may be
+// The update of a Pair of Numbers, in two phases. Param, Grad and State are storage types; the master column may be a
 // NoColumn.
-template <class Param, class Grad, class State, bool Master, bool L2, bool Amsgrad>
+template <class Param, class Grad, class State, bool kMaster, int kMode, int kStateCount>
 struct PairUpdate {
   static constexpr bool kEvenOdd = same_type<Param, bf16> && same_type<Grad, bf16> && same_type<State, bf16>;
+  using Number = Ops::Number;
 
-  const AdamConstants<Ops>& k;
+  const Constants<Ops>& k;
   const AverageRounding& rounding;
   bool zero_grads;
 
   // What the second phase needs from the first.
   struct Started {
-    Pair exp_avg, root;
+    Rule::Started<Ops> a, b;
   };
 
-  template <class MaxColumn, class MasterColumn>
-  ADAMOPS_INLINE Started start(const Param* param, const Grad* grad, State* exp_avg, State* exp_avg_sq,
-                               MaxColumn max_exp_avg_sq, MasterColumn master) const {
-    const Pair p = L2 ? load_param(param, master) : Pair{}, g = load_pair<kEvenOdd>(grad);
-    Pair m = load_pair<kEvenOdd>(exp_avg), v = load_pair<kEvenOdd>(exp_avg_sq), max_v = {};
-    if constexpr (Amsgrad) max_v = load_pair<kEvenOdd>(max_exp_avg_sq);
-    const Pair root = {adam_update_states<Amsgrad, Ops>(k, L2, p.a, g.a, m.a, v.a, max_v.a),
-                       adam_update_states<Amsgrad, Ops>(k, L2, p.b, g.b, m.b, v.b, max_v.b)};
-    rounding.template store<SignedFormat, kEvenOdd>(exp_avg, m);
-    rounding.template store<UnsignedFormat, kEvenOdd>(exp_avg_sq, v);
-    if constexpr (Amsgrad) store_pair<kEvenOdd>(max_exp_avg_sq, max_v);
-    if (zero_grads) zero(grad, Pair::kElements);
-    return {m, root};
+  template <class MasterColumn, class... States>
+  ADAMOPS_INLINE Started start(const Param* param, const Grad* grad, MasterColumn master, States... states) const {
+    return start(Indices<kStateCount>{}, param, grad, master, states...);
   }
 
-  template <class MaxColumn, class MasterColumn>
-  ADAMOPS_INLINE void finish(const Started& started, Param* param, const Grad*, State*, State*, MaxColumn,
-                             MasterColumn master) const {
+  template <class MasterColumn, class... States>
+  ADAMOPS_INLINE void finish(const Started& started, Param* param, const Grad*, MasterColumn master, States...) const {
     Pair p = load_param(param, master);
-    adam_update_param<Ops>(k, p.a, started.exp_avg.a, started.root.a);
-    adam_update_param<Ops>(k, p.b, started.exp_avg.b, started.root.b);
+    Rule::finish<Ops>(k.rule, p.a, started.a);
+    Rule::finish<Ops>(k.rule, p.b, started.b);
     store_pair<kEvenOdd>(param, p);
-    if constexpr (Master) store_pair<kEvenOdd>(master, p);
+    if constexpr (kMaster) store_pair<kEvenOdd>(master, p);
   }
 
   // Zeroes grads in the tensor's own memory, or in a padded copy.
@@ -64,68 +55,76 @@ struct PairUpdate {
   }
 
  private:
+  template <int... kIndex, class MasterColumn, class... States>
+  ADAMOPS_INLINE Started start(IndexList<kIndex...>, const Param* param, const Grad* grad, MasterColumn master,
+                               States... states) const {
+    const Pair p = Rule::reads_param(kMode) ? load_param(param, master) : Pair{}, g = load_pair<kEvenOdd>(grad);
+    PerState<Pair, kStateCount> loaded = {{load_pair<kEvenOdd>(states)}...};
+    Number a[kMostStates] = {of_state<kIndex>(loaded).a...}, b[kMostStates] = {of_state<kIndex>(loaded).b...};
+    const Started started = {Rule::start<kStateCount, Ops>(k.rule, kMode, p.a, k.scaled(g.a), a),
+                             Rule::start<kStateCount, Ops>(k.rule, kMode, p.b, k.scaled(g.b), b)};
+    (rounding.template store_state<kIndex, kEvenOdd>(states, Pair{a[kIndex], b[kIndex]}), ...);
+    if (zero_grads) zero(grad, Pair::kElements);
+    return started;
+  }
+
   template <class MasterColumn>
   ADAMOPS_INLINE static Pair load_param(const Param* param, MasterColumn master) {
-    if constexpr (Master)
+    if constexpr (kMaster)
       return load_pair<kEvenOdd>(master);
     else
       return load_pair<kEvenOdd>(param);
   }
 };
 
-template <class Param, class Grad, class State, bool Master, bool L2, bool Amsgrad>
-void adam_range(const AdamTensor& tensor, const AdamWork& work, int64_t begin, int64_t end) {
-  const AdamConstants<Ops> k(work.scalars, work.scalars.grad_scale != 1.0f);
+template <class Param, class Grad, class State, bool kMaster, int kMode, int kStateCount, int... kIndex>
+ADAMOPS_INLINE void direct_range(IndexList<kIndex...>, const Tensor& tensor, const Work& work, int64_t begin,
+                                 int64_t end) {
+  const Constants<Ops> k(work.scalars);
   const AverageRounding rounding(work.scalars.step);
-  const PairUpdate<Param, Grad, State, Master, L2, Amsgrad> update = {k, rounding, work.mode.zero_grads};
+  const PairUpdate<Param, Grad, State, kMaster, kMode, kStateCount> update = {k, rounding, work.options.zero_grads};
   const Grad* const grad = at<Grad>(tensor.grad, begin);  // const, or every step would write back the tail
   const int64_t count = end - begin, tail = count % Pair::kElements;
   for_each_pair(count, work.prefetch_bytes, update, at<Param>(tensor.param, begin), grad,
-                at<State>(tensor.exp_avg, begin), at<State>(tensor.exp_avg_sq, begin),
-                at_if<Amsgrad, State>(tensor.max_exp_avg_sq, begin), at_if<Master, float>(tensor.master, begin));
+                at_if<kMaster, float>(tensor.master, begin), at<State>(tensor.states[kIndex], begin)...);
   if (update.zero_grads) update.zero(grad + count - tail, tail);
 }
+template <class Param, class Grad, class State, bool kMaster>
+struct DirectVariants {
+  template <int kMode, int kStateCount>
+  static void range(const Tensor& tensor, const Work& work, int64_t begin, int64_t end) {
+    direct_range<Param, Grad, State, kMaster, kMode, kStateCount>(Indices<kStateCount>{}, tensor, work, begin, end);
+  }
+};
 
-// Loads every byte that adam_range moves and stores it unchanged.
+// Loads every byte that direct_range moves, with the fewest states, and stores it unchanged.
 template <class Param, class Grad, class State>
-void probe_range(const AdamTensor& tensor, int64_t begin, int64_t end, int prefetch_bytes) {
+void probe_range(const Tensor& tensor, int64_t begin, int64_t end, int prefetch_bytes) {
   using Word = uint64_t;
   constexpr int64_t kParamWords = kVectorBlock * sizeof(Param) / sizeof(Word),
-                    kGradWords = kVectorBlock * sizeof(Grad) / sizeof(Word);
-  constexpr int64_t kStateWords = kVectorBlock * sizeof(State) / sizeof(Word);
+                    kGradWords = kVectorBlock * sizeof(Grad) / sizeof(Word),
+                    kStateWords = kVectorBlock * sizeof(State) / sizeof(Word);
   const Word zero = prefetch_bytes < 0;  // 0, but the compiler does not know
   for (int64_t i = begin; i + kVectorBlock <= end; i += kVectorBlock) {
     Param* param = at<Param>(tensor.param, i);
     const Grad* grad = at<Grad>(tensor.grad, i);
-    State* exp_avg = at<State>(tensor.exp_avg, i);
-    State* exp_avg_sq = at<State>(tensor.exp_avg_sq, i);
     prefetch_block(param, prefetch_bytes);
     prefetch_block(grad, prefetch_bytes);
-    prefetch_block(exp_avg, prefetch_bytes);
-    prefetch_block(exp_avg_sq, prefetch_bytes);
+    for (int s = 0; s < kLeastStates; ++s) prefetch_block(at<State>(tensor.states[s], i), prefetch_bytes);
     Word* __restrict p = reinterpret_cast<Word*>(param);
     const Word* __restrict g = reinterpret_cast<const Word*>(grad);
-    Word* __restrict m = reinterpret_cast<Word*>(exp_avg);
-    Word* __restrict v = reinterpret_cast<Word*>(exp_avg_sq);
     for (int64_t w = 0; w < kParamWords; ++w) p[w] ^= g[w] & zero;
     for (int64_t w = kParamWords; w < kGradWords; ++w) p[w - kParamWords] ^= g[w] & zero;
-    for (int64_t w = 0; w < kStateWords; ++w) m[w] ^= zero;
-    for (int64_t w = 0; w < kStateWords; ++w) v[w] ^= zero;
+    for (int s = 0; s < kLeastStates; ++s) {
+      Word* __restrict state = reinterpret_cast<Word*>(at<State>(tensor.states[s], i));
+      for (int64_t w = 0; w < kStateWords; ++w) state[w] ^= zero;
+    }
   }
-}
-
-template <class Param, class Grad, class State, bool Master>
-AdamRange choose_mode(AdamMode mode) {
-  if (mode.l2)
-    return mode.amsgrad ? adam_range<Param, Grad, State, Master, true, true>
-                        : adam_range<Param, Grad, State, Master, true, false>;
-  return mode.amsgrad ? adam_range<Param, Grad, State, Master, false, true>
-                      : adam_range<Param, Grad, State, Master, false, false>;
 }
 
 // Calls `visit` with a value of each storage type and returns its result; null if the combination does not exist.
 template <class Result, class Visit>
-Result choose_types(AdamDtypes dtypes, Visit visit) {
+Result choose_types(Dtypes dtypes, Visit visit) {
   if (dtypes.param == kFloat32) {
     return dtypes.grad == kFloat32 && dtypes.state == kFloat32 ? visit(float{}, float{}, float{}) : nullptr;
   }
@@ -139,24 +138,24 @@ Result choose_types(AdamDtypes dtypes, Visit visit) {
 }
 
 // The kernels with one pass over registers, for the most common cases; null for everything else.
-AdamRange choose_direct_range(AdamDtypes dtypes, AdamMode mode) {
-  return choose_types<AdamRange>(dtypes, [&](auto p, auto g, auto s) -> AdamRange {
+StepRange choose_direct_range(Dtypes dtypes, StepOptions options) {
+  return choose_types<StepRange>(dtypes, [&](auto p, auto g, auto s) -> StepRange {
     using Param = decltype(p);
     using Grad = decltype(g);
     using State = decltype(s);
-    if (dtypes.master == kNoMaster) return choose_mode<Param, Grad, State, false>(mode);
+    if (dtypes.master == kNoMaster) return choose_variant<DirectVariants<Param, Grad, State, false>>(options);
     if constexpr (!same_type<Param, float> && same_type<State, float>)
-      if (dtypes.master == kMasterFp32) return choose_mode<Param, Grad, State, true>(mode);
+      if (dtypes.master == kMasterFp32) return choose_variant<DirectVariants<Param, Grad, State, true>>(options);
     return nullptr;
   });
 }
 
-AdamRange choose_adam_range(AdamDtypes dtypes, AdamMode mode, bool in_blocks) {
-  const AdamRange direct = in_blocks || mode.stochastic_rounding ? nullptr : choose_direct_range(dtypes, mode);
-  return direct ? direct : choose_staged_range(dtypes, mode);
+StepRange choose_step_range(Dtypes dtypes, StepOptions options, bool in_blocks) {
+  const StepRange direct = in_blocks || options.stochastic_rounding ? nullptr : choose_direct_range(dtypes, options);
+  return direct ? direct : choose_staged_range(dtypes, options);
 }
 
-ProbeRange choose_probe_range(AdamDtypes dtypes) {
+ProbeRange choose_probe_range(Dtypes dtypes) {
   return choose_types<ProbeRange>(
       dtypes, [](auto p, auto g, auto s) -> ProbeRange { return probe_range<decltype(p), decltype(g), decltype(s)>; });
 }
@@ -164,8 +163,7 @@ ProbeRange choose_probe_range(AdamDtypes dtypes) {
 }  // namespace
 
 // Constant data, so that inspecting a target runs none of its code.
-extern const AdamTarget target = {ADAMOPS_TARGET_NAME, Ops::kRequires, choose_adam_range, choose_probe_range,
-                                  norm_range};
+extern const Target target = {ADAMOPS_TARGET_NAME, Ops::kRequires, choose_step_range, choose_probe_range, norm_range};
 
 }  // namespace ADAMOPS_TARGET
 }  // namespace adamops

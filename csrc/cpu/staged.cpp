@@ -10,6 +10,7 @@
 #include <cstring>
 
 #include "cpu/average_pairs.h"
+#include "cpu/rule_loops.h"
 #include "cpu/vector_blocks.h"
 #include "formats/float_bits.h"
 #include "formats/quantized_blocks.h"
@@ -124,17 +125,6 @@ inline void narrow(const float* from, T* to) {
 
 // Quantized states ---------------------------------------------------------------------------------------------------
 
-template <class Format>
-struct FormatTypes {
-  using Byte = int8_t;
-};
-template <>
-struct FormatTypes<UnsignedFormat> {
-  using Byte = uint8_t;
-};
-template <class Format>
-using Byte = typename FormatTypes<Format>::Byte;
-
 // Dequantizes one vector at a time.
 template <class Format>
 class Dequantizer {
@@ -148,15 +138,6 @@ class Dequantizer {
  private:
   const Byte<Format>* quantized_;
   Number unit_;
-};
-
-// The largest magnitudes of the states of a quantization block, which set its scales. Collected during the update.
-struct Largest {
-  VectorMagnitudes::Vector exp_avg = {}, exp_avg_sq = {}, max_exp_avg_sq = {};
-
-  static void note(VectorMagnitudes::Vector& largest, Integers bits) {
-    largest = VectorMagnitudes::larger(largest, VectorOps::cast<VectorMagnitudes::Vector>(bits));
-  }
 };
 
 // Quantizes one quantization block of a state. Constructed ahead of its use, because the scale's inverse takes a
@@ -279,14 +260,14 @@ inline void narrow_at_random(const float* from, const Random&, float* to) {
 
 // Scratch in fp32 for what is updated.
 struct Scratch {
-  alignas(kCacheLine) float param[kQuantizationBlock], grad[kQuantizationBlock], exp_avg[kQuantizationBlock],
-      exp_avg_sq[kQuantizationBlock], max_exp_avg_sq[kQuantizationBlock];
+  alignas(kCacheLine) float param[kQuantizationBlock], grad[kQuantizationBlock],
+      states[kMostStates][kQuantizationBlock];
 };
 
 // A quantization block of a tensor: `count` elements from `begin` on. Widens columns to fp32 and writes them back.
 struct BlockOfTensor {
-  const AdamTensor& tensor;
-  const AdamWork& work;
+  const Tensor& tensor;
+  const Work& work;
   int64_t begin, count;
 
   // Runs visit(T*) on the quantization block of a column of T, and writes it back if `Written`.
@@ -332,14 +313,15 @@ struct BlockOfTensor {
   void put(Dtype dtype, void* column, const float* from) const {
     if (!in_place(dtype)) visit_floats<true>(dtype, column, [&](auto* to) { narrow(from, to); });
   }
-  // The same for the average with this Format.
-  template <class Format>
-  ADAMOPS_INLINE void put_average(Dtype dtype, void* column, const float* from) const {
-    if (dtype != kBfloat16) return put(dtype, column, from);
+  template <int kIndex>
+  ADAMOPS_INLINE void put_state(const float* from) const {
+    void* const column = tensor.states[kIndex];
+    if (work.dtypes.state != kBfloat16 || Rule::kStates[kIndex].rounding == kNearest)
+      return put(work.dtypes.state, column, from);
     const AverageRounding rounding(work.scalars.step);
     visit_as<true, bf16>(column, [&](bf16* to) {
       for (int64_t i = 0; i < kQuantizationBlock; i += Pair::kElements)
-        rounding.template store<Format, false>(to + i, load_pair(from + i));
+        rounding.template store_state<kIndex, false>(to + i, load_pair(from + i));
     });
   }
 
@@ -354,7 +336,7 @@ struct BlockOfTensor {
   }
   void put_param(const float* from) const {
     const auto index = static_cast<uint64_t>(begin);
-    const Random random = {work.mode.stochastic_rounding,
+    const Random random = {work.options.stochastic_rounding,
                            random_key(tensor.rng_offset, work.scalars.step, static_cast<uint32_t>(index >> 32)),
                            static_cast<uint32_t>(index)};
     if (work.dtypes.master == kRemainder8 || work.dtypes.master == kRemainder16) {
@@ -376,175 +358,193 @@ struct BlockOfTensor {
 };
 
 // States as floats.
-struct FloatStates {
-  float *exp_avg, *exp_avg_sq, *max_exp_avg_sq;
+template <int kStateCount>
+struct FloatStates : PerState<float*, kStateCount> {
+  static constexpr bool kQuantizedStates = false;
 
-  Number load_exp_avg(int64_t i) const { return Ops::load(exp_avg + i); }
-  Number load_exp_avg_sq(int64_t i) const { return Ops::load(exp_avg_sq + i); }
-  Number load_max_exp_avg_sq(int64_t i) const { return Ops::load(max_exp_avg_sq + i); }
+  template <int kIndex>
+  ADAMOPS_INLINE Number load(int64_t i) const {
+    return Ops::load(of_state<kIndex>(*this) + i);
+  }
+};
+
+// The largest magnitudes of the states of a quantization block, which set its scales. Collected during the update.
+template <int kStateCount>
+struct Largest : PerState<VectorMagnitudes::Vector, kStateCount> {
+  template <int kIndex>
+  ADAMOPS_INLINE void note(Number state) {
+    auto& largest = of_state<kIndex>(*this);
+    Integers bits = VectorOps::bits(state);
+    if constexpr (FormatOf<kIndex>::kSigned) bits = bits & kMagnitudeBits;
+    largest = VectorMagnitudes::larger(largest, VectorOps::cast<VectorMagnitudes::Vector>(bits));
+  }
 };
 
 // Updates a quantization block. Loads states from `from`, stores them as floats to `to`, and returns their largest
-// magnitudes. While the divider works on a param, the states of the next elements are updated; on its own, a CPU does
-// not look that far ahead.
-template <bool L2, bool Amsgrad, class States>
-inline Largest update(const AdamConstants<Ops>& k, float* param, const float* grad, const States& from,
-                      const FloatStates& to) {
-  Largest largest;
-  Number m, root;  // of the elements whose param is still to be updated
-  const auto update_states = [&](int64_t i) {
-    Number v = from.load_exp_avg_sq(i), max_v = {};
-    m = from.load_exp_avg(i);
-    if constexpr (Amsgrad) max_v = from.load_max_exp_avg_sq(i);
-    const Number p = L2 ? Ops::load(param + i) : Number{};
-    root = adam_update_states<Amsgrad, Ops>(k, L2, p, Ops::load(grad + i), m, v, max_v);
-    Ops::store(to.exp_avg + i, m);
-    Ops::store(to.exp_avg_sq + i, v);
-    if constexpr (Amsgrad) Ops::store(to.max_exp_avg_sq + i, max_v);
-    if constexpr (!same_type<States, FloatStates>) {
-      Largest::note(largest.exp_avg, VectorOps::bits(m) & kMagnitudeBits);
-      Largest::note(largest.exp_avg_sq, VectorOps::bits(v));
-      if constexpr (Amsgrad) Largest::note(largest.max_exp_avg_sq, VectorOps::bits(max_v));
-    }
+// magnitudes if they are quantized. While the divider works on a param, the states of the next elements are updated; on
+// its own, a CPU does not look that far ahead.
+template <int kMode, class States, int... kIndex>
+inline Largest<sizeof...(kIndex)> update(IndexList<kIndex...>, const Constants<Ops>& k, float* param, const float* grad,
+                                         const States& from, const FloatStates<sizeof...(kIndex)>& to) {
+  constexpr int kStateCount = sizeof...(kIndex);
+  Largest<kStateCount> largest = {};
+  Rule::Started<Ops> started;  // for the elements whose param is still to be updated
+  const auto start = [&](int64_t i) {
+    Number states[kMostStates] = {from.template load<kIndex>(i)...};
+    const Number p = Rule::reads_param(kMode) ? Ops::load(param + i) : Number{};
+    started = Rule::start<kStateCount, Ops>(k.rule, kMode, p, k.scaled(Ops::load(grad + i)), states);
+    (Ops::store(of_state<kIndex>(to) + i, states[kIndex]), ...);
+    if constexpr (States::kQuantizedStates) (largest.template note<kIndex>(states[kIndex]), ...);
   };
-  update_states(0);
+  start(0);
   for (int64_t i = 0; i < kQuantizationBlock; i += Ops::kWidth) {
-    const Number m_here = m, root_here = root;
-    if (i + Ops::kWidth < kQuantizationBlock) update_states(i + Ops::kWidth);
+    const Rule::Started<Ops> started_here = started;
+    if (i + Ops::kWidth < kQuantizationBlock) start(i + Ops::kWidth);
     Number p = Ops::load(param + i);
-    adam_update_param<Ops>(k, p, m_here, root_here);
+    Rule::finish<Ops>(k.rule, p, started_here);
     Ops::store(param + i, p);
   }
   return largest;
 }
 
-template <bool L2, bool Amsgrad>
-inline void update_float_states(const AdamConstants<Ops>& k, const BlockOfTensor& block, float* param,
-                                const float* grad, Scratch& scratch) {
-  const AdamTensor& tensor = block.tensor;
+template <int kMode, int... kIndex>
+inline void update_float_states(IndexList<kIndex...> indices, const Constants<Ops>& k, const BlockOfTensor& block,
+                                float* param, const float* grad, Scratch& scratch) {
   const Dtype dtype = block.work.dtypes.state;
-  const FloatStates states = {block.take(dtype, tensor.exp_avg, scratch.exp_avg),
-                              block.take(dtype, tensor.exp_avg_sq, scratch.exp_avg_sq),
-                              Amsgrad ? block.take(dtype, tensor.max_exp_avg_sq, scratch.max_exp_avg_sq) : nullptr};
-  update<L2, Amsgrad>(k, param, grad, states, states);
-  block.put_average<SignedFormat>(dtype, tensor.exp_avg, states.exp_avg);
-  block.put_average<UnsignedFormat>(dtype, tensor.exp_avg_sq, states.exp_avg_sq);
-  if constexpr (Amsgrad) block.put(dtype, tensor.max_exp_avg_sq, states.max_exp_avg_sq);
+  const FloatStates<sizeof...(kIndex)> states = {
+      {{block.take(dtype, block.tensor.states[kIndex], scratch.states[kIndex])}...}};
+  update<kMode>(indices, k, param, grad, states, states);
+  (block.template put_state<kIndex>(of_state<kIndex>(states)), ...);
 }
 
-// The quantized states of a quantization block, and what to do if a state is not finite.
-template <bool Amsgrad>
-struct QuantizedStates {
-  int8_t* exp_avg;
-  uint8_t *exp_avg_sq, *max_exp_avg_sq;
-  uint16_t* scales;
+// One T<format> for each state, where T is a class template.
+template <template <class> class T, class List>
+struct FormatMembers;
+template <template <class> class T, int... kIndex>
+struct FormatMembers<T, IndexList<kIndex...>> : StateMember<kIndex, T<FormatOf<kIndex>>>... {};
 
-  Dequantizer<SignedFormat> m{exp_avg, scales[0]};
-  Dequantizer<UnsignedFormat> v{exp_avg_sq, scales[1]};
-  Dequantizer<UnsignedFormat> max_v{max_exp_avg_sq, scales[Amsgrad ? 2 : 1]};
+template <class Format>
+using PaddedBytes = PaddedBlock<Byte<Format>>;
 
-  Number load_exp_avg(int64_t i) const { return m.load(i); }
-  Number load_exp_avg_sq(int64_t i) const { return v.load(i); }
-  Number load_max_exp_avg_sq(int64_t i) const { return max_v.load(i); }
+// Quantized states, dequantized vector by vector.
+template <class List>
+struct DequantizedStates : FormatMembers<Dequantizer, List> {
+  static constexpr bool kQuantizedStates = true;
 
-  // Dequantizes exp_avg, including its NaNs; for the few quantization blocks that need it.
-  void dequantize_with_nan(float* to) const {
-    for (int64_t i = 0; i < kQuantizationBlock; i += Ops::kWidth) Ops::store(to + i, m.load(i));
-    for (int64_t i = 0; i < kQuantizationBlock; ++i)
-      if (exp_avg[i] == kNotFinite) to[i] = FloatOps::from_bits(0x7FC00000);
-  }
-
-  void quantize(const FloatStates& from, const Largest& largest, int64_t index, uint32_t step) const {
-    uint32_t most_m = VectorMagnitudes::largest_of(largest.exp_avg);
-    uint32_t most_v = VectorMagnitudes::largest_of(largest.exp_avg_sq);
-    uint32_t most_max_v = VectorMagnitudes::largest_of(largest.max_exp_avg_sq);
-    bool not_finite[kQuantizationBlock];
-    const bool all_finite = most_m < kInfinity && most_v < kInfinity && most_max_v < kInfinity;
-    if (!all_finite) {
-      most_m = most_v = most_max_v = 0;
-      const auto magnitude = [](float x) { return FloatOps::bits(x) & kMagnitudeBits; };
-      const auto larger = [](uint32_t a, uint32_t b) { return a > b ? a : b; };
-      for (int64_t i = 0; i < kQuantizationBlock; ++i) {
-        not_finite[i] = magnitude(from.exp_avg[i]) >= kInfinity || magnitude(from.exp_avg_sq[i]) >= kInfinity ||
-                        (Amsgrad && magnitude(from.max_exp_avg_sq[i]) >= kInfinity);
-        if (not_finite[i]) {
-          from.exp_avg[i] = from.exp_avg_sq[i] = 0.0f;
-          if (Amsgrad) from.max_exp_avg_sq[i] = 0.0f;
-        }
-        most_m = larger(most_m, magnitude(from.exp_avg[i]));
-        most_v = larger(most_v, magnitude(from.exp_avg_sq[i]));
-        if (Amsgrad) most_max_v = larger(most_max_v, magnitude(from.max_exp_avg_sq[i]));
-      }
-    }
-    const Quantizer<SignedFormat> quantize_m(most_m, index, step);
-    const Quantizer<UnsignedFormat> quantize_v(most_v, index, step), quantize_max_v(most_max_v, index, step);
-    quantize_m.quantize_block(from.exp_avg, exp_avg);
-    quantize_v.quantize_block(from.exp_avg_sq, exp_avg_sq);
-    if (Amsgrad) quantize_max_v.quantize_block(from.max_exp_avg_sq, max_exp_avg_sq);
-    scales[0] = quantize_m.scale();
-    scales[1] = quantize_v.scale();
-    if (Amsgrad) scales[2] = quantize_max_v.scale();
-    if (!all_finite) {
-      scales[0] |= kHasNotFinite;
-      for (int64_t i = 0; i < kQuantizationBlock; ++i)
-        if (not_finite[i]) exp_avg[i] = kNotFinite;
-    }
+  template <int kIndex>
+  ADAMOPS_INLINE Number load(int64_t i) const {
+    return of_state<kIndex>(*this).load(i);
   }
 };
 
-template <bool L2, bool Amsgrad>
-inline void update_quantized_states(const AdamConstants<Ops>& k, const BlockOfTensor& block, float* param,
-                                    const float* grad, Scratch& scratch) {
-  const AdamTensor& tensor = block.tensor;
-  block.prefetch<uint8_t>(tensor.exp_avg);
-  block.prefetch<uint8_t>(tensor.exp_avg_sq);
-  if constexpr (Amsgrad) block.prefetch<uint8_t>(tensor.max_exp_avg_sq);
-  PaddedBlock<int8_t> m(tensor.exp_avg, block.begin, block.count);
-  PaddedBlock<uint8_t> v(tensor.exp_avg_sq, block.begin, block.count);
-  PaddedBlock<uint8_t> max_v(Amsgrad ? tensor.max_exp_avg_sq : tensor.exp_avg_sq, block.begin, block.count);
-  const QuantizedStates<Amsgrad> quantized = {m.begin(), v.begin(), max_v.begin(),
-                                              tensor.scales + block.begin / kQuantizationBlock * (Amsgrad ? 3 : 2)};
-  const FloatStates states = {scratch.exp_avg, scratch.exp_avg_sq, scratch.max_exp_avg_sq};
-  Largest largest;
-  if (quantized.scales[0] & kHasNotFinite) {
-    quantized.dequantize_with_nan(scratch.exp_avg);
-    struct : QuantizedStates<Amsgrad> {
-      const float* dequantized;
-      Number load_exp_avg(int64_t i) const { return Ops::load(dequantized + i); }
-    } with_nan{{quantized}, scratch.exp_avg};
-    largest = update<L2, Amsgrad>(k, param, grad, with_nan, states);
-  } else {
-    largest = update<L2, Amsgrad>(k, param, grad, quantized, states);
+// The same for the few quantization blocks with elements that are not finite: the first state, which marks them, has
+// been dequantized before.
+template <class List>
+struct DequantizedStatesWithNan : DequantizedStates<List> {
+  const float* first;
+
+  template <int kIndex>
+  ADAMOPS_INLINE Number load(int64_t i) const {
+    if constexpr (kIndex == 0)
+      return Ops::load(first + i);
+    else
+      return DequantizedStates<List>::template load<kIndex>(i);
   }
-  quantized.quantize(states, largest, block.begin, block.work.scalars.step);
-  m.write_back();
-  v.write_back();
-  if (Amsgrad) max_v.write_back();
+};
+
+template <class Format>
+inline void dequantize_with_nan(const Byte<Format>* quantized, const Dequantizer<Format>& dequantizer, float* to) {
+  for (int64_t i = 0; i < kQuantizationBlock; i += Ops::kWidth) Ops::store(to + i, dequantizer.load(i));
+  for (int64_t i = 0; i < kQuantizationBlock; ++i)
+    if (quantized[i] == Format::kNotFinite) to[i] = FloatOps::from_bits(0x7FC00000);
 }
 
-template <bool L2, bool Amsgrad>
-void staged_range(const AdamTensor& tensor, const AdamWork& work, int64_t begin, int64_t end) {
-  const AdamConstants<Ops> k(work.scalars, work.scalars.grad_scale != 1.0f);
-  Scratch scratch;
-  for (int64_t i = begin; i < end; i += kQuantizationBlock) {
-    const BlockOfTensor block = {tensor, work, i, end - i < kQuantizationBlock ? end - i : kQuantizationBlock};
-    float* const param = block.take_param(scratch.param);
-    const float* const grad = block.take(work.dtypes.grad, tensor.grad, scratch.grad);
-    if (work.dtypes.state == kQuantized)
-      update_quantized_states<L2, Amsgrad>(k, block, param, grad, scratch);
-    else
-      update_float_states<L2, Amsgrad>(k, block, param, grad, scratch);
-    block.put_param(param);
-    if (work.mode.zero_grads) block.zero_grad();
+// Quantizes the states of a quantization block, which begins with the element at `index` of the tensor.
+template <int... kIndex>
+inline void quantize_states(IndexList<kIndex...>, const FloatStates<sizeof...(kIndex)>& from,
+                            const Largest<sizeof...(kIndex)>& largest, int64_t index, uint32_t step,
+                            FormatMembers<PaddedBytes, IndexList<kIndex...>>& quantized, uint16_t* scales) {
+  uint32_t most[] = {VectorMagnitudes::largest_of(of_state<kIndex>(largest))...};
+  bool not_finite[kQuantizationBlock];
+  const bool all_finite = ((most[kIndex] < kInfinity) && ...);
+  if (!all_finite) {
+    const auto magnitude = [](float x) { return FloatOps::bits(x) & kMagnitudeBits; };
+    const auto larger = [](uint32_t a, uint32_t b) { return a > b ? a : b; };
+    ((most[kIndex] = 0), ...);
+    for (int64_t i = 0; i < kQuantizationBlock; ++i) {
+      not_finite[i] = ((magnitude(of_state<kIndex>(from)[i]) >= kInfinity) || ...);
+      if (not_finite[i]) ((of_state<kIndex>(from)[i] = 0.0f), ...);
+      ((most[kIndex] = larger(most[kIndex], magnitude(of_state<kIndex>(from)[i]))), ...);
+    }
+  }
+  const FormatMembers<Quantizer, IndexList<kIndex...>> quantizers = {{{most[kIndex], index, step}}...};
+  (of_state<kIndex>(quantizers).quantize_block(of_state<kIndex>(from), of_state<kIndex>(quantized).begin()), ...);
+  ((scales[kIndex] = of_state<kIndex>(quantizers).scale()), ...);
+  if (!all_finite) {
+    using First = FormatOf<0>;
+    Byte<First>* const first = of_state<0>(quantized).begin();
+    scales[0] |= kHasNotFinite;
+    for (int64_t i = 0; i < kQuantizationBlock; ++i) {
+      if (not_finite[i])
+        first[i] = First::kNotFinite;
+      else if (!First::kSigned && first[i] == First::kNotFinite)
+        first[i] = First::kMostFinite;
+    }
   }
 }
+
+template <int kMode, int... kIndex>
+inline void update_quantized_states(IndexList<kIndex...> indices, const Constants<Ops>& k, const BlockOfTensor& block,
+                                    float* param, const float* grad, Scratch& scratch) {
+  using List = IndexList<kIndex...>;
+  (block.prefetch<uint8_t>(block.tensor.states[kIndex]), ...);
+  FormatMembers<PaddedBytes, List> bytes = {{{block.tensor.states[kIndex], block.begin, block.count}}...};
+  uint16_t* const scales = block.tensor.scales + block.begin / kQuantizationBlock * int64_t{sizeof...(kIndex)};
+  const DequantizedStates<List> dequantized = {{{{of_state<kIndex>(bytes).begin(), scales[kIndex]}}...}};
+  const FloatStates<sizeof...(kIndex)> states = {{{scratch.states[kIndex]}...}};
+  Largest<sizeof...(kIndex)> largest;
+  if (scales[0] & kHasNotFinite) {
+    dequantize_with_nan(of_state<0>(bytes).begin(), of_state<0>(dequantized), scratch.states[0]);
+    const DequantizedStatesWithNan<List> with_nan = {{dequantized}, scratch.states[0]};
+    largest = update<kMode>(indices, k, param, grad, with_nan, states);
+  } else {
+    largest = update<kMode>(indices, k, param, grad, dequantized, states);
+  }
+  quantize_states(indices, states, largest, block.begin, block.work.scalars.step, bytes, scales);
+  (of_state<kIndex>(bytes).write_back(), ...);
+}
+
+struct StagedVariants {
+  template <int kMode, int kStateCount>
+  static void range(const Tensor& tensor, const Work& work, int64_t begin, int64_t end) {
+    constexpr Indices<kStateCount> kIndices;
+    const Constants<Ops> k(work.scalars);
+    Scratch scratch;
+    for (int64_t i = begin; i < end; i += kQuantizationBlock) {
+      const BlockOfTensor block = {tensor, work, i, end - i < kQuantizationBlock ? end - i : kQuantizationBlock};
+      float* const param = block.take_param(scratch.param);
+      const float* const grad = block.take(work.dtypes.grad, tensor.grad, scratch.grad);
+      update_states<kMode>(kIndices, k, block, param, grad, scratch);
+      block.put_param(param);
+      if (work.options.zero_grads) block.zero_grad();
+    }
+  }
+
+ private:
+  template <int kMode, int... kIndex>
+  static void update_states(IndexList<kIndex...> indices, const Constants<Ops>& k, const BlockOfTensor& block,
+                            float* param, const float* grad, Scratch& scratch) {
+    if constexpr (sizeof...(kIndex) != 0)
+      if (block.work.dtypes.state == kQuantized)
+        return update_quantized_states<kMode>(indices, k, block, param, grad, scratch);
+    update_float_states<kMode>(indices, k, block, param, grad, scratch);
+  }
+};
 
 }  // namespace
 
-AdamRange choose_staged_range(AdamDtypes dtypes, AdamMode mode) {
-  if (!is_supported(dtypes)) return nullptr;
-  if (mode.l2) return mode.amsgrad ? staged_range<true, true> : staged_range<true, false>;
-  return mode.amsgrad ? staged_range<false, true> : staged_range<false, false>;
+StepRange choose_staged_range(Dtypes dtypes, StepOptions options) {
+  return is_supported(dtypes) ? choose_variant<StagedVariants>(options) : nullptr;
 }
 
 }  // namespace ADAMOPS_TARGET

@@ -145,10 +145,12 @@ __device__ inline int32_t largest_magnitude(const OwnFloats& x) {
 
 constexpr uint32_t kEveryByte = 0x01010101, kEverySign = 0x80808080;
 
-template <class Format, class Byte, bool Whole>
+template <int kIndex, bool Whole>
 __device__ inline void dequantize_own(const OwnElements<Whole>& own, const void* column, uint16_t scale,
                                       OwnFloats& to) {
-  const Words<Byte> quantized = own.template load_words<Byte>(column);
+  using Format = FormatOf<kIndex>;
+  constexpr bool kIsFirst = kIndex == 0;  // the state that marks elements that are not finite
+  const auto quantized = own.template load_words<Byte<Format>>(column);
   const float unit = __fmul_rn(scale_in_fp32<CudaBitOps>(scale), Format::kUnit);
   // With its sign bit flipped, a signed byte is an unsigned one that is 128 more.
   constexpr uint32_t kTurned = Format::kSigned ? kEverySign : 0;
@@ -159,18 +161,20 @@ __device__ inline void dequantize_own(const OwnElements<Whole>& own, const void*
     const float value = __uint_as_float(__byte_perm(turned, CudaBitOps::kBitsOfWholes, 0x7650u | i % 4));
     to[i] = dequantize<Format, CudaBitOps>(__fadd_rn(value, -kZero), unit);
   }
-  if (Format::kSigned && (scale & kHasNotFinite)) {  // rare
+  if (kIsFirst && (scale & kHasNotFinite)) {  // rare
 #pragma unroll
     for (int i = 0; i < kElementsPerThread; ++i)
-      if (quantized.number(i) == kNotFinite) to[i] = __uint_as_float(0x7FC00000u);
+      if (quantized.number(i) == Format::kNotFinite) to[i] = __uint_as_float(0x7FC00000u);
   }
 }
 
 // Returns the scale of the quantization block. `not_finite` has a bit set for each element of which a state is not
-// finite.
-template <class Format, class Byte, bool Whole>
+// finite, and `marks` says whether there are any in the quantization block.
+template <int kIndex, bool Whole>
 __device__ inline uint16_t quantize_own(const OwnElements<Whole>& own, const OwnFloats& from, int32_t largest,
-                                        uint32_t step, uint32_t not_finite, void* column) {
+                                        uint32_t step, bool marks, uint32_t not_finite, void* column) {
+  using Format = FormatOf<kIndex>;
+  constexpr bool kIsFirst = kIndex == 0;
   const uint16_t scale = block_scale(largest);
   const float inverse = inverse_scale<Format, CudaBitOps>(scale);
   int32_t quantized[kElementsPerThread];
@@ -180,87 +184,62 @@ __device__ inline uint16_t quantize_own(const OwnElements<Whole>& own, const Own
     quantized[i] = quantize<Format, CudaBitOps>(from[i], inverse, noise);
   }
   static_assert(kQuantizedOffset == 128, "it is taken off by turning the highest bit");
-  Words<Byte> packed = Words<Byte>::packed(quantized);
+  auto packed = Words<Byte<Format>>::packed(quantized);
 #pragma unroll
   for (uint32_t& word : packed.words) word ^= kEverySign;
   uint32_t zeros = 0;  // nonzero if a byte is zero
 #pragma unroll
   for (const uint32_t word : packed.words) zeros |= (word - kEveryByte) & ~word & kEverySign;
-  if (Format::kSigned ? not_finite : zeros) {  // rare
+  if ((!Format::kSigned && zeros) || (kIsFirst && marks)) {  // rare
 #pragma unroll
     for (int i = 0; i < kElementsPerThread; ++i) {
-      const int32_t value = packed.number(i);
-      if (Format::kSigned)
-        quantized[i] = not_finite >> i & 1u ? kNotFinite : value;
-      else
-        quantized[i] = CudaBitOps::larger(value, least_quantized(CudaBitOps::bits(from[i])));
+      quantized[i] = packed.number(i);
+      if (!Format::kSigned) quantized[i] = CudaBitOps::larger(quantized[i], least_quantized(CudaBitOps::bits(from[i])));
+      if (kIsFirst && marks) {
+        if (!Format::kSigned && quantized[i] == Format::kNotFinite) quantized[i] = Format::kMostFinite;
+        if (not_finite >> i & 1u) quantized[i] = Format::kNotFinite;
+      }
     }
-    packed = Words<Byte>::packed(quantized);
+    packed = Words<Byte<Format>>::packed(quantized);
   }
   own.store_words(column, packed);
   return scale;
 }
 
-// The states of a thread's elements.
-struct OwnStates {
-  OwnFloats exp_avg, exp_avg_sq, max_exp_avg_sq;
-};
-
-template <bool Amsgrad, bool Quantized, bool Whole>
-__device__ inline void load_states(const OwnElements<Whole>& own, const AdamTensor& tensor, Dtype dtype,
-                                   const uint16_t* scales, OwnStates& states) {
-  if constexpr (Quantized) {
-    dequantize_own<SignedFormat, int8_t>(own, tensor.exp_avg, scales[0], states.exp_avg);
-    dequantize_own<UnsignedFormat, uint8_t>(own, tensor.exp_avg_sq, scales[1], states.exp_avg_sq);
-    if constexpr (Amsgrad)
-      dequantize_own<UnsignedFormat, uint8_t>(own, tensor.max_exp_avg_sq, scales[2], states.max_exp_avg_sq);
-  } else {
-    own.load_floats(dtype, tensor.exp_avg, states.exp_avg);
-    own.load_floats(dtype, tensor.exp_avg_sq, states.exp_avg_sq);
-    if constexpr (Amsgrad) own.load_floats(dtype, tensor.max_exp_avg_sq, states.max_exp_avg_sq);
-  }
+template <bool kQuantizedStates, bool Whole, int... kIndex>
+__device__ inline void load_states(IndexList<kIndex...>, const OwnElements<Whole>& own, const Tensor& tensor,
+                                   Dtype dtype, const uint16_t* scales, OwnFloats* states) {
+  if constexpr (kQuantizedStates)
+    (dequantize_own<kIndex>(own, tensor.states[kIndex], scales[kIndex], states[kIndex]), ...);
+  else
+    (own.load_floats(dtype, tensor.states[kIndex], states[kIndex]), ...);
 }
 
-template <bool Amsgrad, bool Whole>
-__device__ inline void quantize_states(const OwnElements<Whole>& own, const AdamTensor& tensor, uint32_t step,
-                                       uint16_t* scales, OwnStates& states) {
-  int32_t most_m = largest_magnitude(states.exp_avg), most_v = largest_magnitude(states.exp_avg_sq), most_max_v = 0;
-  if constexpr (Amsgrad) most_max_v = largest_magnitude(states.max_exp_avg_sq);
-  const bool all_finite = most_m < kInfinity && most_v < kInfinity && most_max_v < kInfinity;
+template <bool Whole, int... kIndex>
+__device__ inline void quantize_states(IndexList<kIndex...>, const OwnElements<Whole>& own, const Tensor& tensor,
+                                       uint32_t step, uint16_t* scales, OwnFloats* states) {
+  int32_t most[] = {largest_magnitude(states[kIndex])...};
+  const bool all_finite = ((most[kIndex] < kInfinity) && ...);
   uint32_t not_finite = 0;
   if (!all_finite) {  // uniform across the warp
 #pragma unroll
     for (int i = 0; i < kElementsPerThread; ++i) {
-      if (magnitude_bits(states.exp_avg[i]) < kInfinity && magnitude_bits(states.exp_avg_sq[i]) < kInfinity &&
-          !(Amsgrad && magnitude_bits(states.max_exp_avg_sq[i]) >= kInfinity))
-        continue;
+      if (((magnitude_bits(states[kIndex][i]) < kInfinity) && ...)) continue;
       not_finite |= 1u << i;
-      states.exp_avg[i] = states.exp_avg_sq[i] = 0.0f;
-      if (Amsgrad) states.max_exp_avg_sq[i] = 0.0f;
+      ((states[kIndex][i] = 0.0f), ...);
     }
-    most_m = largest_magnitude(states.exp_avg), most_v = largest_magnitude(states.exp_avg_sq);
-    if constexpr (Amsgrad) most_max_v = largest_magnitude(states.max_exp_avg_sq);
+    ((most[kIndex] = largest_magnitude(states[kIndex])), ...);
   }
-  const uint16_t sign = all_finite ? 0 : kHasNotFinite;
-  const uint16_t scale_m =
-      sign | quantize_own<SignedFormat, int8_t>(own, states.exp_avg, most_m, step, not_finite, tensor.exp_avg);
-  const uint16_t scale_v =
-      quantize_own<UnsignedFormat, uint8_t>(own, states.exp_avg_sq, most_v, step, 0, tensor.exp_avg_sq);
-  uint16_t scale_max_v = 0;
-  if constexpr (Amsgrad)
-    scale_max_v =
-        quantize_own<UnsignedFormat, uint8_t>(own, states.max_exp_avg_sq, most_max_v, step, 0, tensor.max_exp_avg_sq);
-  if (threadIdx.x % kWarp == 0) {
-    scales[0] = scale_m;
-    scales[1] = scale_v;
-    if constexpr (Amsgrad) scales[2] = scale_max_v;
-  }
+  uint16_t own_scales[] = {
+      quantize_own<kIndex>(own, states[kIndex], most[kIndex], step, !all_finite, not_finite, tensor.states[kIndex])...};
+  if (!all_finite) own_scales[0] |= kHasNotFinite;
+  if (threadIdx.x % kWarp == 0) ((scales[kIndex] = own_scales[kIndex]), ...);
 }
 
 // Params and their master weights ------------------------------------------------------------------------------------
 
 template <class Integer, bool Whole>
-__device__ inline void join(const OwnElements<Whole>& own, const AdamTensor& tensor, bf16, OwnFloats& to) {
+__device__ inline void join(const OwnElements<Whole>& own, const Tensor& tensor, bf16, OwnFloats& to) {
   const Words<uint16_t> upper = own.template load_words<uint16_t>(tensor.param);
   const Words<Integer> remainder = own.template load_words<Integer>(tensor.master);
 #pragma unroll
@@ -269,7 +248,7 @@ __device__ inline void join(const OwnElements<Whole>& own, const AdamTensor& ten
         Bf16Remainder<8 * sizeof(Integer)>::join(static_cast<uint32_t>(upper.number(i)), remainder.number(i)));
 }
 template <class Integer, bool Whole>
-__device__ inline void join(const OwnElements<Whole>& own, const AdamTensor& tensor, fp16, OwnFloats& to) {
+__device__ inline void join(const OwnElements<Whole>& own, const Tensor& tensor, fp16, OwnFloats& to) {
   own.template load_as<fp16>(tensor.param, to);
   const Words<Integer> remainder = own.template load_words<Integer>(tensor.master);
 #pragma unroll
@@ -278,7 +257,7 @@ __device__ inline void join(const OwnElements<Whole>& own, const AdamTensor& ten
 }
 
 template <class Integer, bool Whole>
-__device__ inline void split(const OwnElements<Whole>& own, const AdamTensor& tensor, bf16, const OwnFloats& from,
+__device__ inline void split(const OwnElements<Whole>& own, const Tensor& tensor, bf16, const OwnFloats& from,
                              bool at_random, const uint32_t (&random)[kElementsPerThread]) {
   using Remainder = Bf16Remainder<8 * sizeof(Integer)>;
   int32_t upper[kElementsPerThread], remainder[kElementsPerThread];
@@ -292,7 +271,7 @@ __device__ inline void split(const OwnElements<Whole>& own, const AdamTensor& te
   own.store_words(tensor.master, Words<Integer>::packed(remainder));
 }
 template <class Integer, bool Whole>
-__device__ inline void split(const OwnElements<Whole>& own, const AdamTensor& tensor, fp16, const OwnFloats& from,
+__device__ inline void split(const OwnElements<Whole>& own, const Tensor& tensor, fp16, const OwnFloats& from,
                              bool at_random, const uint32_t (&random)[kElementsPerThread]) {
   using Remainder = Fp16Remainder<8 * sizeof(Integer), CudaBitOps>;
   int32_t upper[kElementsPerThread], remainder[kElementsPerThread];
@@ -311,8 +290,7 @@ __device__ inline void split(const OwnElements<Whole>& own, const AdamTensor& te
 }
 
 template <bool Whole>
-__device__ inline void load_param(const OwnElements<Whole>& own, const AdamTensor& tensor, AdamDtypes dtypes,
-                                  OwnFloats& to) {
+__device__ inline void load_param(const OwnElements<Whole>& own, const Tensor& tensor, Dtypes dtypes, OwnFloats& to) {
   if (dtypes.master == kNoMaster) return own.load_floats(dtypes.param, tensor.param, to);
   if (dtypes.master == kMasterFp32) return own.template load_as<float>(tensor.master, to);
   if (dtypes.param == kBfloat16)
@@ -322,7 +300,7 @@ __device__ inline void load_param(const OwnElements<Whole>& own, const AdamTenso
 }
 
 template <bool Whole>
-__device__ inline void store_param(const OwnElements<Whole>& own, const AdamTensor& tensor, AdamDtypes dtypes,
+__device__ inline void store_param(const OwnElements<Whole>& own, const Tensor& tensor, Dtypes dtypes,
                                    const OwnFloats& from, bool at_random, uint32_t step) {
   uint32_t random[kElementsPerThread] = {};
   if (at_random) {
@@ -356,41 +334,43 @@ __device__ inline void store_param(const OwnElements<Whole>& own, const AdamTens
 // A step --------------------------------------------------------------------------------------------------------------
 
 // Whether all columns of a tensor may be accessed 16 bytes at a time.
-__device__ inline bool is_aligned(const AdamTensor& tensor) {
-  const uintptr_t addresses = reinterpret_cast<uintptr_t>(tensor.param) | reinterpret_cast<uintptr_t>(tensor.grad) |
-                              reinterpret_cast<uintptr_t>(tensor.exp_avg) |
-                              reinterpret_cast<uintptr_t>(tensor.exp_avg_sq) |
-                              reinterpret_cast<uintptr_t>(tensor.max_exp_avg_sq) |
-                              reinterpret_cast<uintptr_t>(tensor.master) | reinterpret_cast<uintptr_t>(tensor.lowp_out);
+__device__ inline bool is_aligned(const Tensor& tensor) {
+  uintptr_t addresses = reinterpret_cast<uintptr_t>(tensor.param) | reinterpret_cast<uintptr_t>(tensor.grad) |
+                        reinterpret_cast<uintptr_t>(tensor.master) | reinterpret_cast<uintptr_t>(tensor.lowp_out);
+#pragma unroll
+  for (const void* const state : tensor.states) addresses |= reinterpret_cast<uintptr_t>(state);
   return addresses % 16 == 0;
+}
+
+template <bool Whole, int... kIndex>
+__device__ inline void store_states(IndexList<kIndex...>, const OwnElements<Whole>& own, const Tensor& tensor,
+                                    Dtype dtype, uint32_t step, const OwnFloats* states) {
+  (own.store_floats(dtype, tensor.states[kIndex], states[kIndex], AsState<kIndex>{step}), ...);
 }
 
 // One step for a thread's elements of a quantization block. If the step is skipped, grads are zeroed and params are
 // copied all the same.
-template <bool Amsgrad, bool Quantized, bool Whole>
-__device__ inline void update_own(const OwnElements<Whole>& own, const AdamLaunch& launch, const AdamTensor& tensor,
-                                  const AdamConstants<CudaOwnOps>& k, uint32_t step, int64_t block, bool skipped) {
-  const AdamDtypes dtypes = launch.dtypes;
+template <int kStateCount, bool kQuantizedStates, bool Whole>
+__device__ inline void update_own(const OwnElements<Whole>& own, const StepLaunch& launch, const Tensor& tensor,
+                                  const Constants<CudaOwnOps>& k, uint32_t step, int64_t block, bool skipped) {
+  constexpr Indices<kStateCount> kIndices;
+  const Dtypes dtypes = launch.dtypes;
   OwnFloats param, grad;
   load_param(own, tensor, dtypes, param);
   if (!skipped) {
-    OwnStates states;
-    uint16_t* const scales = Quantized ? tensor.scales + block / kQuantizationBlock * (Amsgrad ? 3 : 2) : nullptr;
+    OwnFloats states[kMostStates];
+    uint16_t* const scales = kQuantizedStates ? tensor.scales + block / kQuantizationBlock * kStateCount : nullptr;
     own.load_floats(dtypes.grad, tensor.grad, grad);
-    load_states<Amsgrad, Quantized>(own, tensor, dtypes.state, scales, states);
-    adam_update<Amsgrad, CudaOwnOps>(k, launch.mode.l2, param, grad, states.exp_avg, states.exp_avg_sq,
-                                     states.max_exp_avg_sq);
-    store_param(own, tensor, dtypes, param, launch.mode.stochastic_rounding, step);
-    if constexpr (Quantized) {
-      quantize_states<Amsgrad>(own, tensor, step, scales, states);
-    } else {
-      own.store_floats(dtypes.state, tensor.exp_avg, states.exp_avg, AsAverage<SignedFormat>{step});
-      own.store_floats(dtypes.state, tensor.exp_avg_sq, states.exp_avg_sq, AsAverage<UnsignedFormat>{step});
-      if constexpr (Amsgrad) own.store_floats(dtypes.state, tensor.max_exp_avg_sq, states.max_exp_avg_sq);
-    }
+    load_states<kQuantizedStates>(kIndices, own, tensor, dtypes.state, scales, states);
+    update<kStateCount>(k, launch.options.mode, param, grad, states);
+    store_param(own, tensor, dtypes, param, launch.options.stochastic_rounding, step);
+    if constexpr (kQuantizedStates)
+      quantize_states(kIndices, own, tensor, step, scales, states);
+    else
+      store_states(kIndices, own, tensor, dtypes.state, step, states);
   }
   if (tensor.lowp_out) own.store_floats(dtypes.lowp_out, tensor.lowp_out, param);
-  if (launch.mode.zero_grads) {
+  if (launch.options.zero_grads) {
     const OwnFloats zeros = {};
     own.store_floats(dtypes.grad, tensor.grad, zeros);
   }
@@ -398,19 +378,19 @@ __device__ inline void update_own(const OwnElements<Whole>& own, const AdamLaunc
 
 // As many thread blocks per multiprocessor as possible without spilling registers: each warp waits long for its roots
 // and quotients.
-template <bool Amsgrad, bool Quantized>
-constexpr int kThreadBlocksPerMultiprocessor = Quantized && !Amsgrad ? 4 : 3;
+template <int kStateCount, bool kQuantizedStates>
+constexpr int kThreadBlocksPerMultiprocessor = kQuantizedStates && kStateCount <= 2 ? 4 : 3;
 
-// One step for a launch's tensors, one thread block per chunk, one warp per quantization block. `Quantized` says
+// One step for a launch's tensors, one thread block per chunk, one warp per quantization block. `kQuantizedStates` says
 // whether the states are.
-template <bool Amsgrad, bool Quantized>
-__global__ void __launch_bounds__(kThreads, kThreadBlocksPerMultiprocessor<Amsgrad, Quantized>)
-    adam_blocks_kernel(const __grid_constant__ AdamLaunch launch) {
+template <int kStateCount, bool kQuantizedStates>
+__global__ void __launch_bounds__(kThreads, kThreadBlocksPerMultiprocessor<kStateCount, kQuantizedStates>)
+    blocks_kernel(const __grid_constant__ StepLaunch launch) {
   const bool skipped = launch.found_inf && *launch.found_inf != 0.0f;
   const uint32_t index = tensor_of_block(launch.first_block, launch.count, blockIdx.x);
-  const AdamTensor& tensor = launch.tensors[index];
-  const AdamScalars& scalars = launch.device_scalars ? launch.device_scalars[launch.rows[index]] : launch.scalars;
-  const AdamConstants<CudaOwnOps> k(scalars);
+  const Tensor& tensor = launch.tensors[index];
+  const StepScalars& scalars = launch.device_scalars ? launch.device_scalars[launch.rows[index]] : launch.scalars;
+  const Constants<CudaOwnOps> k(scalars, true);
   const int64_t chunk = static_cast<int64_t>(blockIdx.x - launch.first_block[index]) * kChunk;
   const int64_t end = chunk + kChunk < tensor.numel ? chunk + kChunk : tensor.numel;
   const bool aligned = is_aligned(tensor);
@@ -419,9 +399,11 @@ __global__ void __launch_bounds__(kThreads, kThreadBlocksPerMultiprocessor<Amsgr
        block += kThreads / kWarp * kQuantizationBlock) {
     const int64_t begin = block + threadIdx.x % kWarp * kElementsPerThread;
     if (aligned && end - block >= kQuantizationBlock)
-      update_own<Amsgrad, Quantized>(OwnElements<true>(begin, end), launch, tensor, k, scalars.step, block, skipped);
+      update_own<kStateCount, kQuantizedStates>(OwnElements<true>(begin, end), launch, tensor, k, scalars.step, block,
+                                                skipped);
     else
-      update_own<Amsgrad, Quantized>(OwnElements<false>(begin, end), launch, tensor, k, scalars.step, block, skipped);
+      update_own<kStateCount, kQuantizedStates>(OwnElements<false>(begin, end), launch, tensor, k, scalars.step, block,
+                                                skipped);
   }
 }
 

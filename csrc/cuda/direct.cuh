@@ -1,5 +1,6 @@
-// The CUDA kernels: Adam for many tensors in one launch, and the scalars of a step computed on the device. Device code
-// only, with nothing of CUDA but built-ins, so that tests can run this very source on the host (tests/cuda_emulation).
+// The CUDA kernels: the rule's update of many tensors in one launch, and the scalars of a step computed on the device.
+// Device code only, with nothing of CUDA but built-ins, so that tests can run this very source on the host
+// (tests/cuda_emulation).
 #pragma once
 
 #include <cstdint>
@@ -7,8 +8,8 @@
 #include "cuda/launches.h"
 #include "formats/average_rounding.h"
 #include "formats/half.h"
-#include "rules/adam_scalars.h"
-#include "rules/adam_update.h"
+#include "rules/selected.h"
+#include "state_format.h"
 
 namespace adamops {
 
@@ -20,22 +21,23 @@ constexpr int kParameterBytes = 4096;
 #else
 constexpr int kParameterBytes = 32764;
 #endif
-constexpr int kTensorsPerLaunch = (kParameterBytes - 96) / (sizeof(AdamTensor) + 2 * sizeof(uint32_t));
+constexpr int kTensorsPerLaunch =
+    (kParameterBytes - 56 - sizeof(StepScalars)) / (sizeof(Tensor) + 2 * sizeof(uint32_t));
 constexpr int kThreads = 256;
 constexpr int kChunk = 4096;  // elements per thread block
 
-struct AdamLaunch {
-  AdamScalars scalars;                // of all tensors, if device_scalars is null
-  const AdamScalars* device_scalars;  // or one per tensor, by its row
+struct StepLaunch {
+  StepScalars scalars;                // of all tensors, if device_scalars is null
+  const StepScalars* device_scalars;  // or one per tensor, by its row
   const float* found_inf;             // not null: if it is not 0, the step is skipped
-  AdamDtypes dtypes;
-  AdamMode mode;
+  Dtypes dtypes;
+  StepOptions options;
   uint32_t count;
   uint32_t first_block[kTensorsPerLaunch + 1];
   uint32_t rows[kTensorsPerLaunch];
-  AdamTensor tensors[kTensorsPerLaunch];
+  Tensor tensors[kTensorsPerLaunch];
 };
-static_assert(sizeof(AdamLaunch) <= kParameterBytes, "the parameters of a launch are too large");
+static_assert(sizeof(StepLaunch) <= kParameterBytes, "the parameters of a launch are too large");
 
 // A float. Each operation rounds once: intrinsics, since plain operators may be fused after PTX.
 struct CudaOps {
@@ -50,6 +52,7 @@ struct CudaOps {
 
 struct CudaDoubleOps {
   static __device__ double mul(double a, double b) { return __dmul_rn(a, b); }
+  static __device__ double add(double a, double b) { return __dadd_rn(a, b); }
   static __device__ double sub(double a, double b) { return __dsub_rn(a, b); }
   static __device__ double div(double a, double b) { return __ddiv_rn(a, b); }
   static __device__ double sqrt(double a) { return __dsqrt_rn(a); }
@@ -77,22 +80,25 @@ __device__ inline uint32_t narrow(fp16, float a) {
   return __half_as_ushort(__float2half_rn(a));
 }
 
-// How floats are narrowed: to nearest, or as the averages of a step, which have noise if they are bfloat16.
+// How floats are narrowed: to nearest, or as the state of this index in a step, whose averages have noise if they are
+// bfloat16.
 struct ToNearest {
   template <class T>
   __device__ uint32_t operator()(T type, float a) const {
     return narrow(type, a);
   }
 };
-template <class Format>
-struct AsAverage {
+template <int kIndex>
+struct AsState {
+  using Format = FormatOf<kIndex>;
   uint32_t step;
 
   template <class T>
   __device__ uint32_t operator()(T type, float a) const {
     return narrow(type, a);
   }
-  __device__ uint32_t operator()(bf16, float a) const {
+  __device__ uint32_t operator()(bf16 type, float a) const {
+    if constexpr (Rule::kStates[kIndex].rounding == kNearest) return narrow(type, a);
     return rounded_average<Format>(__float_as_uint(a), a != a ? 0 : average_noise<Format>(step)) >> 16;
   }
 };
@@ -157,44 +163,49 @@ __device__ inline void store(T* to, const float (&from)[Width], const Narrow& na
   }
 }
 
-// The columns of a tensor that a kernel is compiled for. (L2 is not among them: it is one instruction, and would double
-// what there is to compile.)
-template <class Param, class Grad, class State, bool Master, bool Amsgrad>
-struct AdamKind {
+// The columns of a tensor that a kernel is compiled for. (The rule's mode is not among them: it is an instruction or
+// two, and would double what there is to compile.)
+template <class Param, class Grad, class State, bool kHasMaster, int kStateCount>
+struct TensorKind {
   using ParamType = Param;
   using GradType = Grad;
   using StateType = State;
-  static constexpr bool kMaster = Master, kAmsgrad = Amsgrad;
+  using States = Indices<kStateCount>;
+  static constexpr bool kMaster = kHasMaster;
   // Elements that a thread takes at a time, so that the narrowest column is accessed in units of 16 bytes.
-  static constexpr bool kAllFloats = sizeof(Param) == 4 && sizeof(Grad) == 4 && sizeof(State) == 4;
+  static constexpr bool kAllFloats =
+      sizeof(Param) == 4 && sizeof(Grad) == 4 && (kStateCount == 0 || sizeof(State) == 4);
   static constexpr int kWidth = kAllFloats ? 4 : 8;
 };
 
-template <class Kind, int Width>
-__device__ inline void update_elements(const AdamTensor& tensor, int64_t i, const AdamConstants<CudaOps>& k,
-                                       uint32_t step, bool l2) {
+// One step of the rule.
+template <int kStateCount, class Ops, class Number>
+__device__ inline void update(const Constants<Ops>& k, int mode, Number& param, const Number& grad, Number* state) {
+  Rule::finish<Ops>(k.rule, param, Rule::start<kStateCount, Ops>(k.rule, mode, param, k.scaled(grad), state));
+}
+
+template <class Kind, int Width, int... kIndex>
+__device__ inline void update_elements(IndexList<kIndex...>, const Tensor& tensor, int64_t i,
+                                       const Constants<CudaOps>& k, uint32_t step, int mode) {
   using State = typename Kind::StateType;
   auto* const param = static_cast<typename Kind::ParamType*>(tensor.param) + i;
   const auto* const grad = static_cast<const typename Kind::GradType*>(tensor.grad) + i;
-  auto* const exp_avg = static_cast<State*>(tensor.exp_avg) + i;
-  auto* const exp_avg_sq = static_cast<State*>(tensor.exp_avg_sq) + i;
-  auto* const max_exp_avg_sq = static_cast<State*>(tensor.max_exp_avg_sq) + i;
-  float p[Width], g[Width], m[Width], v[Width], max_v[Width] = {};
+  float p[Width], g[Width], states[kMostStates][Width];
   if constexpr (Kind::kMaster)
     load<Width>(static_cast<const float*>(tensor.master) + i, p);
   else
     load<Width>(param, p);
   load<Width>(grad, g);
-  load<Width>(exp_avg, m);
-  load<Width>(exp_avg_sq, v);
-  if constexpr (Kind::kAmsgrad) load<Width>(max_exp_avg_sq, max_v);
+  (load<Width>(static_cast<const State*>(tensor.states[kIndex]) + i, states[kIndex]), ...);
 #pragma unroll
-  for (int j = 0; j < Width; ++j) adam_update<Kind::kAmsgrad, CudaOps>(k, l2, p[j], g[j], m[j], v[j], max_v[j]);
+  for (int j = 0; j < Width; ++j) {
+    float state[kMostStates] = {states[kIndex][j]...};
+    update<sizeof...(kIndex)>(k, mode, p[j], g[j], state);
+    ((states[kIndex][j] = state[kIndex]), ...);
+  }
   store<Width>(param, p);
   if constexpr (Kind::kMaster) store<Width>(static_cast<float*>(tensor.master) + i, p);
-  store<Width>(exp_avg, m, AsAverage<SignedFormat>{step});
-  store<Width>(exp_avg_sq, v, AsAverage<UnsignedFormat>{step});
-  if constexpr (Kind::kAmsgrad) store<Width>(max_exp_avg_sq, max_v);
+  (store<Width>(static_cast<State*>(tensor.states[kIndex]) + i, states[kIndex], AsState<kIndex>{step}), ...);
 }
 
 // The tensor that a thread block works on: the last of `count` whose first thread block is not after it.
@@ -213,39 +224,42 @@ __device__ inline uint32_t tensor_of_block(const uint32_t* first_block, uint32_t
 // One step for a launch's tensors, one thread block per chunk. Asks for at least two thread blocks per multiprocessor:
 // left to itself, ptxas aims at more on sm_100 and sm_120, and spills.
 template <class Kind>
-__global__ void __launch_bounds__(kThreads, 2) adam_kernel(const __grid_constant__ AdamLaunch launch) {
+__global__ void __launch_bounds__(kThreads, 2) direct_kernel(const __grid_constant__ StepLaunch launch) {
   if (launch.found_inf && *launch.found_inf != 0.0f) return;
   const uint32_t index = tensor_of_block(launch.first_block, launch.count, blockIdx.x);
-  const AdamTensor& tensor = launch.tensors[index];
-  const AdamScalars& scalars = launch.device_scalars ? launch.device_scalars[launch.rows[index]] : launch.scalars;
-  const AdamConstants<CudaOps> k(scalars);
+  const Tensor& tensor = launch.tensors[index];
+  const StepScalars& scalars = launch.device_scalars ? launch.device_scalars[launch.rows[index]] : launch.scalars;
+  const Constants<CudaOps> k(scalars, true);
   const uint32_t step = scalars.step;
-  const bool l2 = launch.mode.l2;
+  const int mode = launch.options.mode;
   const int64_t begin = static_cast<int64_t>(blockIdx.x - launch.first_block[index]) * kChunk;
   const int64_t end = begin + kChunk < tensor.numel ? begin + kChunk : tensor.numel;
 
-  const uintptr_t addresses =
-      reinterpret_cast<uintptr_t>(tensor.param) | reinterpret_cast<uintptr_t>(tensor.grad) |
-      reinterpret_cast<uintptr_t>(tensor.exp_avg) | reinterpret_cast<uintptr_t>(tensor.exp_avg_sq) |
-      reinterpret_cast<uintptr_t>(tensor.max_exp_avg_sq) | reinterpret_cast<uintptr_t>(tensor.master);
+  uintptr_t addresses = reinterpret_cast<uintptr_t>(tensor.param) | reinterpret_cast<uintptr_t>(tensor.grad) |
+                        reinterpret_cast<uintptr_t>(tensor.master);
+#pragma unroll
+  for (const void* const state : tensor.states) addresses |= reinterpret_cast<uintptr_t>(state);
   constexpr int kWidth = Kind::kWidth;
+  constexpr typename Kind::States kStates;
   const int64_t whole = addresses % 16 == 0 ? begin + (end - begin) / kWidth * kWidth : begin;
   for (int64_t i = begin + threadIdx.x * kWidth; i < whole; i += kThreads * kWidth)
-    update_elements<Kind, kWidth>(tensor, i, k, step, l2);
-  for (int64_t i = whole + threadIdx.x; i < end; i += kThreads) update_elements<Kind, 1>(tensor, i, k, step, l2);
+    update_elements<Kind, kWidth>(kStates, tensor, i, k, step, mode);
+  for (int64_t i = whole + threadIdx.x; i < end; i += kThreads)
+    update_elements<Kind, 1>(kStates, tensor, i, k, step, mode);
 }
 
 // For tensors that keep their step counts on the device, as float32, each in memory of its own.
 constexpr int kStepsPerLaunch = (kParameterBytes - 128) / sizeof(float*);
 
 struct ScalarsLaunch {
-  AdamHyper hyper;
+  Rule::Hyper hyper;
+  bool maximize;
   const float* lr32;          // not null: read the learning rate from here instead
   const double* lr64;         // or from here
   const float* loss_scale;    // null: 1
   const double* grad_factor;  // null: 1
   const float* found_inf;     // not null: if it is not 0, no step is counted
-  AdamScalars* scalars;       // output, one per tensor
+  StepScalars* scalars;       // output, one per tensor
   uint32_t count;
   float* steps[kStepsPerLaunch];
 };
@@ -255,14 +269,16 @@ static_assert(sizeof(ScalarsLaunch) <= kParameterBytes, "the parameters of a lau
 static __global__ void __launch_bounds__(kThreads) scalars_kernel(const __grid_constant__ ScalarsLaunch launch) {
   const uint32_t i = blockIdx.x * kThreads + threadIdx.x;
   if (i >= launch.count || (launch.found_inf && *launch.found_inf != 0.0f)) return;
-  AdamHyper hyper = launch.hyper;
+  Rule::Hyper hyper = launch.hyper;
   if (launch.lr32) hyper.lr = *launch.lr32;
   if (launch.lr64) hyper.lr = *launch.lr64;
-  const float step = __fadd_rn(*launch.steps[i], 1.0f);
-  *launch.steps[i] = step;
-  launch.scalars[i] = adam_scalars<CudaDoubleOps>(hyper, static_cast<int64_t>(step),
-                                                  launch.loss_scale ? static_cast<double>(*launch.loss_scale) : 1.0,
-                                                  launch.grad_factor ? *launch.grad_factor : 1.0);
+  const float count = __fadd_rn(*launch.steps[i], 1.0f);
+  *launch.steps[i] = count;
+  const auto step = static_cast<int64_t>(count);
+  const double loss_scale = launch.loss_scale ? static_cast<double>(*launch.loss_scale) : 1.0;
+  const double grad_factor = launch.grad_factor ? *launch.grad_factor : 1.0;
+  launch.scalars[i] = {grad_scale<CudaDoubleOps>(launch.maximize, loss_scale, grad_factor),
+                       Rule::scalars<CudaDoubleOps>(hyper, step), static_cast<uint32_t>(step)};
 }
 
 }  // namespace adamops

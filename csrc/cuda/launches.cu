@@ -1,4 +1,4 @@
-// The CUDA side of FusedAdam: which kernel, which launches, on which stream, and the error messages. The kernels
+// The CUDA side of an op: which kernel, which launches, on which stream, and the error messages. The kernels
 // are in cuda/direct.cuh and cuda/blocks.cuh; cuda/launch_plan.cpp splits a step into launches.
 #include <cuda_fp16.h>
 #include <cuda_runtime.h>
@@ -54,53 +54,73 @@ class DeviceGuard {
   int device_, former_ = 0;
 };
 
-using Kernel = void (*)(AdamLaunch);
+using Kernel = void (*)(StepLaunch);
 
-template <class Param, class Grad, class State, bool Master>
-Kernel kernel_of_columns(bool amsgrad) {
-  return amsgrad ? adam_kernel<AdamKind<Param, Grad, State, Master, true>>
-                 : adam_kernel<AdamKind<Param, Grad, State, Master, false>>;
+// A kernel for each number of states that may be in use: Kernels::of<number>().
+template <class Kernels, int... kExtra>
+Kernel kernel_of_count(int state_count, IndexList<kExtra...>) {
+  static const Kernel kKernels[] = {Kernels::template of<kLeastStates + kExtra>()...};
+  return kKernels[state_count - kLeastStates];
 }
+template <class Kernels>
+Kernel kernel_of_count(int state_count) {
+  return kernel_of_count<Kernels>(state_count, Indices<Rule::kOptionalStates + 1>{});
+}
+
+template <class Param, class Grad, class State, bool kMaster>
+struct DirectKernels {
+  template <int kStateCount>
+  static Kernel of() {
+    return direct_kernel<TensorKind<Param, Grad, State, kMaster, kStateCount>>;
+  }
+};
+template <bool kQuantizedStates>
+struct BlocksKernels {
+  template <int kStateCount>
+  static Kernel of() {
+    return blocks_kernel<kStateCount, kQuantizedStates>;
+  }
+};
 
 // Grads and states have the param's dtype or fp32. A master weight requires a 16-bit param and fp32 states.
 template <class Param>
-Kernel kernel_of_param(bool grad32, bool state32, bool master, bool amsgrad) {
+Kernel kernel_of_param(bool grad32, bool state32, bool master, int state_count) {
   if (master) {
     if (!state32) return nullptr;
-    return grad32 ? kernel_of_columns<Param, float, float, true>(amsgrad)
-                  : kernel_of_columns<Param, Param, float, true>(amsgrad);
+    return grad32 ? kernel_of_count<DirectKernels<Param, float, float, true>>(state_count)
+                  : kernel_of_count<DirectKernels<Param, Param, float, true>>(state_count);
   }
   if (state32)
-    return grad32 ? kernel_of_columns<Param, float, float, false>(amsgrad)
-                  : kernel_of_columns<Param, Param, float, false>(amsgrad);
-  return grad32 ? kernel_of_columns<Param, float, Param, false>(amsgrad)
-                : kernel_of_columns<Param, Param, Param, false>(amsgrad);
+    return grad32 ? kernel_of_count<DirectKernels<Param, float, float, false>>(state_count)
+                  : kernel_of_count<DirectKernels<Param, Param, float, false>>(state_count);
+  return grad32 ? kernel_of_count<DirectKernels<Param, float, Param, false>>(state_count)
+                : kernel_of_count<DirectKernels<Param, Param, Param, false>>(state_count);
 }
 
 // A kernel with one pass over registers, for the most common cases; null for everything else.
-Kernel direct_kernel(AdamDtypes dtypes, AdamMode mode) {
+Kernel direct_kernel_of(Dtypes dtypes, int state_count) {
   if (dtypes.state == kQuantized || dtypes.master > kMasterFp32) return nullptr;
   if (dtypes.state != dtypes.param && dtypes.state != kFloat32) return nullptr;
   const bool grad32 = dtypes.grad == kFloat32, state32 = dtypes.state == kFloat32;
   const bool master = dtypes.master == kMasterFp32;
-  if (dtypes.param == kBfloat16) return kernel_of_param<bf16>(grad32, state32, master, mode.amsgrad);
-  if (dtypes.param == kFloat16) return kernel_of_param<fp16>(grad32, state32, master, mode.amsgrad);
-  return grad32 ? kernel_of_columns<float, float, float, false>(mode.amsgrad) : nullptr;
+  if (dtypes.param == kBfloat16) return kernel_of_param<bf16>(grad32, state32, master, state_count);
+  if (dtypes.param == kFloat16) return kernel_of_param<fp16>(grad32, state32, master, state_count);
+  return grad32 ? kernel_of_count<DirectKernels<float, float, float, false>>(state_count) : nullptr;
 }
 
-Kernel kernel_of(AdamDtypes dtypes, AdamMode mode, bool lowp_out) {
-  const bool plain = !lowp_out && !mode.zero_grads && !mode.stochastic_rounding;
-  const Kernel direct = plain ? direct_kernel(dtypes, mode) : nullptr;
+Kernel kernel_of(Dtypes dtypes, StepOptions options, bool lowp_out) {
+  const bool plain = !lowp_out && !options.zero_grads && !options.stochastic_rounding;
+  const Kernel direct = plain ? direct_kernel_of(dtypes, options.state_count) : nullptr;
   if (direct) return direct;
-  if (dtypes.state == kQuantized)
-    return mode.amsgrad ? adam_blocks_kernel<true, true> : adam_blocks_kernel<false, true>;
-  return mode.amsgrad ? adam_blocks_kernel<true, false> : adam_blocks_kernel<false, false>;
+  if constexpr (kStatesOfRule > 0)
+    if (dtypes.state == kQuantized) return kernel_of_count<BlocksKernels<true>>(options.state_count);
+  return kernel_of_count<BlocksKernels<false>>(options.state_count);
 }
 
 // A kind is what the tensors of a launch have in common, as one number below kKinds.
 constexpr uint32_t kKinds = kDtypeCount * kDtypeCount * (kDtypeCount + 1) * 4 * (kDtypeCount + 1);
 
-uint32_t kind_of(AdamDtypes dtypes, bool lowp_out) {
+uint32_t kind_of(Dtypes dtypes, bool lowp_out) {
   const uint32_t copy = lowp_out ? 1u + dtypes.lowp_out : 0;
   const uint32_t columns = dtypes.state + (kDtypeCount + 1) * (dtypes.master + 4u * copy);
   return dtypes.param + kDtypeCount * (dtypes.grad + kDtypeCount * columns);
@@ -108,7 +128,7 @@ uint32_t kind_of(AdamDtypes dtypes, bool lowp_out) {
 
 }  // namespace
 
-void cuda_adam_step(const CudaAdamStep& step, CudaPlace place) {
+void cuda_step(const CudaStep& step, CudaPlace place) {
   std::vector<PlannedTensor> planned;
   planned.reserve(step.tensors.size());
   for (size_t i = 0; i < step.tensors.size(); ++i) {
@@ -122,14 +142,14 @@ void cuda_adam_step(const CudaAdamStep& step, CudaPlace place) {
   if (launches.empty()) return;
 
   const DeviceGuard guard(place.device);
-  const auto parameters = std::make_unique<AdamLaunch>();
+  const auto parameters = std::make_unique<StepLaunch>();
   for (size_t n = 0; n < launches.size(); ++n) {
     const PlannedLaunch& launch = launches[n];
     parameters->device_scalars = step.device_scalars;
     if (!step.device_scalars) parameters->scalars = step.scalars.at(launch.kind / kKinds);
     parameters->found_inf = step.found_inf;
     parameters->dtypes = step.dtypes[launch.tensors[0]];
-    parameters->mode = step.mode;
+    parameters->options = step.options;
     parameters->count = static_cast<uint32_t>(launch.tensors.size());
     for (size_t i = 0; i < launch.tensors.size(); ++i) {
       parameters->tensors[i] = step.tensors[launch.tensors[i]];
@@ -137,20 +157,21 @@ void cuda_adam_step(const CudaAdamStep& step, CudaPlace place) {
       parameters->first_block[i] = launch.first_block[i];
     }
     void* arguments[] = {parameters.get()};
-    const Kernel kernel = kernel_of(parameters->dtypes, step.mode, parameters->tensors[0].lowp_out);
+    const Kernel kernel = kernel_of(parameters->dtypes, step.options, parameters->tensors[0].lowp_out);
     check(cudaLaunchKernel(kernel, dim3(launch.blocks()), dim3(kThreads), arguments, 0,
                            static_cast<cudaStream_t>(place.stream)),
-          "Adam launch " + std::to_string(n + 1) + " of " + std::to_string(launches.size()) + " (" +
+          "launch " + std::to_string(n + 1) + " of " + std::to_string(launches.size()) + " (" +
               std::to_string(launch.tensors.size()) + " tensors from tensor " + std::to_string(launch.tensors[0]) +
               " on, device " + std::to_string(place.device) + ")");
   }
 }
 
-void cuda_adam_scalars(const CudaScalars& work, CudaPlace place) {
+void cuda_scalars(const CudaScalars& work, CudaPlace place) {
   if (work.steps.empty()) return;
   const DeviceGuard guard(place.device);
   const auto parameters = std::make_unique<ScalarsLaunch>();
   parameters->hyper = work.hyper;
+  parameters->maximize = work.maximize;
   parameters->lr32 = work.lr32;
   parameters->lr64 = work.lr64;
   parameters->loss_scale = work.loss_scale;

@@ -8,7 +8,7 @@
 #include <vector>
 
 #include "grad_norm.h"
-#include "rules/adam_scalars.h"
+#include "rules/selected.h"
 #include "tensor.h"
 
 namespace adamops {
@@ -20,31 +20,32 @@ struct CudaPlace {
 };
 
 // The step of a param group on one device. Every vector but `scalars` has one entry per tensor.
-struct CudaAdamStep {
-  const std::vector<AdamTensor>& tensors;
-  const std::vector<AdamDtypes>& dtypes;
-  AdamMode mode;
-  std::vector<AdamScalars> scalars;
+struct CudaStep {
+  const std::vector<Tensor>& tensors;
+  const std::vector<Dtypes>& dtypes;
+  StepOptions options;
+  std::vector<StepScalars> scalars;
   const std::vector<uint32_t>& scalar_rows;  // for each tensor, its index in `scalars`; unused with device_scalars
-  const AdamScalars* device_scalars;         // or, if not null, in device memory, one per tensor
+  const StepScalars* device_scalars;         // or, if not null, in device memory, one per tensor
   const float* found_inf;                    // on the device; if not null and not 0, the step is skipped
 };
 
 // Enqueues the step. Throws std::invalid_argument, before anything runs, if there is no kernel for a tensor's dtypes.
-void cuda_adam_step(const CudaAdamStep& step, CudaPlace place);
+void cuda_step(const CudaStep& step, CudaPlace place);
 
 // Counts steps on the device, and computes the scalars of each tensor there.
 struct CudaScalars {
-  AdamHyper hyper;
+  Rule::Hyper hyper;
+  bool maximize;
   const float* lr32;          // the learning rate on the device as fp32, or null
   const double* lr64;         // or as fp64
   const float* loss_scale;    // on the device; null: 1
   const double* grad_factor;  // on the device; null: 1
   const float* found_inf;     // on the device; if not null and not 0, no step is counted
   const std::vector<float*>& steps;
-  AdamScalars* scalars;  // in device memory, one per tensor
+  StepScalars* scalars;  // in device memory, one per tensor
 };
-void cuda_adam_scalars(const CudaScalars& work, CudaPlace place);
+void cuda_scalars(const CudaScalars& work, CudaPlace place);
 
 // The norm of grads, all on the device. `partial` is scratch: one double per chunk of kNormChunk elements of each grad.
 struct CudaNorm {

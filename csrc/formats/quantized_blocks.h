@@ -27,20 +27,21 @@ constexpr int64_t kQuantizationBlock = 256;
 
 // What the quantized values of a state mean: expand(q) has the bits of q * kShrink, shifted left by kPower. The
 // factor brings the exponent to where the shift keeps it in range, and zero stays zero.
-struct SignedFormat {  // of exp_avg: -127 to 127, as int8
+struct SignedFormat {  // as of exp_avg: -127 to 127, as int8
   static constexpr bool kSigned = true;
+  static constexpr int8_t kNotFinite = -128, kMostFinite = 127;
   static constexpr int kPower = 1, kShrinkExponent = 64;
   static constexpr float kShrink = 0x1p-64f, kTopExpanded = 8064.0f, kUnit = 1 / kTopExpanded;
 };
-struct UnsignedFormat {  // of exp_avg_sq: 0 to 255, where 0 is for zero alone
+struct UnsignedFormat {  // as of exp_avg_sq: 0 to 255, where 0 is for zero alone
   static constexpr bool kSigned = false;
+  static constexpr uint8_t kNotFinite = 255, kMostFinite = 254;
   static constexpr int kPower = 2, kShrinkExponent = 96;
   static constexpr float kShrink = 0x1p-96f, kTopExpanded = 528482304.0f, kUnit = 1 / kTopExpanded;
 };
 
-// Marks an element, in exp_avg, if one of its states is not finite. The exp_avg scale of a quantization block with such
-// an element is negative.
-constexpr int8_t kNotFinite = -128;
+// Format::kNotFinite, in the first state, marks an element if one of its states is not finite. The first scale of a
+// quantization block with such an element is negative, and no finite element there has that value.
 constexpr uint16_t kHasNotFinite = 0x8000;
 
 constexpr int32_t kMagnitudeBits = 0x7FFFFFFF, kInfinity = 0x7F800000;

@@ -1,6 +1,6 @@
-// The Python module of the CPU op. It takes addresses, sizes and dtype codes, so it needs no torch to build or run. It
-// picks the kernel for this CPU and splits the work over threads; the arithmetic is in rules/adam_update.h. Addresses
-// from callers are trusted: adamops/optim/backends/cpu.py checks every tensor first.
+// The Python module of a CPU op. It takes addresses, sizes and dtype codes, so it needs no torch to build or run. It
+// picks the kernel for this CPU and splits the work over threads; the arithmetic is in the rule (rules/selected.h).
+// Addresses from callers are trusted: adamops/optim/backends/cpu.py checks every tensor first.
 #include <pybind11/pybind11.h>
 #include <pybind11/stl.h>
 
@@ -23,7 +23,7 @@ namespace py = pybind11;
 
 namespace adamops {
 
-#define ADAMOPS_TARGET_TYPE AdamTarget
+#define ADAMOPS_TARGET_TYPE Target
 ADAMOPS_TARGETS(ADAMOPS_DECLARE_TARGET)
 
 namespace {
@@ -33,18 +33,18 @@ namespace {
 static_assert(Partition::kGrain % kQuantizationBlock == 0, "quantized states would depend on the threads");
 static_assert(Partition::kGrain % 64 == 0, "two threads would write to one cache line");
 
-SimdTargets<AdamTarget> simd_targets{ADAMOPS_TARGETS(ADAMOPS_TARGET_ADDRESS)};
+SimdTargets<Target> simd_targets{ADAMOPS_TARGETS(ADAMOPS_TARGET_ADDRESS)};
 
-std::vector<int64_t> sizes_of(const AdamTable& table) {
+std::vector<int64_t> sizes_of(const Table& table) {
   std::vector<int64_t> sizes;
   sizes.reserve(table.tensors.size());
-  for (const AdamTensor& tensor : table.tensors) sizes.push_back(tensor.numel);
+  for (const Tensor& tensor : table.tensors) sizes.push_back(tensor.numel);
   return sizes;
 }
 
 // The kernel of each tensor of the table. `choose` returns null for dtypes that do not go together.
 template <class Range, class Choose>
-std::vector<Range> kernels(const AdamTable& table, const Choose& choose) {
+std::vector<Range> kernels(const Table& table, const Choose& choose) {
   std::vector<Range> ranges;
   ranges.reserve(table.tensors.size());
   for (size_t i = 0; i < table.tensors.size(); ++i) {
@@ -56,7 +56,7 @@ std::vector<Range> kernels(const AdamTable& table, const Choose& choose) {
 
 // Whether a tensor goes to the staged kernel, which works in quantization blocks. It must if it has a lowp_out. On CPUs
 // where software prefetch pays, large fp32 columns are also faster that way (docs/dev/decisions.md).
-bool in_blocks(const AdamDtypes& dtypes, const AdamTensor& tensor, int prefetch_bytes) {
+bool in_blocks(const Dtypes& dtypes, const Tensor& tensor, int prefetch_bytes) {
   constexpr int64_t kLarge = 1 << 16;
   return tensor.lowp_out || (prefetch_bytes && dtypes.param == kFloat32 && tensor.numel >= kLarge);
 }
@@ -64,52 +64,63 @@ bool in_blocks(const AdamDtypes& dtypes, const AdamTensor& tensor, int prefetch_
 // One step for a table. The constructor does everything that can fail; run() cannot.
 class PreparedStep {
  public:
-  PreparedStep(AdamTable& table, const HostScalars& host_scalars, AdamMode mode, int threads)
-      : table_(table), mode_(mode), threads_(threads), sizes_(sizes_of(table)) {
-    const AdamTarget& target = simd_targets.in_use();
+  PreparedStep(Table& table, std::vector<StepScalars> scalars, StepOptions options, int threads)
+      : table_(table), options_(options), threads_(threads), sizes_(sizes_of(table)), scalars_(std::move(scalars)) {
+    const Target& target = simd_targets.in_use();
     static const int prefetch_bytes = prefetch_distance_bytes();
     prefetch_bytes_ = prefetch_bytes;
-    ranges_ = kernels<AdamRange>(table, [&](const AdamDtypes& dtypes, const AdamTensor& tensor) {
-      return target.adam_range(dtypes, mode, in_blocks(dtypes, tensor, prefetch_bytes));
+    ranges_ = kernels<StepRange>(table, [&](const Dtypes& dtypes, const Tensor& tensor) {
+      return target.step_range(dtypes, options, in_blocks(dtypes, tensor, prefetch_bytes));
     });
     if (table.counts_on_device()) throw py::value_error("the CPU op takes step counts as numbers");
-    scalars_ = scalars_of(host_scalars, table.steps);
   }
 
   void run() {
-    table_.count_writes(mode_.zero_grads);
+    table_.count_writes(options_.zero_grads);
     table_.count_steps();  // before the update, while the states are still in the caches
     for_each_piece(sizes_, threads_, [&](size_t i, int64_t begin, int64_t end) {
-      ranges_[i](table_.tensors[i], {table_.dtypes[i], mode_, scalars_[table_.step_rows[i]], prefetch_bytes_}, begin,
+      ranges_[i](table_.tensors[i], {table_.dtypes[i], options_, scalars_[table_.step_rows[i]], prefetch_bytes_}, begin,
                  end);
     });
     table_.release();
   }
 
  private:
-  AdamTable& table_;
-  AdamMode mode_;
+  Table& table_;
+  StepOptions options_;
   int threads_, prefetch_bytes_;
   std::vector<int64_t> sizes_;
-  std::vector<AdamRange> ranges_;
-  std::vector<AdamScalars> scalars_;
+  std::vector<StepRange> ranges_;
+  std::vector<StepScalars> scalars_;
 };
 
-void adam_step(AdamTable& table, const HostScalars& host_scalars, bool l2, int threads, bool zero_grads,
-               bool stochastic_rounding) {
-  PreparedStep(table, host_scalars, {l2, table.amsgrad, zero_grads, stochastic_rounding}, threads).run();
+StepOptions options_of(const Table& table, int mode, bool zero_grads, bool stochastic_rounding) {
+  return {static_cast<uint8_t>(table.state_count), checked_mode(mode), zero_grads, stochastic_rounding};
 }
 
-// The arguments of adam_step(), with l2, zero_grads and stochastic_rounding before threads.
-using StepArguments = std::tuple<AdamTable*, HyperNumbers, bool, bool, bool, int>;
+void step_with_scalars(Table& table, const std::vector<ScalarRow>& scalars, int mode, int threads, bool zero_grads,
+                       bool stochastic_rounding) {
+  const StepOptions options = options_of(table, mode, zero_grads, stochastic_rounding);
+  PreparedStep(table, scalars_of(scalars, table.steps), options, threads).run();
+}
+
+// What Python passes for a step, in the order of the names in STEP_FIELDS.
+using StepCall = std::tuple<Table*, HyperNumbers, double, double, bool, bool, bool, int>;
+constexpr const char* kStepFields[] = {"table",    "hyper",      "loss_scale",          "grad_factor",
+                                       "maximize", "zero_grads", "stochastic_rounding", "threads"};
+static_assert(std::tuple_size_v<StepCall> == sizeof(kStepFields) / sizeof(kStepFields[0]));
 
 // No Python code runs between the steps, so a signal handler cannot leave some of them undone.
-void adam_steps(const std::vector<StepArguments>& calls) {
-  std::vector<PreparedStep> steps;
-  steps.reserve(calls.size());
-  for (const auto& [table, numbers, l2, zero_grads, stochastic_rounding, threads] : calls)
-    steps.emplace_back(*table, numbers, AdamMode{l2, table->amsgrad, zero_grads, stochastic_rounding}, threads);
-  for (PreparedStep& step : steps) step.run();
+void steps(const std::vector<StepCall>& calls) {
+  std::vector<PreparedStep> prepared;
+  prepared.reserve(calls.size());
+  for (const auto& [table, numbers, loss_scale, grad_factor, maximize, zero_grads, stochastic_rounding, threads] :
+       calls) {
+    const Rule::Hyper hyper = hyper_of(numbers);
+    prepared.emplace_back(*table, scalars_of(hyper, {loss_scale, grad_factor, maximize}, table->steps),
+                          options_of(*table, Rule::mode(hyper), zero_grads, stochastic_rounding), threads);
+  }
+  for (PreparedStep& step : prepared) step.run();
 }
 
 double grad_norm(const py::list& addresses, const py::list& numels, const py::list& dtypes, Norm norm, int threads) {
@@ -174,10 +185,10 @@ py::list samples_of(const TensorReader& reader, const py::list& tensors) {
   return samples;
 }
 
-void bandwidth_probe(const AdamTable& table, int prefetch_bytes, int threads) {
-  const AdamTarget& target = simd_targets.in_use();
-  const auto ranges = kernels<ProbeRange>(
-      table, [&](const AdamDtypes& dtypes, const AdamTensor&) { return target.probe_range(dtypes); });
+void bandwidth_probe(const Table& table, int prefetch_bytes, int threads) {
+  const Target& target = simd_targets.in_use();
+  const auto ranges =
+      kernels<ProbeRange>(table, [&](const Dtypes& dtypes, const Tensor&) { return target.probe_range(dtypes); });
   for_each_piece(sizes_of(table), threads, [&](size_t i, int64_t begin, int64_t end) {
     ranges[i](table.tensors[i], begin, end, prefetch_bytes);
   });
@@ -200,19 +211,22 @@ void zero_fill(const py::list& addresses, const py::list& numels, int element_si
 }  // namespace
 }  // namespace adamops
 
-PYBIND11_MODULE(cpu_adam, module) {
+PYBIND11_MODULE(ADAMOPS_MODULE, module) {
   using namespace adamops;
-  module.doc() = "The CPU op of adamops: Adam on addresses. See csrc/python/cpu_module.cpp.";
+  module.doc() = "A CPU op of adamops: the update of an optimizer on addresses. See csrc/python/cpu_module.cpp.";
   simd_targets.bind(module);
-  bind_adam_table(module);
-  module.def("adam_step", &adam_step, py::arg("table"), py::arg("scalars"), py::arg("l2"), py::arg("threads"),
-             py::arg("zero_grads") = false, py::arg("stochastic_rounding") = false,
-             "One step for the table's tensors, with the scalars of AdamHyper.numbers(), or with a row of scalars for "
-             "each of the table's steps. Counts it in the states that the table was made from, and releases the "
-             "references to the tensors.");
-  module.def("adam_steps", &adam_steps, py::arg("calls"),
-             "Steps of (table, AdamHyper.numbers(), l2, zero_grads, stochastic_rounding, threads) each, one after "
-             "another. Of tables of a reader autograd is told what was written.");
+  bind_table(module, Rule::kStates, kLeastStates);
+  bind_rule(module);
+  py::list step_fields;
+  for (const char* const name : kStepFields) step_fields.append(name);
+  module.attr("STEP_FIELDS") = py::tuple(step_fields);
+  module.def("steps", &steps, py::arg("calls"),
+             "Steps, one after another, each a tuple with the fields that STEP_FIELDS names; `hyper` are the numbers "
+             "that HYPER names. Counts them in the states that the tables were made from, tells autograd what was "
+             "written of tables of a reader, and releases the references to the tensors.");
+  module.def("step_with_scalars", &step_with_scalars, py::arg("table"), py::arg("scalars"), py::arg("mode"),
+             py::arg("threads"), py::arg("zero_grads") = false, py::arg("stochastic_rounding") = false,
+             "One step with a row of SCALAR_COUNT scalars for each of the table's steps. For tests.");
   module.def(
       "grad_norm",
       [](const py::list& addresses, const py::list& numels, const py::list& dtypes, double norm_type, int threads) {
@@ -224,7 +238,7 @@ PYBIND11_MODULE(cpu_adam, module) {
              "Some elements of each tensor, as bytes; None for a tensor that is not plain.");
   module.def("zero_fill", &zero_fill, py::arg("addresses"), py::arg("numels"), py::arg("element_size"),
              py::arg("threads"),
-             "Zeroes tensors with the split of adam_step, so that each page lies near the thread that will use it.");
+             "Zeroes tensors with the split of a step, so that each page lies near the thread that will use it.");
   module.def("bandwidth_probe", &bandwidth_probe, py::arg("table"), py::arg("prefetch_bytes"), py::arg("threads"),
-             "Moves the bytes of adam_step and changes nothing. For the benchmark.");
+             "Moves the bytes of a step and changes nothing. For the benchmark.");
 }

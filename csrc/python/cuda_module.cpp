@@ -1,4 +1,4 @@
-// The Python module of the CUDA op. It takes tables of addresses, sizes and dtypes, so it needs no torch to build or
+// The Python module of a CUDA op. It takes tables of addresses, sizes and dtypes, so it needs no torch to build or
 // run, and imports on machines without a GPU or a driver. Addresses from callers are trusted.
 #include <pybind11/pybind11.h>
 #include <pybind11/stl.h>
@@ -20,40 +20,62 @@ T* pointer(uintptr_t address) {
   return reinterpret_cast<T*>(address);
 }
 
-void adam_step(AdamTable& table, const HostScalars& host_scalars, bool l2, uintptr_t device_scalars,
-               uintptr_t found_inf, int device, uintptr_t stream, bool zero_grads, bool stochastic_rounding) {
-  CudaAdamStep step{table.tensors,
-                    table.dtypes,
-                    {l2, table.amsgrad, zero_grads, stochastic_rounding},
-                    {},
-                    table.step_rows,
-                    pointer<const AdamScalars>(device_scalars),
-                    pointer<const float>(found_inf)};
-  if (!device_scalars) {
-    if (table.counts_on_device()) throw py::value_error("step counts on the device need scalars there");
-    step.scalars = scalars_of(host_scalars, table.steps);
-  }
+// Enqueues the step of a table. `scalars` are those of each of its steps, unless they lie on the device.
+void enqueue(Table& table, std::vector<StepScalars> scalars, StepOptions options, uintptr_t device_scalars,
+             uintptr_t found_inf, int device, uintptr_t stream) {
+  if (!device_scalars && table.counts_on_device())
+    throw py::value_error("step counts on the device need scalars there");
+  const CudaStep step{table.tensors,
+                      table.dtypes,
+                      options,
+                      std::move(scalars),
+                      table.step_rows,
+                      pointer<const StepScalars>(device_scalars),
+                      pointer<const float>(found_inf)};
   {
     const GilRelease release;
-    cuda_adam_step(step, {device, pointer<void>(stream)});
+    cuda_step(step, {device, pointer<void>(stream)});
   }
   table.count_steps();
   table.release();
 }
 
-void count_steps(const AdamTable& table, uintptr_t scalars, double lr, uintptr_t lr32, uintptr_t lr64, double beta1,
-                 double beta2, double eps, double weight_decay, bool bias_correction, bool adamw_mode, bool maximize,
-                 uintptr_t loss_scale, uintptr_t found_inf, int device, uintptr_t stream, uintptr_t grad_factor) {
-  const CudaScalars work{{lr, beta1, beta2, eps, weight_decay, bias_correction, adamw_mode, maximize},
+StepOptions options_of(const Table& table, int mode, bool zero_grads, bool stochastic_rounding) {
+  return {static_cast<uint8_t>(table.state_count), checked_mode(mode), zero_grads, stochastic_rounding};
+}
+
+void step(Table& table, const HyperNumbers& numbers, double loss_scale, double grad_factor, bool maximize,
+          bool zero_grads, bool stochastic_rounding, uintptr_t device_scalars, uintptr_t found_inf, int device,
+          uintptr_t stream) {
+  const Rule::Hyper hyper = hyper_of(numbers);
+  std::vector<StepScalars> scalars;
+  if (!device_scalars) scalars = scalars_of(hyper, {loss_scale, grad_factor, maximize}, table.steps);
+  enqueue(table, std::move(scalars), options_of(table, Rule::mode(hyper), zero_grads, stochastic_rounding),
+          device_scalars, found_inf, device, stream);
+}
+
+void step_with_scalars(Table& table, const std::vector<ScalarRow>& rows, int mode, uintptr_t device_scalars,
+                       uintptr_t found_inf, int device, uintptr_t stream, bool zero_grads, bool stochastic_rounding) {
+  std::vector<StepScalars> scalars;
+  if (!device_scalars) scalars = scalars_of(rows, table.steps);
+  enqueue(table, std::move(scalars), options_of(table, mode, zero_grads, stochastic_rounding), device_scalars,
+          found_inf, device, stream);
+}
+
+void count_steps(const Table& table, uintptr_t scalars, const HyperNumbers& numbers, bool maximize, uintptr_t lr32,
+                 uintptr_t lr64, uintptr_t loss_scale, uintptr_t grad_factor, uintptr_t found_inf, int device,
+                 uintptr_t stream) {
+  const CudaScalars work{hyper_of(numbers),
+                         maximize,
                          pointer<const float>(lr32),
                          pointer<const double>(lr64),
                          pointer<const float>(loss_scale),
                          pointer<const double>(grad_factor),
                          pointer<const float>(found_inf),
                          table.device_steps,
-                         pointer<AdamScalars>(scalars)};
+                         pointer<StepScalars>(scalars)};
   const GilRelease release;
-  cuda_adam_scalars(work, {device, pointer<void>(stream)});
+  cuda_scalars(work, {device, pointer<void>(stream)});
 }
 
 void grad_norm(const py::list& addresses, const py::list& numels, const py::list& dtypes, double norm_type,
@@ -74,22 +96,26 @@ void grad_norm(const py::list& addresses, const py::list& numels, const py::list
 }  // namespace
 }  // namespace adamops
 
-PYBIND11_MODULE(fused_adam, module) {
+PYBIND11_MODULE(ADAMOPS_MODULE, module) {
   using namespace adamops;
-  module.doc() = "The CUDA op of adamops: Adam on device addresses. See csrc/python/cuda_module.cpp.";
-  module.attr("SCALARS_SIZE") = sizeof(AdamScalars);
-  bind_adam_table(module);
-  module.def(
-      "adam_step", &adam_step, py::arg("table"), py::arg("scalars"), py::arg("l2"), py::arg("device_scalars"),
-      py::arg("found_inf"), py::arg("device"), py::arg("stream"), py::arg("zero_grads") = false,
-      py::arg("stochastic_rounding") = false,
-      "Enqueues one step for the table's tensors, counts it in the states that the table was made from, and releases "
-      "the references to the tensors. Scalars come from AdamHyper.numbers() or as a row for each of the table's steps, "
-      "or lie on the device, one after another for each tensor, where the address device_scalars is not 0.");
-  module.def("count_steps", &count_steps, py::arg("table"), py::arg("scalars"), py::arg("lr"), py::arg("lr32"),
-             py::arg("lr64"), py::arg("beta1"), py::arg("beta2"), py::arg("eps"), py::arg("weight_decay"),
-             py::arg("bias_correction"), py::arg("adamw_mode"), py::arg("maximize"), py::arg("loss_scale"),
-             py::arg("found_inf"), py::arg("device"), py::arg("stream"), py::arg("grad_factor") = 0,
+  module.doc() =
+      "A CUDA op of adamops: the update of an optimizer on device addresses. See csrc/python/cuda_module.cpp.";
+  module.attr("SCALARS_SIZE") = sizeof(StepScalars);
+  bind_table(module, Rule::kStates, kLeastStates);
+  bind_rule(module);
+  module.def("step", &step, py::arg("table"), py::arg("hyper"), py::arg("loss_scale"), py::arg("grad_factor"),
+             py::arg("maximize"), py::arg("zero_grads"), py::arg("stochastic_rounding"), py::arg("device_scalars"),
+             py::arg("found_inf"), py::arg("device"), py::arg("stream"),
+             "Enqueues one step for the table's tensors, counts it in the states that the table was made from, and "
+             "releases the references to the tensors. Its scalars follow from `hyper`, the numbers that HYPER names, "
+             "or lie on the device, one after another for each tensor, where the address device_scalars is not 0.");
+  module.def("step_with_scalars", &step_with_scalars, py::arg("table"), py::arg("scalars"), py::arg("mode"),
+             py::arg("device_scalars"), py::arg("found_inf"), py::arg("device"), py::arg("stream"),
+             py::arg("zero_grads") = false, py::arg("stochastic_rounding") = false,
+             "The same with a row of SCALAR_COUNT scalars for each of the table's steps. For tests.");
+  module.def("count_steps", &count_steps, py::arg("table"), py::arg("scalars"), py::arg("hyper"), py::arg("maximize"),
+             py::arg("lr32"), py::arg("lr64"), py::arg("loss_scale"), py::arg("grad_factor"), py::arg("found_inf"),
+             py::arg("device"), py::arg("stream"),
              "Enqueues the counting of the table's steps, which must be kept on the device, and writes each tensor's "
              "scalars, SCALARS_SIZE bytes, to device memory at `scalars`. An address of 0 means that there is none.");
   module.attr("NORM_CHUNK") = kNormChunk;

@@ -7,66 +7,87 @@
 
 #include <array>
 #include <cmath>
-#include <cstddef>
 #include <cstring>
 #include <string>
-#include <tuple>
-#include <variant>
 #include <vector>
 
-#include "rules/adam_scalars.h"
+#include "rules/selected.h"
 #include "runtime/float_environment.h"
 
 namespace adamops {
 
-// What AdamHyper.numbers() in adamops/optim/hyper.py returns: lr, beta1, beta2, eps, weight_decay, bias_correction,
-// adamw_mode, maximize, loss_scale, grad_factor.
-using HyperNumbers = std::tuple<double, double, double, double, double, bool, bool, bool, double, double>;
+// The hyper-parameters as Python passes them: HYPER names them, in this order.
+using HyperNumbers = std::array<double, kHyperCount>;
 
-// The floats of AdamScalars, in order, before rounding.
-using ScalarRow = std::array<double, offsetof(AdamScalars, step) / sizeof(float)>;
+inline Rule::Hyper hyper_of(const HyperNumbers& numbers) {
+  Rule::Hyper hyper;
+  std::memcpy(&hyper, numbers.data(), sizeof hyper);
+  return hyper;
+}
 
-// Either one gives the scalars of each step of a table. Rows are for values that no hyper-parameters give, as tests
-// need.
-using HostScalars = std::variant<HyperNumbers, std::vector<ScalarRow>>;
+// What a step multiplies grads by: the inverse of the loss scale, with a further factor, negative to maximize.
+struct GradScaling {
+  double loss_scale, factor;
+  bool maximize;
+};
 
-// The host's operations on doubles for adam_scalars().
+// grad_scale and the rule's scalars before rounding: SCALARS names them. For values that no hyper-parameters give, as
+// tests need.
+using ScalarRow = std::array<double, 1 + kScalarCount>;
+
+// The host's operations on doubles.
 struct HostDoubles {
   static double mul(double x, double y) { return x * y; }
+  static double add(double x, double y) { return x + y; }
   static double sub(double x, double y) { return x - y; }
   static double div(double x, double y) { return x / y; }
   static double sqrt(double x) { return std::sqrt(x); }
   static float to_float(double x) { return static_cast<float>(x); }
 };
 
-inline AdamScalars scalars_of(const HyperNumbers& numbers, int64_t step) {
-  const auto& [lr, beta1, beta2, eps, weight_decay, bias_correction, adamw_mode, maximize, loss_scale, grad_factor] =
-      numbers;
-  const AdamHyper hyper = {lr, beta1, beta2, eps, weight_decay, bias_correction, adamw_mode, maximize};
-  return adam_scalars<HostDoubles>(hyper, step, loss_scale, grad_factor);
-}
-
-inline AdamScalars scalars_of(const ScalarRow& row, int64_t step) {
-  std::array<float, std::tuple_size_v<ScalarRow>> rounded;
-  for (size_t i = 0; i < row.size(); ++i) rounded[i] = static_cast<float>(row[i]);
-  AdamScalars scalars;
-  std::memcpy(&scalars, rounded.data(), sizeof(rounded));
-  scalars.step = static_cast<uint32_t>(step);
-  return scalars;
-}
-
 // The scalars of each step, bit-identical whatever the calling thread's floating-point environment is.
-inline std::vector<AdamScalars> scalars_of(const HostScalars& given, const std::vector<int64_t>& steps) {
-  const auto* rows = std::get_if<std::vector<ScalarRow>>(&given);
-  if (rows && rows->size() != steps.size())
-    throw pybind11::value_error("scalars has " + std::to_string(rows->size()) + " rows, expected " +
-                                std::to_string(steps.size()) + ", one for each of the table's steps");
-  std::vector<AdamScalars> scalars(steps.size());
+inline std::vector<StepScalars> scalars_of(const Rule::Hyper& hyper, const GradScaling& scaling,
+                                           const std::vector<int64_t>& steps) {
+  std::vector<StepScalars> scalars(steps.size());
   in_default_float_environment([&] {
+    const float scale = grad_scale<HostDoubles>(scaling.maximize, scaling.loss_scale, scaling.factor);
     for (size_t i = 0; i < steps.size(); ++i)
-      scalars[i] = rows ? scalars_of((*rows)[i], steps[i]) : scalars_of(std::get<HyperNumbers>(given), steps[i]);
+      scalars[i] = {scale, Rule::scalars<HostDoubles>(hyper, steps[i]), static_cast<uint32_t>(steps[i])};
   });
   return scalars;
+}
+
+// The same from rows, one for each step.
+inline std::vector<StepScalars> scalars_of(const std::vector<ScalarRow>& rows, const std::vector<int64_t>& steps) {
+  if (rows.size() != steps.size())
+    throw pybind11::value_error("scalars has " + std::to_string(rows.size()) + " rows, expected " +
+                                std::to_string(steps.size()) + ", one for each of the table's steps");
+  std::vector<StepScalars> scalars(steps.size());
+  in_default_float_environment([&] {
+    for (size_t i = 0; i < steps.size(); ++i) {
+      std::array<float, 1 + kScalarCount> rounded;
+      for (size_t j = 0; j < rounded.size(); ++j) rounded[j] = static_cast<float>(rows[i][j]);
+      std::memcpy(&scalars[i], rounded.data(), sizeof rounded);
+      scalars[i].step = static_cast<uint32_t>(steps[i]);
+    }
+  });
+  return scalars;
+}
+
+// Raises ValueError for a mode that the rule does not have.
+inline uint8_t checked_mode(int mode) {
+  if (mode < 0 || mode >= Rule::kModes)
+    throw pybind11::value_error("mode is " + std::to_string(mode) + ", expected less than " +
+                                std::to_string(Rule::kModes));
+  return static_cast<uint8_t>(mode);
+}
+
+// Says which rule a module is of, and in which order it takes numbers.
+inline void bind_rule(pybind11::module_& module) {
+  pybind11::list hyper;
+  for (const char* const name : Rule::kHyper) hyper.append(name);
+  module.attr("HYPER") = pybind11::tuple(hyper);
+  module.attr("SCALAR_COUNT") = 1 + kScalarCount;
 }
 
 }  // namespace adamops

@@ -3,7 +3,6 @@
 
 #include <algorithm>
 #include <array>
-#include <initializer_list>
 #include <string>
 
 #include "formats/quantized_blocks.h"
@@ -14,16 +13,29 @@ namespace adamops {
 
 namespace {
 
-// The names in a param's state, interned once.
+// The states of the module's rule.
+struct RuleStates {
+  StateSpec specs[kMostStates];
+  PyObject* names[kMostStates] = {};  // interned
+  int least = 0, most = 0;            // how many may be in use
+
+  // Raises ValueError for a number of states that the rule does not have.
+  int checked_count(int count) const {
+    if (count < least || count > most)
+      throw py::value_error("state_count is " + std::to_string(count) + ", expected " + std::to_string(least) + " to " +
+                            std::to_string(most));
+    return count;
+  }
+};
+RuleStates rule_states;
+
+// The other names in a param's state, interned once.
 struct Names {
-  PyObject *grad, *step, *exp_avg, *exp_avg_sq, *max_exp_avg_sq, *scales, *master, *remainder;
+  PyObject *grad, *step, *scales, *master, *remainder;
 
   Names()
       : grad(PyUnicode_InternFromString("grad")),
         step(PyUnicode_InternFromString("step")),
-        exp_avg(PyUnicode_InternFromString("exp_avg")),
-        exp_avg_sq(PyUnicode_InternFromString("exp_avg_sq")),
-        max_exp_avg_sq(PyUnicode_InternFromString("max_exp_avg_sq")),
         scales(PyUnicode_InternFromString("block_scales")),
         master(PyUnicode_InternFromString("master_param")),
         remainder(PyUnicode_InternFromString("param_remainder")) {}
@@ -83,15 +95,12 @@ class Row {
     return reinterpret_cast<T*>(number(name, 0));
   }
 
-  // The addresses of the states; null beyond `count`.
-  std::array<void*, 3> states(size_t count) {
+  // Writes the addresses of as many states to `to`.
+  void states(int count, void** to) {
     const auto given = py::reinterpret_borrow<py::sequence>(find_required("states"));
-    if (!PySequence_Check(given.ptr()) || given.size() != count)
+    if (!PySequence_Check(given.ptr()) || given.size() != static_cast<size_t>(count))
       throw py::value_error("a row's states are not " + std::to_string(count) + " addresses");
-    std::array<void*, 3> addresses{};
-    for (size_t i = 0; i < count; ++i)
-      addresses[i] = reinterpret_cast<void*>(to_number("states", py::object(given[i]).ptr()));
-    return addresses;
+    for (const py::handle address : given) *to++ = reinterpret_cast<void*>(to_number("states", address.ptr()));
   }
 
   Dtype dtype(const char* name, Dtype last) { return to_dtype(name, last, number(name)); }
@@ -178,7 +187,7 @@ class StateFinder {
 
 }  // namespace
 
-void AdamTable::reserve(size_t count) {
+void Table::reserve(size_t count) {
   tensors.reserve(count);
   dtypes.reserve(count);
   step_rows.reserve(count);
@@ -187,7 +196,7 @@ void AdamTable::reserve(size_t count) {
   grads_.reserve(count);
 }
 
-void AdamTable::add_step(int64_t step) {
+void Table::add_step(int64_t step) {
   if (step_rows.empty() || steps[step_rows.back()] != step) {
     const auto [found, is_new] = row_of_step_.try_emplace(step, static_cast<uint32_t>(steps.size()));
     step_rows.push_back(found->second);
@@ -197,7 +206,7 @@ void AdamTable::add_step(int64_t step) {
   }
 }
 
-void AdamTable::count_steps() const {
+void Table::count_steps() const {
   if (counts_on_device()) return;
   std::vector<py::int_> counts(steps.begin(), steps.end());
   for (size_t row = 0; row < objects_.size(); ++row) {
@@ -206,7 +215,7 @@ void AdamTable::count_steps() const {
   }
 }
 
-void AdamTable::count_writes(bool zero_grads) {
+void Table::count_writes(bool zero_grads) {
   for (VersionCounter* const counter : written_) count_write(*counter);
   if (zero_grads)
     for (VersionCounter* const counter : grads_) count_write(*counter);
@@ -214,49 +223,48 @@ void AdamTable::count_writes(bool zero_grads) {
   grads_.clear();
 }
 
-std::vector<std::pair<uintptr_t, int64_t>> AdamTable::spans() const {
+std::vector<std::pair<uintptr_t, int64_t>> Table::spans() const {
   std::vector<std::pair<uintptr_t, int64_t>> spans;
+  const auto add_span = [&spans](const void* address, int64_t size) {
+    if (address && size) spans.emplace_back(reinterpret_cast<uintptr_t>(address), size);
+  };
   for (size_t i = 0; i < tensors.size(); ++i) {
-    const AdamTensor& tensor = tensors[i];
-    const AdamDtypes& own = dtypes[i];
-    const int64_t scale_columns = own.state != kQuantized ? 0 : amsgrad ? 3 : 2;
-    const int64_t master_size = own.master == kNoMaster      ? 0
-                                : own.master == kMasterFp32  ? 4
-                                : own.master == kRemainder16 ? 2
-                                                             : 1;
-    for (const auto& [address, size] : std::initializer_list<std::pair<const void*, int64_t>>{
-             {tensor.param, tensor.numel * size_of(own.param)},
-             {tensor.grad, tensor.numel * size_of(own.grad)},
-             {tensor.exp_avg, tensor.numel * size_of(own.state)},
-             {tensor.exp_avg_sq, tensor.numel * size_of(own.state)},
-             {tensor.max_exp_avg_sq, amsgrad ? tensor.numel * size_of(own.state) : 0},
-             {tensor.master, tensor.numel * master_size},
-             {tensor.scales, blocks_of(tensor.numel) * scale_columns * 2},
-             {tensor.lowp_out, tensor.lowp_out ? tensor.numel * 2 : 0}})
-      if (size) spans.emplace_back(reinterpret_cast<uintptr_t>(address), size);
+    const Tensor& tensor = tensors[i];
+    const Dtypes& own = dtypes[i];
+    add_span(tensor.param, tensor.numel * size_of(own.param));
+    add_span(tensor.grad, tensor.numel * size_of(own.grad));
+    for (const void* const state : tensor.states) add_span(state, tensor.numel * size_of(own.state));
+    add_span(tensor.master, tensor.numel * (own.master == kMasterFp32 ? 4 : own.master == kRemainder16 ? 2 : 1));
+    add_span(tensor.scales, blocks_of(tensor.numel) * state_count * 2);
+    add_span(tensor.lowp_out, tensor.numel * 2);
   }
   for (const float* const count : device_steps) spans.emplace_back(reinterpret_cast<uintptr_t>(count), sizeof *count);
   return spans;
 }
 
-py::list AdamTable::borrowed() const {
+py::list Table::borrowed() const {
   py::list tensors;
-  for (const Objects& row : objects_)
-    for (const py::object* tensor :
-         {&row.param, &row.grad, &row.exp_avg, &row.exp_avg_sq, &row.max_exp_avg_sq, &row.scales, &row.master})
-      if (*tensor) tensors.append(*tensor);
+  const auto append = [&tensors](const py::object& tensor) {
+    if (tensor) tensors.append(tensor);
+  };
+  for (const Objects& row : objects_) {
+    append(row.param);
+    append(row.grad);
+    for (const py::object& state : row.states) append(state);
+    append(row.scales);
+    append(row.master);
+  }
   if (counts_on_device())
     for (const Objects& row : objects_) tensors.append(row.step);
   return tensors;
 }
 
-void AdamTable::add_state(py::object state) {
+void Table::add_state(py::object state) {
   objects_.emplace_back();
   objects_.back().state = std::move(state);
 }
 
-bool AdamTable::add(const TensorReader& reader, PyObject* param, py::object grad, PyObject* state,
-                    uint32_t rng_offset) {
+bool Table::add(const TensorReader& reader, PyObject* param, py::object grad, PyObject* state, uint32_t rng_offset) {
   if (!state || !PyDict_Check(state)) return false;
   const bool sharded = reader.is_sharded(param);
   // The state's tensor of this name, or its local tensor if the param is sharded. Empty if there is none, or if only
@@ -266,7 +274,7 @@ bool AdamTable::add(const TensorReader& reader, PyObject* param, py::object grad
     if (!tensor || reader.is_sharded(tensor.ptr()) != sharded) return py::object();
     return sharded ? reader.local(tensor.ptr()) : tensor;
   };
-  TensorReader::View p, g, m, v, max_v{}, scales{}, master_view{};
+  TensorReader::View p, g, states[kMostStates] = {}, scales{}, master_view{};
   Objects row;
   row.param = py::reinterpret_borrow<py::object>(param);
   if (reader.is_sharded(grad.ptr()) != sharded) return false;
@@ -278,9 +286,7 @@ bool AdamTable::add(const TensorReader& reader, PyObject* param, py::object grad
   row.grad = std::move(grad);
   row.state = py::reinterpret_borrow<py::object>(state);
   row.step = owned_entry(state, names().step);
-  row.exp_avg = state_tensor(names().exp_avg);
-  row.exp_avg_sq = state_tensor(names().exp_avg_sq);
-  if (amsgrad) row.max_exp_avg_sq = state_tensor(names().max_exp_avg_sq);
+  for (int i = 0; i < state_count; ++i) row.states[i] = state_tensor(rule_states.names[i]);
 
   const auto read = [&](const py::object& object, TensorReader::View& view) {
     return object && reader.read(object.ptr(), view) && view.same_shape(p);
@@ -288,26 +294,31 @@ bool AdamTable::add(const TensorReader& reader, PyObject* param, py::object grad
   const auto read_integers = [&](const py::object& object, bool is_signed, int bits, TensorReader::View& view) {
     return object && reader.read_integers(object.ptr(), is_signed, bits, view) && view.same_shape(p);
   };
-  const auto read_states = [&](const auto& read) {
-    return read(row.exp_avg, m) && read(row.exp_avg_sq, v) && (!amsgrad || read(row.max_exp_avg_sq, max_v));
+  const auto read_states = [&](const auto& read_state) {
+    for (int i = 0; i < state_count; ++i)
+      if (!read_state(i)) return false;
+    return true;
   };
 
   if (!reader.read(row.param.ptr(), p) || !read(row.grad, g)) return false;
-  if (read_states(read)) {
-    if (v.dtype != m.dtype || (amsgrad && max_v.dtype != m.dtype)) return false;
+  Dtype state_dtype = kFloat32;  // without states, any that kernels take
+  if (read_states([&](int i) { return read(row.states[i], states[i]); })) {
+    if (state_count) state_dtype = states[0].dtype;
+    for (int i = 0; i < state_count; ++i)
+      if (states[i].dtype != state_dtype) return false;
     // Scales next to floating-point states mean that someone took quantized states for plain numbers and cast them to
     // floats. Only looked for if the state has more entries than the step needs.
-    const Py_ssize_t needed = 3 + (amsgrad ? 1 : 0) + (p.dtype != kFloat32 && master != kNoMaster ? 1 : 0);
+    const Py_ssize_t needed = 1 + state_count + (p.dtype != kFloat32 && master != kNoMaster ? 1 : 0);
     if (PyDict_Size(state) > needed && entry(state, names().scales)) return false;
   } else {
-    const auto read_quantized = [&](const py::object& object, TensorReader::View& view) {
-      return read_integers(object, &view == &m, 8, view);  // only exp_avg is signed
+    const auto read_quantized = [&](int i) {
+      return read_integers(row.states[i], rule_states.specs[i].sign == kSigned, 8, states[i]);
     };
     row.scales = owned_entry(state, names().scales);  // always plain: they belong to what this rank holds
     if (!read_states(read_quantized) || !row.scales || !reader.read(row.scales.ptr(), scales)) return false;
     if (scales.dtype != kBfloat16 || scales.tensor.ndim != 2) return false;
-    if (scales.tensor.shape[0] != blocks_of(p.numel) || scales.tensor.shape[1] != (amsgrad ? 3 : 2)) return false;
-    m.dtype = kQuantized;
+    if (scales.tensor.shape[0] != blocks_of(p.numel) || scales.tensor.shape[1] != state_count) return false;
+    state_dtype = kQuantized;
   }
 
   const Master own_master = p.dtype == kFloat32 ? kNoMaster : master;
@@ -316,30 +327,35 @@ bool AdamTable::add(const TensorReader& reader, PyObject* param, py::object grad
     return false;
   if (own_master == kMasterFp32) {
     row.master = state_tensor(names().master);
-    if (!read(row.master, master_view) || master_view.dtype != kFloat32 || m.dtype != kFloat32) return false;
+    if (!read(row.master, master_view) || master_view.dtype != kFloat32 || state_dtype != kFloat32) return false;
   } else if (own_master != kNoMaster) {
     row.master = state_tensor(names().remainder);
     if (!read_integers(row.master, true, own_master == kRemainder8 ? 8 : 16, master_view)) return false;
   }
 
-  const AdamDtypes own_dtypes = {p.dtype, g.dtype, m.dtype, own_master, kFloat32};
+  const Dtypes own_dtypes = {p.dtype, g.dtype, state_dtype, own_master, kFloat32};
   if (!is_supported(own_dtypes) || !add_step(reader, row.step)) return false;
-  tensors.push_back({p.address(), g.address(), m.address(), v.address(), amsgrad ? max_v.address() : nullptr,
-                     own_master == kNoMaster ? nullptr : master_view.address(),
-                     m.dtype == kQuantized ? static_cast<uint16_t*>(scales.address()) : nullptr, nullptr, p.numel,
-                     rng_offset});
+  Tensor tensor = {};
+  tensor.param = p.address();
+  tensor.grad = g.address();
+  for (int i = 0; i < state_count; ++i) tensor.states[i] = states[i].address();
+  if (own_master != kNoMaster) tensor.master = master_view.address();
+  if (state_dtype == kQuantized) tensor.scales = static_cast<uint16_t*>(scales.address());
+  tensor.numel = p.numel;
+  tensor.rng_offset = rng_offset;
+  tensors.push_back(tensor);
   dtypes.push_back(own_dtypes);
   objects_.push_back(std::move(row));
-  written_.insert(written_.end(), {p.version, m.version, v.version});
-  if (amsgrad) written_.push_back(max_v.version);
-  if (m.dtype == kQuantized) written_.push_back(scales.version);
+  written_.push_back(p.version);
+  for (int i = 0; i < state_count; ++i) written_.push_back(states[i].version);
+  if (state_dtype == kQuantized) written_.push_back(scales.version);
   if (own_master != kNoMaster) written_.push_back(master_view.version);
   grads_.push_back(g.version);
   this->sharded |= sharded;
   return true;
 }
 
-bool AdamTable::add_step(const TensorReader& reader, const py::object& step) {
+bool Table::add_step(const TensorReader& reader, const py::object& step) {
   if (step && PyLong_CheckExact(step.ptr())) {
     if (counts_on_device()) return false;
     int overflow = 0;
@@ -356,12 +372,12 @@ bool AdamTable::add_step(const TensorReader& reader, const py::object& step) {
   return true;
 }
 
-bool grads_overlap(const std::vector<const AdamTable*>& tables) {
+bool grads_overlap(const std::vector<const Table*>& tables) {
   std::vector<std::pair<const char*, const char*>> spans;
-  for (const AdamTable* const table : tables) {
+  for (const Table* const table : tables) {
     spans.reserve(spans.size() + table->tensors.size());
     for (size_t i = 0; i < table->tensors.size(); ++i) {
-      const AdamTensor& tensor = table->tensors[i];
+      const Tensor& tensor = table->tensors[i];
       const auto* const begin = static_cast<const char*>(tensor.grad);
       if (tensor.numel) spans.emplace_back(begin, begin + tensor.numel * size_of(table->dtypes[i].grad));
     }
@@ -372,9 +388,9 @@ bool grads_overlap(const std::vector<const AdamTable*>& tables) {
   return false;
 }
 
-std::unique_ptr<AdamTable> table_of_params(const TensorReader& reader, const py::list& params, const py::dict& states,
-                                           bool amsgrad, int master, Py_ssize_t first_state, uint32_t rng_offset) {
-  auto table = std::make_unique<AdamTable>(amsgrad, master_of_number(master));
+std::unique_ptr<Table> table_of_params(const TensorReader& reader, const py::list& params, const py::dict& states,
+                                       int state_count, int master, Py_ssize_t first_state, uint32_t rng_offset) {
+  auto table = std::make_unique<Table>(rule_states.checked_count(state_count), master_of_number(master));
   table->reserve(params.size());
   StateFinder finder(states.ptr(), first_state);
   // Reads the list's size in each iteration, since reading a grad may run foreign code.
@@ -392,19 +408,16 @@ std::unique_ptr<AdamTable> table_of_params(const TensorReader& reader, const py:
   return table;
 }
 
-std::unique_ptr<AdamTable> table_of_rows(const py::list& rows, bool amsgrad, int master, bool counts_on_device) {
-  auto table = std::make_unique<AdamTable>(amsgrad, master_of_number(master));
+std::unique_ptr<Table> table_of_rows(const py::list& rows, int state_count, int master, bool counts_on_device) {
+  auto table = std::make_unique<Table>(rule_states.checked_count(state_count), master_of_number(master));
   table->reserve(rows.size());
   size_t counted = 0;
   for (const py::handle fields : rows) {
     Row row(fields);
-    AdamTensor tensor{};
+    Tensor tensor = {};
     tensor.param = row.required<void>("param");
     tensor.grad = row.required<void>("grad");
-    const auto states = row.states(amsgrad ? 3 : 2);
-    tensor.exp_avg = states[0];
-    tensor.exp_avg_sq = states[1];
-    tensor.max_exp_avg_sq = states[2];
+    row.states(state_count, tensor.states);
     tensor.master = row.optional<void>("master");
     tensor.scales = row.optional<uint16_t>("scales");
     tensor.lowp_out = row.optional<void>("lowp_out");
@@ -440,7 +453,19 @@ py::object columns_of(const TensorReader& reader, const py::list& tensors) {
   return py::make_tuple(addresses, numels, dtypes);
 }
 
-void bind_adam_table(py::module_& module) {
+void bind_table(py::module_& module, const StateSpec (&states)[kMostStates], int least_states) {
+  py::list described;
+  for (int i = 0; i < kMostStates && states[i].name; ++i) {
+    rule_states.specs[i] = states[i];
+    rule_states.names[i] = PyUnicode_InternFromString(states[i].name);
+    rule_states.most = i + 1;
+    const char* const rounding = states[i].rounding == kAverage ? "average" : "nearest";
+    described.append(py::make_tuple(states[i].name, states[i].sign == kSigned, rounding));
+  }
+  rule_states.least = least_states;
+  module.attr("STATES") =
+      py::tuple(described);  // of each its name, whether it is signed, and how it is rounded to bfloat16
+  module.attr("LEAST_STATES") = least_states;
   // Each module has its own classes, since the other module may be of another version.
   bind_tensor_layout(module);
   py::class_<TensorReader>(module, "TensorReader", "Reads plain tensors of a device through torch's DLPack table.",
@@ -450,28 +475,26 @@ void bind_adam_table(py::module_& module) {
       .def(py::init<const py::object&, const std::array<py::type, 2>&, const TensorLayout&, int32_t, int32_t>(),
            py::arg("capsule"), py::arg("types"), py::arg("layout"), py::arg("device_type") = kDlCpu,
            py::arg("device_id") = 0);
-  py::class_<AdamTable>(module, "AdamTable", "The tensors of a step, as addresses, and their step counts.",
-                        py::module_local())
-      .def("__len__", [](const AdamTable& table) { return table.tensors.size(); })
-      .def_readonly("first_state", &AdamTable::first_state, "Where the dict of states has that of the first tensor.")
-      .def_readonly("steps", &AdamTable::steps, "The distinct step counts, this step included.")
-      .def_property_readonly("counts_on_device", &AdamTable::counts_on_device, "Whether step counts are in tensors.")
-      .def_property_readonly("borrowed", &AdamTable::borrowed, "The tensors that the table was made from.")
-      .def_property_readonly("spans", &AdamTable::spans, "Of each tensor the address, and how many bytes are used.")
-      .def_readonly("sharded", &AdamTable::sharded, "Whether there are DTensors among the params.")
-      .def("count_writes", &AdamTable::count_writes, py::arg("zero_grads"),
-           "Bumps the versions of what a step writes.");
+  py::class_<Table>(module, "Table", "The tensors of a step, as addresses, and their step counts.", py::module_local())
+      .def("__len__", [](const Table& table) { return table.tensors.size(); })
+      .def_readonly("first_state", &Table::first_state, "Where the dict of states has that of the first tensor.")
+      .def_readonly("steps", &Table::steps, "The distinct step counts, this step included.")
+      .def_property_readonly("counts_on_device", &Table::counts_on_device, "Whether step counts are in tensors.")
+      .def_property_readonly("borrowed", &Table::borrowed, "The tensors that the table was made from.")
+      .def_property_readonly("spans", &Table::spans, "Of each tensor the address, and how many bytes are used.")
+      .def_readonly("sharded", &Table::sharded, "Whether there are DTensors among the params.")
+      .def("count_writes", &Table::count_writes, py::arg("zero_grads"), "Bumps the versions of what a step writes.");
   module.def("grads_overlap", &grads_overlap, py::arg("tables"), "Whether grads share memory with one another.");
   module.def("columns_of", &columns_of, py::arg("reader"), py::arg("tensors"),
              "Addresses, sizes and dtype codes of tensors, or None if one of them is not plain.");
   module.def(
-      "table_of_params", &table_of_params, py::arg("reader"), py::arg("params"), py::arg("states"), py::arg("amsgrad"),
-      py::arg("master") = static_cast<int>(kNoMaster), py::arg("first_state") = 0, py::arg("rng_offset") = 0,
+      "table_of_params", &table_of_params, py::arg("reader"), py::arg("params"), py::arg("states"),
+      py::arg("state_count"), py::arg("master") = static_cast<int>(kNoMaster), py::arg("first_state") = 0,
+      py::arg("rng_offset") = 0,
       "A table of the params that have a grad, kept alive with what belongs to them, or None if any of it is not "
-      "eligible for the fast path. `first_state` is that of the group's last table: where to look for states first. "
-      "`master` "
-      "is a Master of csrc/tensor.h.");
-  module.def("table_of_rows", &table_of_rows, py::arg("rows"), py::arg("amsgrad") = false,
+      "eligible for the fast path. `state_count` is how many of the rule's states are in use. `first_state` is that of "
+      "the group's last table: where to look for states first. `master` is a Master of csrc/tensor.h.");
+  module.def("table_of_rows", &table_of_rows, py::arg("rows"), py::arg("state_count"),
              py::arg("master") = static_cast<int>(kNoMaster), py::arg("counts_on_device") = false,
              "A table of rows, dicts with the fields that csrc/python/table.h names, all trusted.");
   module.attr("DTYPES") = py::dict(py::arg("float32") = int{kFloat32}, py::arg("bfloat16") = int{kBfloat16},

@@ -13,6 +13,7 @@
 #include <vector>
 
 #include "python/tensor_reader.h"
+#include "rules/rule.h"
 #include "tensor.h"
 
 namespace adamops {
@@ -21,16 +22,16 @@ namespace adamops {
 constexpr int64_t kMostSteps = int64_t{1} << 53;
 
 // Tensors and what belongs to each, ready for the kernels.
-class AdamTable {
+class Table {
  public:
-  AdamTable(bool amsgrad, Master master) : amsgrad(amsgrad), master(master) {}
-  AdamTable(const AdamTable&) = delete;
-  AdamTable& operator=(const AdamTable&) = delete;
+  Table(int state_count, Master master) : state_count(state_count), master(master) {}
+  Table(const Table&) = delete;
+  Table& operator=(const Table&) = delete;
 
-  bool amsgrad;   // stored, since an empty tensor has a null address in every column
-  Master master;  // what 16-bit params must have
-  std::vector<AdamTensor> tensors;
-  std::vector<AdamDtypes> dtypes;
+  int state_count;  // how many of the rule's states are in use
+  Master master;    // what 16-bit params must have
+  std::vector<Tensor> tensors;
+  std::vector<Dtypes> dtypes;
   std::vector<int64_t> steps;        // the distinct step counts, this step included
   std::vector<uint32_t> step_rows;   // for each tensor, the index of its count in `steps`
   std::vector<float*> device_steps;  // or the address of each tensor's fp32 count, before this step
@@ -81,38 +82,38 @@ class AdamTable {
   // The Python objects whose memory this table borrows, kept alive; one member per column. For DTensors, the local
   // ones.
   struct Objects {
-    pybind11::object param, grad, state, step, exp_avg, exp_avg_sq, max_exp_avg_sq, scales, master;
+    pybind11::object param, grad, state, step, states[kMostStates], scales, master;
   };
   std::vector<Objects> objects_;
   std::vector<VersionCounter*> written_, grads_;       // of a table made from params; the objects keep them alive
   std::unordered_map<int64_t, uint32_t> row_of_step_;  // the index of each in `steps`
 };
 
-// The table of a list of params (those without a grad are left out) and their states, {param: {"step", "exp_avg",
-// ...}}. Null, so None in Python, if any of it is not eligible for the fast path (a state is missing, a tensor is not
-// plain or does not fit its param); the caller then finds the offending parameter. `first_state` is that of the group's
-// previous table, 0 if unknown. The params' own RNG offsets are `rng_offset` and the numbers after it.
-std::unique_ptr<AdamTable> table_of_params(const TensorReader& reader, const pybind11::list& params,
-                                           const pybind11::dict& states, bool amsgrad, int master,
-                                           Py_ssize_t first_state, uint32_t rng_offset);
+// The table of a list of params (those without a grad are left out) and their states, {param: {"step", ...}}. Null, so
+// None in Python, if any of it is not eligible for the fast path (a state is missing, a tensor is not plain or does not
+// fit its param); the caller then finds the offending parameter. `first_state` is that of the group's previous table, 0
+// if unknown. The params' own RNG offsets are `rng_offset` and the numbers after it.
+std::unique_ptr<Table> table_of_params(const TensorReader& reader, const pybind11::list& params,
+                                       const pybind11::dict& states, int state_count, int master,
+                                       Py_ssize_t first_state, uint32_t rng_offset);
 
 // The table of rows, dicts with named fields, whose addresses are trusted:
-//   param, grad, states               addresses; `states` are exp_avg, exp_avg_sq and, with amsgrad, max_exp_avg_sq
+//   param, grad, states               addresses; `states` are as many as state_count
 //   numel
 //   param_dtype, grad_dtype, state_dtype     numbers of Dtype; lowp_dtype too if there is a lowp_out
 //   step                              the count, this step included; or the address of the count before this step
 //   master, scales, lowp_out          addresses; 0, None or left out for what the tensor does not have
 //   rng_offset                        0 if left out
 //   counted_in                        the dict that the step count is written to; in all rows or in none
-std::unique_ptr<AdamTable> table_of_rows(const pybind11::list& rows, bool amsgrad, int master, bool counts_on_device);
+std::unique_ptr<Table> table_of_rows(const pybind11::list& rows, int state_count, int master, bool counts_on_device);
 
 // Whether grads of the tables share memory with one another, so that none may be zeroed before all have been read.
-bool grads_overlap(const std::vector<const AdamTable*>& tables);
+bool grads_overlap(const std::vector<const Table*>& tables);
 
 // The addresses, sizes and dtype codes of tensors, one list each; None if any of them is not plain.
 pybind11::object columns_of(const TensorReader& reader, const pybind11::list& tensors);
 
-// Binds TensorReader, AdamTable and the functions above, local to the module.
-void bind_adam_table(pybind11::module_& module);
+// Binds TensorReader, Table and the functions above, local to the module, whose rule has these states.
+void bind_table(pybind11::module_& module, const StateSpec (&states)[kMostStates], int least_states);
 
 }  // namespace adamops

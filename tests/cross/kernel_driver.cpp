@@ -2,7 +2,7 @@
 // standard input until it ends, and writes to standard output, of each, the norms of its grad and its arrays after one
 // step.
 //
-// A case is a Header, ten floats of scalars, and the columns of an AdamTensor in order, each with its size before it.
+// A case is a Header, ten floats of scalars, and the columns of a Tensor in order, each with its size before it.
 #include <cstddef>
 #include <cstdio>
 #include <cstdlib>
@@ -13,7 +13,7 @@
 
 namespace adamops {
 namespace ADAMOPS_TARGET {
-extern const AdamTarget target;
+extern const Target target;
 }
 }  // namespace adamops
 
@@ -37,8 +37,8 @@ bool read(void* to, size_t bytes) {
 int main() {
   using namespace adamops;
   Header header;
-  AdamScalars scalars;
-  constexpr size_t kFloats = offsetof(AdamScalars, step);
+  StepScalars scalars;
+  constexpr size_t kFloats = offsetof(StepScalars, step);
   static_assert(kFloats == 40, "ten floats");
   while (read(&header, sizeof header)) {
     if (!read(&scalars, kFloats)) return 2;
@@ -53,24 +53,22 @@ int main() {
       columns[i] = sizes[i].bytes ? memory[i].data() + sizes[i].skip : nullptr;
       if (!read(columns[i], sizes[i].bytes)) return 2;
     }
-    const AdamWork work = {
-        {dtype(header.param), dtype(header.grad), dtype(header.state), static_cast<Master>(header.master),
-         dtype(header.lowp_out)},
-        {header.l2 != 0, header.amsgrad != 0, header.zero_grads != 0, header.stochastic_rounding != 0},
-        scalars,
-        256};
-    const AdamRange range = ADAMOPS_TARGET::target.adam_range(work.dtypes, work.mode, columns[7]);
+    const Work work = {{dtype(header.param), dtype(header.grad), dtype(header.state),
+                        static_cast<Master>(header.master), dtype(header.lowp_out)},
+                       {static_cast<uint8_t>(header.amsgrad ? 3 : 2), header.l2, header.zero_grads != 0,
+                        header.stochastic_rounding != 0},
+                       scalars,
+                       256};
+    const StepRange range = ADAMOPS_TARGET::target.step_range(work.dtypes, work.options, columns[7]);
     if (!range) return 3;
-    const AdamTensor tensor = {columns[0],
-                               columns[1],
-                               columns[2],
-                               columns[3],
-                               columns[4],
-                               columns[5],
-                               reinterpret_cast<uint16_t*>(columns[6]),
-                               columns[7],
-                               static_cast<int64_t>(header.numel),
-                               header.rng_offset};
+    const Tensor tensor = {columns[0],
+                           columns[1],
+                           {columns[2], columns[3], columns[4]},
+                           columns[5],
+                           reinterpret_cast<uint16_t*>(columns[6]),
+                           columns[7],
+                           static_cast<int64_t>(header.numel),
+                           header.rng_offset};
     const Norm all_norms[] = {kNorm1, kNorm2, kNormInf};
     for (const Norm norm : all_norms) {
       const double sum = ADAMOPS_TARGET::target.norm_range(tensor.grad, work.dtypes.grad, norm, tensor.numel);

@@ -8,6 +8,7 @@ import subprocess
 import sysconfig
 from pathlib import Path
 
+from adamops.op_builder import FusedAdamBuilder
 from adamops.op_builder.compiler import Compiler
 from adamops.op_builder.python_extension import pybind11_headers
 
@@ -31,7 +32,7 @@ def build(output: Path, sources: list[Path], *flags: str) -> Path:
 
 def build_op(output: Path, *flags: str) -> Path:
     """Compiles the emulated CUDA op."""
-    return build(output, [CSRC / source for source in OP_SOURCES], *flags)
+    return build(output, [CSRC / source for source in OP_SOURCES], *FusedAdamBuilder().cxx_args(), *flags)
 
 
 def load(path: Path):

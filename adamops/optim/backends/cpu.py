@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -30,6 +30,19 @@ def _empty_like(params: Sequence[Tensor], dtypes: Sequence[torch.dtype]) -> list
         if is_plain:
             tensor.resize_(param.shape)
     return tensors
+
+
+class StepCall(NamedTuple):
+    """What the op takes for the step of a table, in the order of its STEP_FIELDS."""
+
+    table: Any
+    hyper: tuple[float, ...]  # the numbers that the op's HYPER names
+    loss_scale: float
+    grad_factor: float
+    maximize: bool
+    zero_grads: bool
+    stochastic_rounding: bool
+    threads: int
 
 
 class NativeBackend(TableBackend):
@@ -67,15 +80,23 @@ class NativeBackend(TableBackend):
                 count_writes(update.written)
         self._run([update.call for update in updates])
 
-    def _call(self, table: Any, hyper: AdamHyper) -> tuple[Any, ...]:
-        mode = (hyper.l2, hyper.zero_grads, hyper.precision.stochastic_rounding)
-        return table, hyper.numbers(), *mode, hyper.threads or torch.get_num_threads()
+    def _call(self, table: Any, hyper: AdamHyper) -> StepCall:
+        return StepCall(
+            table,
+            hyper.numbers(),
+            float(hyper.loss_scale),
+            float(hyper.grad_factor),
+            hyper.maximize,
+            hyper.zero_grads,
+            hyper.precision.stochastic_rounding,
+            hyper.threads or torch.get_num_threads(),
+        )
 
     def _runner(self, table: Any, hyper: AdamHyper, call: tuple[Any, ...] | None) -> Callable[[], None]:
         return lambda: self._run([call])
 
     def _run(self, calls: list[Any]) -> None:
-        self.module.adam_steps(calls)
+        self.module.steps(calls)
 
     def samples(self, grads: Sequence[Tensor]) -> list[bytes | None]:
         if self._reader is None:

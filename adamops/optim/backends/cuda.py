@@ -105,13 +105,17 @@ class CudaBackend(TableBackend):
 
     def _by_host_counts(self, hyper: AdamHyper) -> Callable[[Any], None]:
         self._refuse_while_capturing("its step counts are on the host; construct FusedAdam with capturable=True")
-        return lambda table: self._enqueue(table, hyper.numbers(), hyper, device_scalars=0, found_inf=0)
+        return lambda table: self._enqueue(table, hyper, hyper.numbers(), device_scalars=0, found_inf=0)
 
-    def _enqueue(self, table: Any, scalars: Sequence[Any], hyper: AdamHyper, **on_device: int) -> None:
-        self.module.adam_step(
+    def _enqueue(self, table: Any, hyper: AdamHyper, numbers: Sequence[float], **on_device: int) -> None:
+        """Enqueues a step. Factors that only the device knows are among the scalars there."""
+        here = not on_device["device_scalars"]
+        self.module.step(
             table,
-            scalars,
-            hyper.l2,
+            numbers,
+            loss_scale=float(hyper.loss_scale) if here else 1.0,
+            grad_factor=float(hyper.grad_factor) if here else 1.0,
+            maximize=hyper.maximize,
             zero_grads=hyper.zero_grads,
             stochastic_rounding=hyper.precision.stochastic_rounding,
             **on_device,
@@ -132,26 +136,22 @@ class CudaBackend(TableBackend):
         there = addresses([scalars, lr, loss_scale, grad_factor, found_inf], "what a step needs on the device")
         scalars_there, lr_there, loss_scale_there, grad_factor_there, found_inf_there = there
 
+        numbers = hyper.numbers(lr=None if lr is None else 0.0)
+
         def launch(table: Any, _kept: object = (scalars, lr, loss_scale, grad_factor, found_inf)) -> None:
             self.module.count_steps(
                 table,
                 scalars=scalars_there,
-                lr=float(hyper.lr) if lr is None else 0.0,
+                hyper=numbers,
+                maximize=hyper.maximize,
                 lr32=lr_there if lr is not None and lr.dtype == torch.float32 else 0,
                 lr64=lr_there if lr is not None and lr.dtype == torch.float64 else 0,
-                beta1=hyper.beta1,
-                beta2=hyper.beta2,
-                eps=hyper.eps,
-                weight_decay=hyper.weight_decay,
-                bias_correction=hyper.bias_correction,
-                adamw_mode=hyper.adamw_mode,
-                maximize=hyper.maximize,
                 loss_scale=loss_scale_there,
-                found_inf=found_inf_there,
                 grad_factor=grad_factor_there,
+                found_inf=found_inf_there,
                 **self._place(),
             )
-            self._enqueue(table, [], hyper, device_scalars=scalars_there, found_inf=found_inf_there)
+            self._enqueue(table, hyper, numbers, device_scalars=scalars_there, found_inf=found_inf_there)
 
         return launch
 

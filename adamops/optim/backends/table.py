@@ -164,8 +164,9 @@ class TableBackend:
     ) -> Any:
         if self._reader is None or not isinstance(params, list) or not isinstance(states, dict):
             return None
+        state_count = len(averages_of(hyper.amsgrad))
         table = self.module.table_of_params(
-            self._reader, params, states, hyper.amsgrad, hyper.precision.master, first_state, hyper.rng_offset
+            self._reader, params, states, state_count, hyper.precision.master, first_state, hyper.rng_offset
         )
         return table if table is not None and self._counts_fit(table, hyper) else None
 
@@ -197,7 +198,7 @@ class TableBackend:
         }
         return self.module.table_of_rows(
             [dict(zip(columns, row, strict=True)) for row in zip(*columns.values(), strict=True)],
-            amsgrad=batch.hyper.amsgrad,
+            state_count=len(states),
             master=batch.hyper.precision.master,
             counts_on_device=counts_on_device,
         )
