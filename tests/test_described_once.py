@@ -12,9 +12,10 @@ from adamops.op_builder.spec import SHARED_SOURCES
 
 import adamops
 from adamops import op_builder
+from adamops.ops.adam.adam import AdamRule, AdamScalars, adam_settings
 from adamops.optim.backends.cpu import NativeBackend
+from adamops.optim.backends.table import op_numbers
 from adamops.optim.batch import MOST_STEPS
-from adamops.optim.hyper import AdamHyper, AdamScalars
 from adamops.optim.pieces import PIECE
 from adamops.optim.state.precision import DTYPES, Master
 from adamops.optim.state.quantization import QUANTIZATION_BLOCK
@@ -52,7 +53,7 @@ def fields_of(header, struct):
 
 
 def test_scalars_are_in_the_order_of_the_struct():
-    assert [*AdamScalars._fields, "step"] == fields_of("adam/adam_update.h", "AdamScalars")
+    assert ["grad_scale", *AdamScalars._fields, "step"] == fields_of("adam/adam_update.h", "AdamScalars")
 
 
 def test_numbers_are_in_the_order_of_the_struct():
@@ -61,7 +62,9 @@ def test_numbers_are_in_the_order_of_the_struct():
         "bias_correction": False, "adamw_mode": True, "maximize": False, "loss_scale": 6.0, "grad_factor": 7.0,
     }  # fmt: skip
     names = [*fields_of("adam/adam_scalars.h", "AdamHyper"), "loss_scale", "grad_factor"]
-    assert list(AdamHyper(amsgrad=False, **values).numbers()) == [values[name] for name in names]
+    assert names == [*AdamRule.hyper_names, "maximize", "loss_scale", "grad_factor"]
+    numbers, _ = op_numbers(adam_settings(**values))
+    assert list(numbers) == [values[name] for name in names]
 
 
 def test_a_grain_that_splits_quantization_blocks_does_not_compile(tmp_path):

@@ -1,20 +1,32 @@
-"""Chooses the backend of params on the CPU: the compiled op, or pure PyTorch with a warning."""
+"""Chooses the backend of params on a device: the compiled op of the rule, or pure PyTorch with a warning."""
 
 from __future__ import annotations
 
 import sys
 import warnings
+from typing import Any
+
+import torch
 
 from ... import op_builder
+from ..rule import Rule
 from .base import Backend
 from .cpu import NativeBackend
+from .cuda import CudaBackend
 from .torch import TorchBackend
 
 
-def load_host_backend() -> Backend:
-    """The compiled CPU op, or pure PyTorch with one warning that says why."""
+def load_backend(rule: Rule, device: torch.device) -> Backend:
+    """The compiled op for params on a device, or pure PyTorch with one warning that says why."""
+    is_amd = device.type == "cuda" and torch.version.hip
+    name = None if is_amd else rule.ops.get(device.type)
+    if name is None:
+        return pure_pytorch(f"No op is compiled for params on {'AMD GPUs' if is_amd else device.type}.")
+    builder: Any = op_builder.get(name)
     try:
-        return NativeBackend(op_builder.get("cpu_adam").load())
+        if device.type == "cuda":
+            return CudaBackend(builder.load_for_device(device.index), device)
+        return NativeBackend(builder.load())
     except op_builder.OpUnavailableError as error:
         return pure_pytorch(str(error))
 
