@@ -96,7 +96,8 @@ def _script(name: str) -> str:
 
 def _converting() -> contextlib.AbstractContextManager[None]:
     from ._deepspeed_states import dequantizing_loads
+    from .ops.adam.adam import AdamRule
 
     if "fork" in multiprocessing.get_all_start_methods():  # its worker processes must read files as this one does
         multiprocessing.set_start_method("fork", force=True)
-    return dequantizing_loads()
+    return dequantizing_loads(AdamRule.states)

@@ -1,7 +1,8 @@
 """Makes DeepSpeed read, write, move and convert the states of adamops' optimizers correctly.
 
 DeepSpeed accesses states by name, a piece at a time, and does not know that 8-bit states have scales. Its helpers get
-dequantized float32 values instead. States of other optimizers pass through unchanged. Must not know how a step is done.
+dequantized float32 values instead. States of other optimizers pass through unchanged. `states` are those of the rule
+whose optimizers DeepSpeed is to know. Must not know how a step is done.
 """
 
 from __future__ import annotations
@@ -16,8 +17,9 @@ import torch
 from torch import Tensor
 
 from .optim.checkpoint.saving import without_quantized
-from .optim.optimizer import AdamOptimizer
-from .optim.state.precision import AVERAGES, SCALES
+from .optim.optimizer import RuleOptimizer
+from .optim.rule import State
+from .optim.state.precision import SCALES, names_of
 from .optim.state.quantization import QUANTIZATION_BLOCK
 from .optim.state.quantized_states import dequantized_states, is_quantized, quantized_states
 
@@ -31,36 +33,37 @@ _SWAPPED = "8-bit states that DeepSpeed keeps on NVMe cannot be read or written 
 # A piece of a flat state -------------------------------------------------------------------------------------------
 
 
-def read_piece(state: dict[str, Any], key: str, start: int, numel: int) -> Tensor:
-    """Dequantizes elements of an average of a flat param into a new float32 tensor."""
+def read_piece(state: dict[str, Any], states: tuple[State, ...], key: str, start: int, numel: int) -> Tensor:
+    """Dequantizes elements of a state of a flat param into a new float32 tensor."""
     if numel == 0:
         return torch.zeros(0, device=state[key].device)
-    return dequantized_states(_blocks(state, start, numel))[key].narrow(0, start % QUANTIZATION_BLOCK, numel)
+    values = dequantized_states(_blocks(state, states, start, numel), states)[key]
+    return values.narrow(0, start % QUANTIZATION_BLOCK, numel)
 
 
-def write_piece(state: dict[str, Any], key: str, start: int, values: Tensor) -> None:
-    """Quantizes values into an average of a flat param, rounding to the nearest. The other elements of their
+def write_piece(state: dict[str, Any], states: tuple[State, ...], key: str, start: int, values: Tensor) -> None:
+    """Quantizes values into a state of a flat param, rounding to the nearest. The other elements of their
     quantization blocks keep their values, unless a scale has to grow."""
     if values.numel() == 0:
         return
-    blocks = _blocks(state, start, values.numel())
-    floats = dequantized_states(blocks)
+    blocks = _blocks(state, states, start, values.numel())
+    floats = dequantized_states(blocks, states)
     floats[key].narrow(0, start % QUANTIZATION_BLOCK, values.numel()).copy_(values)
-    for name, tensor in quantized_states(floats).items():
+    for name, tensor in quantized_states(floats, states).items():
         held = blocks[name]
         (held[:, : tensor.shape[1]] if name == SCALES else held).copy_(tensor)
 
 
-def _blocks(state: dict[str, Any], start: int, numel: int) -> dict[str, Tensor]:
+def _blocks(state: dict[str, Any], states: tuple[State, ...], start: int, numel: int) -> dict[str, Tensor]:
     """Views of the quantization blocks that hold the elements."""
     first, last = start // QUANTIZATION_BLOCK, -(-(start + numel) // QUANTIZATION_BLOCK)
     elements = slice(first * QUANTIZATION_BLOCK, last * QUANTIZATION_BLOCK)
-    views = {name: state[name][elements] for name in AVERAGES if name in state}
+    views = {name: state[name][elements] for name in names_of(states) if name in state}
     return views | {SCALES: state[SCALES][first:last]}
 
 
-def _is_quantized(state: Any, key: str | None) -> bool:
-    return key in AVERAGES and isinstance(state, dict) and is_quantized(state)
+def _is_quantized(state: Any, states: tuple[State, ...], key: str | None) -> bool:
+    return key in names_of(states) and isinstance(state, dict) and is_quantized(state, states)
 
 
 # DeepSpeed's helpers -----------------------------------------------------------------------------------------------
@@ -68,7 +71,7 @@ def _is_quantized(state: Any, key: str | None) -> bool:
 _installed = False
 
 
-def install() -> None:
+def install(states: tuple[State, ...]) -> None:
     """Wraps DeepSpeed's helpers, once. Warns if this DeepSpeed is not what the wrappers were written for."""
     global _installed
     if _installed:
@@ -76,7 +79,7 @@ def install() -> None:
     _installed = True
     for wrap in (_wrap_fragments, _wrap_partitions, _wrap_offloading, _wrap_loading, _refuse_elastic_checkpoints):
         try:
-            wrap()
+            wrap(states)
         except (ImportError, AttributeError) as error:
             warnings.warn(
                 f"adamops cannot teach this DeepSpeed to read 8-bit states ({error}): do not read or set them by "
@@ -91,7 +94,7 @@ def _wrap(owner: Any, name: str, make: Callable[[Callable[..., Any]], Callable[.
     setattr(owner, name, functools.wraps(original)(make(original)))
 
 
-def _wrap_fragments() -> None:
+def _wrap_fragments(states: tuple[State, ...]) -> None:
     """ZeRO-1 and 2: each model param knows its fragment of a flat param, and of the flat param's states."""
     from deepspeed.utils import mixed_precision_linkage
     from deepspeed.utils.tensor_fragment import tensor_fragment
@@ -107,22 +110,22 @@ def _wrap_fragments() -> None:
         def get_optim_state_fragment(self: Any, key: str) -> Tensor:
             held, state = original(self, key), getattr(self, "_adamops_state", None)
             # While DeepSpeed loads a checkpoint, float32 fragments stand in for those of the state.
-            if state is None or held.is_floating_point() or not _is_quantized(state, key):
+            if state is None or held.is_floating_point() or not _is_quantized(state, states, key):
                 return held
             address = self.hp_fragment_address
-            return read_piece(state, key, address.start, address.numel)
+            return read_piece(state, states, key, address.start, address.numel)
 
         return get_optim_state_fragment
 
     def write(original: Callable[..., None]) -> Callable[..., None]:
         def set_full_hp_param(self: Any, value: Tensor, optim_state_key: str | None = None) -> None:
             state: Any = getattr(self._hp_mapping, "_adamops_state", None)
-            if not _is_quantized(state, optim_state_key):
+            if not _is_quantized(state, states, optim_state_key):
                 original(self, value, optim_state_key)
                 return
             source, target = self._hp_mapping.lp_fragment_address, self._hp_mapping.hp_fragment_address
             values = value.flatten().narrow(0, source.start, source.numel)
-            write_piece(state, str(optim_state_key), target.start, values)
+            write_piece(state, states, str(optim_state_key), target.start, values)
 
         return set_full_hp_param
 
@@ -131,16 +134,16 @@ def _wrap_fragments() -> None:
     _wrap(mixed_precision_linkage, "set_full_hp_param", write)
 
 
-def _wrap_partitions() -> None:
+def _wrap_partitions(states: tuple[State, ...]) -> None:
     """ZeRO-3: the optimizer looks up a param's position in the flat param of its subgroup."""
     from deepspeed.runtime.zero.stage3 import DeepSpeedZeroOptimizer_Stage3 as Stage3
 
     def quantized_state(self: Any, param: Tensor, key: str | None) -> tuple[Any, int, int] | None:
-        if not param.requires_grad or key not in AVERAGES:
+        if not param.requires_grad or key not in names_of(states):
             return None
         group, start, numel = self.grad_position[self.get_param_id(param)]
         state = self.optimizer.state.get(self.fp32_partitioned_groups_flat[group])
-        if not _is_quantized(state, key):
+        if not _is_quantized(state, states, key):
             return None
         if self._swappable_optimizer_subgroup(group):
             raise NotImplementedError(_SWAPPED)
@@ -154,7 +157,7 @@ def _wrap_partitions() -> None:
             held, group = original(self, param, *arguments, **named)
             if place is None:
                 return held, group
-            self._adamops_lent = read_piece(place[0], key, *place[1:])
+            self._adamops_lent = read_piece(place[0], states, key, *place[1:])
             return self._adamops_lent, group
 
         return _get_fp32_opt_state_partition
@@ -164,7 +167,7 @@ def _wrap_partitions() -> None:
             original(self, value, param, optim_state_key)  # if quantized, into the tensor that read() lends
             place = quantized_state(self, param, optim_state_key)
             if place is not None:
-                write_piece(place[0], str(optim_state_key), place[1], self._adamops_lent)
+                write_piece(place[0], states, str(optim_state_key), place[1], self._adamops_lent)
 
         return set_hp_param
 
@@ -173,7 +176,7 @@ def _wrap_partitions() -> None:
     _wrap(Stage3, "set_local_hp_param", write)
 
 
-def _wrap_offloading() -> None:
+def _wrap_offloading(states: tuple[State, ...]) -> None:
     """ZeRO-3 offloads states only for DeepSpeed's own FusedAdam, although it uses nothing of it but `state`."""
     from deepspeed.ops.adam import FusedAdam
     from deepspeed.runtime.zero.stage3 import DeepSpeedZeroOptimizer_Stage3 as Stage3
@@ -181,7 +184,7 @@ def _wrap_offloading() -> None:
     def offload(original: Callable[..., None]) -> Callable[..., None]:
         def offload_states(self: Any, *arguments: Any, **named: Any) -> None:
             optimizer = self.optimizer
-            if not isinstance(optimizer, AdamOptimizer):
+            if not isinstance(optimizer, RuleOptimizer):
                 original(self, *arguments, **named)
                 return
             _drop_cast_buffers(optimizer.state)
@@ -210,7 +213,7 @@ def _drop_cast_buffers(states: dict[Any, Any]) -> None:
 # Checkpoints -------------------------------------------------------------------------------------------------------
 
 
-def _wrap_loading() -> None:
+def _wrap_loading(states: tuple[State, ...]) -> None:
     """Converts the float32 states that DeepSpeed loads from a universal checkpoint to the optimizer's own form."""
     from deepspeed.runtime.base_optimizer import ZeROOptimizer
     from deepspeed.runtime.zero.stage3 import DeepSpeedZeroOptimizer_Stage3 as Stage3
@@ -220,7 +223,7 @@ def _wrap_loading() -> None:
         def load_hp_checkpoint_state_from_checkpoint_dir(self: Any, lp_groups_name: str, *rest: Any) -> None:
             _refuse_amsgrad(self.optimizer)
             original(self, lp_groups_name, *rest)
-            if isinstance(self.optimizer, AdamOptimizer):
+            if isinstance(self.optimizer, RuleOptimizer):
                 _adopt_states(self.optimizer)
                 groups = zip(getattr(self, lp_groups_name), self.optimizer.param_groups, strict=False)
                 for params, group in groups:
@@ -232,7 +235,7 @@ def _wrap_loading() -> None:
         def load_hp_checkpoint_state_from_checkpoint_dir_stage3(self: Any, *arguments: Any) -> None:
             _refuse_amsgrad(self.optimizer)
             original(self, *arguments)
-            if isinstance(self.optimizer, AdamOptimizer):
+            if isinstance(self.optimizer, RuleOptimizer):
                 self._set_fp32_optimizer_param_groups()
                 _adopt_states(self.optimizer)
                 self._clear_fp32_optimizer_param_groups()
@@ -245,27 +248,27 @@ def _wrap_loading() -> None:
 
 def _refuse_amsgrad(optimizer: Any) -> None:
     """Raises NotImplementedError for our optimizers with amsgrad: a universal checkpoint lacks one of its states."""
-    if isinstance(optimizer, AdamOptimizer) and any(group["amsgrad"] for group in optimizer.param_groups):
+    if isinstance(optimizer, RuleOptimizer) and any(group.get("amsgrad") for group in optimizer.param_groups):
         raise NotImplementedError(
             "DeepSpeed's universal checkpoints do not hold max_exp_avg_sq, so they cannot be loaded with amsgrad=True; "
             "load an ordinary checkpoint"
         )
 
 
-def _adopt_states(optimizer: AdamOptimizer) -> None:
+def _adopt_states(optimizer: RuleOptimizer) -> None:
     """Converts states that were set from outside to the form that the optimizer's load_state_dict() produces."""
     for state in optimizer.state.values():
-        if not is_quantized(state):
+        if not is_quantized(state, optimizer.rule.states):
             state.pop(SCALES, None)  # the quantized states that they belonged to are gone
     optimizer.load_state_dict(optimizer.state_dict())
 
 
-def _refuse_elastic_checkpoints() -> None:
+def _refuse_elastic_checkpoints(states: tuple[State, ...]) -> None:
     from deepspeed.runtime.zero.stage_1_and_2 import DeepSpeedZeroOptimizer
 
     def check(original: Callable[..., Any]) -> Callable[..., Any]:
         def checked(self: Any, *arguments: Any, **named: Any) -> Any:
-            if any(is_quantized(state) for state in self.optimizer.state.values() if isinstance(state, dict)):
+            if any(is_quantized(state, states) for state in self.optimizer.state.values() if isinstance(state, dict)):
                 raise NotImplementedError(_ELASTIC)
             return original(self, *arguments, **named)
 
@@ -275,7 +278,7 @@ def _refuse_elastic_checkpoints() -> None:
     _wrap(DeepSpeedZeroOptimizer, "_restore_base_optimizer_state", check)
 
 
-def dequantized(loaded: Any) -> Any:
+def dequantized(loaded: Any, states: tuple[State, ...]) -> Any:
     """The contents of one of DeepSpeed's ZeRO state files, with 8-bit states dequantized to float32."""
     optimizer = loaded.get("optimizer_state_dict") if isinstance(loaded, dict) else None
     if not isinstance(optimizer, dict):
@@ -283,18 +286,18 @@ def dequantized(loaded: Any) -> Any:
     for name in ("base_optimizer_state", "optimizer_state_dict"):  # ZeRO-1 and 2; ZeRO-3
         base = optimizer.get(name)
         if isinstance(base, dict) and isinstance(base.get("state"), dict):
-            base["state"] = {key: without_quantized(entry) for key, entry in base["state"].items()}
+            base["state"] = {key: without_quantized(entry, states) for key, entry in base["state"].items()}
     return loaded
 
 
 @contextmanager
-def dequantizing_loads() -> Iterator[None]:
+def dequantizing_loads(states: tuple[State, ...]) -> Iterator[None]:
     """Makes torch.load() apply dequantized(), for DeepSpeed's ds_to_universal, which loads files in many places."""
     load = torch.load
 
     @functools.wraps(load)
     def load_dequantized(*arguments: Any, **named: Any) -> Any:
-        return dequantized(load(*arguments, **named))
+        return dequantized(load(*arguments, **named), states)
 
     torch.load = load_dequantized
     try:

@@ -24,13 +24,14 @@ from torch import Tensor
 from . import op_builder
 from ._deepspeed_children import PatchedChildren
 from .ops.adam import DeepSpeedCPUAdam, FusedAdam
+from .ops.adam.adam import AdamRule, adam_settings
+from .ops.adam.adam_optimizer import AdamOptimizer
 from .ops.adam.rollback import undo_step
 from .optim.backends.base import Backend
 from .optim.backends.cpu import NativeBackend
 from .optim.backends.cuda import CudaBackend
-from .optim.batch import AdamBatch, check_params_and_grads, check_states
-from .optim.hyper import AdamHyper
-from .optim.optimizer import AdamOptimizer
+from .optim.batch import Batch, check_params_and_grads, check_states
+from .optim.step_settings import StepSettings
 
 __all__ = ["TESTED_VERSION", "Patch", "UnknownDeepSpeedError", "patch", "unpatch"]
 
@@ -43,42 +44,32 @@ class UnknownDeepSpeedError(RuntimeError):
 
 
 @functools.lru_cache(maxsize=256)
-def _hyper_of_numbers(
+def _settings_of_numbers(
     lr: float, beta1: float, beta2: float, eps: float, weight_decay: float, bias_correction: bool, adamw_mode: bool
-) -> AdamHyper:
+) -> StepSettings:
     if not (0.0 <= beta1 < 1.0 and 0.0 <= beta2 < 1.0):
         raise ValueError(f"Invalid betas: {(beta1, beta2)}; expected 0 <= beta < 1")
-    return AdamHyper(
-        lr=lr,
-        beta1=beta1,
-        beta2=beta2,
-        eps=eps,
-        weight_decay=weight_decay,
-        bias_correction=bias_correction,
-        adamw_mode=adamw_mode,
-        amsgrad=False,
-        maximize=False,
-    )
+    return adam_settings(lr, beta1, beta2, eps, weight_decay, bias_correction, adamw_mode)
 
 
-def _hyper(
+def _settings(
     lr: Any, beta1: Any, beta2: Any, eps: Any, weight_decay: Any, bias_correction: Any, adamw_mode: Any
-) -> AdamHyper:
+) -> StepSettings:
     """From DeepSpeed's arguments, which may be 0-dim tensors, or numbers instead of bools."""
     rates = (float(rate) for rate in (lr, beta1, beta2, eps, weight_decay))
-    return _hyper_of_numbers(*rates, bias_correction=bool(bias_correction), adamw_mode=bool(adamw_mode))
+    return _settings_of_numbers(*rates, bias_correction=bool(bias_correction), adamw_mode=bool(adamw_mode))
 
 
 def _update(
     backend: Backend,
-    hyper: AdamHyper,
+    settings: StepSettings,
     names: list[str],
     params: Sequence[Tensor],
     grads: Sequence[Tensor],
     states: list[dict[str, Any]],
 ) -> None:
     """Updates params with Adam, in place. The states hold the step counts from before the step."""
-    batch = AdamBatch(names, hyper, list(params), list(grads), states, list(range(len(names))))
+    batch = Batch(names, settings, list(params), list(grads), states, list(range(len(names))))
     try:
         for i, (param, grad) in enumerate(zip(params, grads, strict=True)):
             if param.grad is not grad:  # the op reads grads from param.grad
@@ -140,20 +131,20 @@ class CPUAdamOp(_Op):
     def adam_update(self, *arguments: Any) -> int:
         """Takes the arguments of _unpacked() and updates param, exp_avg and exp_avg_sq."""
         self._check_arguments("adam_update", arguments, 12)
-        hyper, step, param, grad, state = self._unpacked(*arguments)
+        settings, step, param, grad, state = self._unpacked(*arguments)
         state["step"] = step - 1
-        _update(self._backend, hyper, ["a param of DeepSpeedCPUAdam"], [param], [grad], [state])
+        _update(self._backend, settings, ["a param of DeepSpeedCPUAdam"], [param], [grad], [state])
         return 0
 
     def adam_rollback(self, *arguments: Any) -> int:
         """Undoes the adam_update() that had the same arguments."""
         self._check_arguments("adam_rollback", arguments, 12)
-        hyper, step, param, grad, state = self._unpacked(*arguments)
+        settings, step, param, grad, state = self._unpacked(*arguments)
         state["step"] = step
-        batch = AdamBatch(["a param of DeepSpeedCPUAdam"], hyper, [param], [grad], [state])
+        batch = Batch(["a param of DeepSpeedCPUAdam"], settings, [param], [grad], [state])
         check_params_and_grads(batch)
         check_states(batch)
-        undo_step(param, batch.grads[0], state, hyper)
+        undo_step(param, batch.grads[0], state, settings)
         return 0
 
     def _unpacked(
@@ -170,9 +161,9 @@ class CPUAdamOp(_Op):
         grad: Tensor,
         exp_avg: Tensor,
         exp_avg_sq: Tensor,
-    ) -> tuple[AdamHyper, int, Tensor, Tensor, dict[str, Any]]:
-        hyper = _hyper(lr, beta1, beta2, eps, weight_decay, bias_correction, self._adamw_modes[optimizer_id])
-        return hyper, int(step), param, grad, {"exp_avg": exp_avg, "exp_avg_sq": exp_avg_sq}
+    ) -> tuple[StepSettings, int, Tensor, Tensor, dict[str, Any]]:
+        settings = _settings(lr, beta1, beta2, eps, weight_decay, bias_correction, self._adamw_modes[optimizer_id])
+        return settings, int(step), param, grad, {"exp_avg": exp_avg, "exp_avg_sq": exp_avg_sq}
 
 
 class FusedAdamOp(_Op):
@@ -186,14 +177,14 @@ class FusedAdamOp(_Op):
         """(chunk_size, noop_flag, [grads, params, exp_avgs, exp_avg_sqs], lr, ..., step, adam_w_mode, ...)."""
         self._check_arguments("multi_tensor_adam", arguments, 11)
         (_, _, lists, lr, beta1, beta2, eps, step, adam_w_mode, bias_correction, weight_decay) = arguments
-        hyper = _hyper(lr, beta1, beta2, eps, weight_decay, bias_correction, adam_w_mode)
+        settings = _settings(lr, beta1, beta2, eps, weight_decay, bias_correction, adam_w_mode)
         grads, params, exp_avgs, exp_avg_sqs = lists
         states = [
             {"step": int(step) - 1, "exp_avg": exp_avg, "exp_avg_sq": exp_avg_sq}
             for exp_avg, exp_avg_sq in zip(exp_avgs, exp_avg_sqs, strict=True)
         ]
         names = [f"param {i} of FusedAdam" for i in range(len(params))]
-        _update(self._backend_of(params[0].device), hyper, names, params, grads, states)
+        _update(self._backend_of(params[0].device), settings, names, params, grads, states)
 
 
 class Patch:
@@ -430,7 +421,7 @@ def _convert_quantized_states(new: Patch) -> None:
     def main(*arguments: Any, **named: Any) -> None:
         from ._deepspeed_states import dequantizing_loads
 
-        with dequantizing_loads():
+        with dequantizing_loads(AdamRule.states):
             original(*arguments, **named)
 
     original = new.set_attribute(ds_to_universal, "main", main)

@@ -33,6 +33,7 @@ from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 from adamops import DeepSpeedCPUAdam, FusedAdam, step_in_backward
+from adamops.ops.adam.adam import AdamRule
 from adamops.optim.batch import check_params_and_grads, check_states
 from adamops.optim.clipping import ClippedGrads
 from adamops.optim.state.memory_layout import in_layout_of, is_in_layout_of
@@ -272,7 +273,7 @@ class Reference:
         """The state tensors that a step may read; it ignores all others, whatever they are."""
         optimizer = self.session.optimizer
         precision = optimizer._group_precisions.of(group, "", optimizer._precision)
-        names = {*precision.state_dtypes(param, bool(group["amsgrad"])), "block_scales"}
+        names = {*precision.state_dtypes(param, optimizer.rule.states_of(group)), "block_scales"}
         begins = "master_param" in names and "master_param" not in optimizer.state.get(param, {})
         return names | {"param_remainder"} if begins else names  # from which a new master starts
 
@@ -356,10 +357,15 @@ def quantized_anew(state: dict[str, Any], param: Tensor) -> dict[str, Any]:
     for key in STATE_KEYS if "block_scales" in state else ():
         with contextlib.suppress(Unreadable):
             tensors[key] = readable(state.get(key))
-    if is_in_layout_of(param, tensors):
+    states = AdamRule.states
+    if is_in_layout_of(param, tensors, states, tensors):
         return state
+
+    def new(dtype: torch.dtype) -> Tensor:
+        return torch.empty_like(param, dtype=dtype)
+
     try:
-        return {**state, **in_layout_of(param, tensors)}
+        return {**state, **in_layout_of(param, tensors, states, tensors, new)}
     except (RuntimeError, KeyError, IndexError) as error:
         raise ValueError("8-bit states that cannot be quantized anew") from error
 
@@ -503,14 +509,14 @@ def check_what_cpp_takes(optimizer: Any) -> int:
             continue
         where = f"param group {i}"
         try:
-            hyper = optimizer._hyper(group, where)
-            table = optimizer._backends[HOST]._table_of_params(hyper, group["params"], optimizer.state)
+            settings = optimizer._step_settings(group, where)
+            table = optimizer._backends[HOST]._table_of_params(settings, group["params"], optimizer.state)
         except IN_WORDS:
             continue
         if table is None:
             continue
         try:
-            batches = batches_of(optimizer, GroupToStep(where, group, hyper))
+            batches = batches_of(optimizer, GroupToStep(where, group, settings))
         except IN_WORDS as error:
             raise Finding(f"C++ takes what Python refuses: {error!r}") from error
         for _, batch in batches:

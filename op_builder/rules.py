@@ -1,6 +1,7 @@
 """The base builders of ops that run an optimizer's update rule on adamops' loops and kernels.
 
-A subclass names the rule (csrc/rules/rule.h says what one is), the op and its module. Must not know any particular rule.
+A subclass names the rule (csrc/rules/rule.h says what one is), the op and its module. Must not know any particular
+rule.
 """
 
 from __future__ import annotations

@@ -7,7 +7,7 @@ import torch
 from adamops import DeepSpeedCPUAdam, FusedAdam
 from adamops.optim.backends.cuda import CudaBackend
 from adamops.optim.backends.torch import TorchBackend
-from adamops.optim.hyper import to_number
+from adamops.optim.settings import to_number
 
 HOST = torch.device("cpu")
 

@@ -11,8 +11,9 @@ from kernel_check import table_of
 from reference import exact, float64, narrow_average, widen
 
 from adamops import op_builder
-from adamops.optim.hyper import AdamHyper, integer_power
-from adamops.optim.state.average_rounding import store_average
+from adamops.ops.adam.adam import AdamRule, adam_settings
+from adamops.optim.rule import integer_power
+from adamops.optim.state.average_rounding import store_rounded
 
 MODULE = op_builder.get("cpu_adam").load()
 TARGETS = MODULE.supported_targets()
@@ -50,7 +51,7 @@ class Case:
             draw(size, state, decades=20, positive=True),
             draw(size, state, decades=20, positive=True),
         ]
-        hyper = AdamHyper(1e-3, 0.9, 0.999, 1e-8, 0.01, True, not l2, amsgrad, maximize)
+        hyper = adam_settings(1e-3, 0.9, 0.999, 1e-8, 0.01, True, not l2, amsgrad, maximize=maximize)
         self.scalars = hyper.scalars(step)
 
     def run(self, target, threads=1, cuts=(), offset=0):
@@ -163,7 +164,7 @@ def test_all_16_bit_values_survive_widening_and_narrowing(target, name):
     """With lr = 0 and no decay a param goes through the kernel unchanged, so all 65536 values must come back."""
     case = Case(2**16, (name,) * 3)
     case.data[0] = torch.arange(2**16, dtype=torch.int32).to(torch.int16).view(DTYPES[name])
-    case.scalars = AdamHyper(0.0, 0.9, 0.999, 1e-8, 0.0, True, True, False, False).scalars(1)
+    case.scalars = adam_settings(0.0, 0.9, 0.999, 1e-8, 0.0).scalars(1)
     case.data[1:] = [torch.ones_like(x) for x in case.data[1:]]
     before = case.data[0]
     after = case.run(target)[0]
@@ -213,14 +214,15 @@ def test_bfloat16_averages_are_rounded_away_from_zero_as_often_as_they_should(ta
         assert (error <= 3).all(), f"{name}: {error.max()}"
 
 
-@pytest.mark.parametrize("name", NAMES[1:])
-def test_averages_in_torch_calls_are_stored_with_the_same_bits(name):
+@pytest.mark.parametrize("state", AdamRule.states, ids=NAMES[1:])
+def test_averages_in_torch_calls_are_stored_with_the_same_bits(state):
+    name = state.name
     x = torch.cat([torch.randint(-(2**31), 2**31, (50_000,)).int().view(torch.float32), draw(50_000, "float32")])
     x = x.abs() if name != "exp_avg" else x
     for step in (1, 2, 77, 65535, 65536, 2**31 + 5):
         expected = torch.from_numpy(narrow_average(x.numpy(), "bfloat16", name, step)).view(torch.bfloat16)
         stored = torch.empty_like(x, dtype=torch.bfloat16)
-        store_average(stored, name, x, step)
+        store_rounded(stored, state, x, step)
         assert torch.equal(bits(stored), bits(expected))
 
 
@@ -232,7 +234,7 @@ def test_squares_in_bfloat16_become_zero_only_where_they_are(target, dtypes, ams
     case = Case(1000, dtypes, amsgrad=amsgrad)
     case.data = [torch.zeros_like(x) for x in case.data]
     case.data[3] = torch.tensor([0.0, 2.0**-133, 2.0**-132, 1e-30]).repeat(250).to(case.data[3].dtype)
-    case.scalars = AdamHyper(0.0, 0.9, 0.9, 1e-8, 0.0, True, True, amsgrad, False).scalars(1)
+    case.scalars = adam_settings(0.0, 0.9, 0.9, 1e-8, 0.0, amsgrad=amsgrad).scalars(1)
     was_zero = case.data[3] == 0
     for case.step in range(1, 200):
         exp_avg_sq = case.run(target)[2]

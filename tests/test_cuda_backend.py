@@ -14,7 +14,8 @@ from hypothesis import strategies as st
 from optimizers import HOST, EmulatedFusedAdam
 
 from adamops import FusedAdam, op_builder
-from adamops.ops.adam import fused_adam
+from adamops.ops.adam.adam import ADAMW
+from adamops.optim.backends import loading
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 pytestmark = pytest.mark.usefixtures("cuda_op")
@@ -191,7 +192,7 @@ def test_what_a_graph_would_replay_wrongly_is_refused_while_capturing():
     optimizer.step()
     before = ours[0].detach().clone()
     backend.capturing = True
-    with pytest.raises(RuntimeError, match="cannot be captured .*construct FusedAdam with capturable=True"):
+    with pytest.raises(RuntimeError, match="cannot be captured .*construct the optimizer with capturable=True"):
         optimizer.step()
     optimizer.param_groups[0]["capturable"] = True
     with pytest.raises(RuntimeError, match="cannot be captured .*it would set the step count anew at each replay"):
@@ -302,23 +303,23 @@ def test_the_emulated_op_knows_its_problems(cuda_op, monkeypatch):
 
 def test_params_on_a_cuda_device_get_the_op_or_torch_calls_with_one_warning(cuda_op, monkeypatch):
     device, real = torch.device("cuda", 1), op_builder.get
-    monkeypatch.setattr(fused_adam.op_builder, "get", lambda name: builder_with(cuda_op, RuntimeError("not needed")))
-    backend = fused_adam._load_backend(device)
+    monkeypatch.setattr(loading.op_builder, "get", lambda name: builder_with(cuda_op, RuntimeError("not needed")))
+    backend = loading.load_backend(ADAMW, device)
     assert (backend.name, backend.device) == ("fused_adam", device)
     here = new_params([(3,)])[0]
     set_grads(here, here)
     states = {p: {"step": 0, "exp_avg": torch.zeros(3), "exp_avg_sq": torch.zeros(3)} for p in here}
-    hyper = EmulatedFusedAdam(here)._hyper({**FusedAdam(here).param_groups[0]}, "group")
+    hyper = EmulatedFusedAdam(here)._step_settings({**FusedAdam(here).param_groups[0]}, "group")
     assert backend.prepare_group("group", hyper, here, states) is None, "these tensors are not on its device"
 
     failing = builder_with(Module("device 1: CUDA error: no kernel image"), RuntimeError("no nvcc found"))
-    monkeypatch.setattr(fused_adam.op_builder, "get", lambda name: failing if name == "fused_adam" else real(name))
+    monkeypatch.setattr(loading.op_builder, "get", lambda name: failing if name == "fused_adam" else real(name))
     with pytest.warns(RuntimeWarning, match="(?s)falls back to pure PyTorch.*no kernel image.*no nvcc found") as seen:
-        assert fused_adam._load_backend(device).name == "torch_adam"
+        assert loading.load_backend(ADAMW, device).name == "torch_adam"
     assert len(seen) == 1
     monkeypatch.setattr(torch.version, "hip", "6.4")
     with pytest.warns(RuntimeWarning, match="No op is compiled for params on AMD GPUs"):
-        assert fused_adam._load_backend(device).name == "torch_adam"
+        assert loading.load_backend(ADAMW, device).name == "torch_adam"
 
 
 @pytest.mark.parametrize("count", [float("nan"), float("inf"), -float("inf"), -3.0, 2.0**63])

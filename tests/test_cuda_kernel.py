@@ -15,7 +15,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from adamops.optim.hyper import AdamHyper
+from adamops.ops.adam.adam import adam_settings
 
 DTYPES = [torch.float32, torch.bfloat16, torch.float16]
 CODE = {dtype: code for code, dtype in enumerate(DTYPES)}
@@ -23,7 +23,7 @@ COMBINATIONS = [
     (p, g, s) for p in DTYPES for g in dict.fromkeys([p, torch.float32]) for s in dict.fromkeys([p, torch.float32])
 ]
 
-WORDS = 11  # of AdamScalars: ten floats and the step
+WORDS = 11  # of StepScalars: ten floats and the step
 
 
 @pytest.fixture(scope="session")
@@ -118,7 +118,7 @@ def assert_same_bits(ours, theirs):
 
 def hyper(l2=False, amsgrad=False, maximize=False, **changed):
     usual = {"lr": 1e-3, "beta1": 0.9, "beta2": 0.999, "eps": 1e-8, "weight_decay": 0.01, "bias_correction": True}
-    return AdamHyper(**{**usual, **changed}, adamw_mode=not l2, amsgrad=amsgrad, maximize=maximize)
+    return adam_settings(**{**usual, **changed}, adamw_mode=not l2, amsgrad=amsgrad, maximize=maximize)
 
 
 SIZES = [0, 1, 7, 8, 9, 31, 255, 256, 1025, 4095, 4096, 4097, 8200, 100_000]
@@ -197,7 +197,7 @@ def test_scalars_on_the_device_are_those_of_the_host(
         0,
     )
     assert counts.tolist() == [step + 1 for step in steps]
-    group = AdamHyper(lr, *betas, 1e-8, weight_decay, bias_correction, not l2, False, maximize)
+    group = adam_settings(lr, *betas, 1e-8, weight_decay, bias_correction, not l2, maximize=maximize)
     expected = torch.tensor([group.scalars(step + 1) for step in steps], dtype=torch.float64)
     expected[:, 0] /= 1.0 if scale is None else scale.double()
     assert torch.equal(out[:, :10], expected.float())

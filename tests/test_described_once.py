@@ -12,13 +12,13 @@ from adamops.op_builder.spec import SHARED_SOURCES
 
 import adamops
 from adamops import op_builder
+from adamops.ops.adam.adam import AdamRule, AdamScalars, adam_settings
 from adamops.optim.backends.cpu import NativeBackend, StepCall
 from adamops.optim.batch import MOST_STEPS
-from adamops.optim.hyper import AdamHyper, AdamScalars
 from adamops.optim.pieces import PIECE
-from adamops.optim.state.average_rounding import NEAREST
-from adamops.optim.state.precision import AVERAGES, DTYPES, Master, averages_of
-from adamops.optim.state.quantization import FORMATS, QUANTIZATION_BLOCK, SIGNED, UNSIGNED
+from adamops.optim.rule import required
+from adamops.optim.state.precision import DTYPES, Master
+from adamops.optim.state.quantization import QUANTIZATION_BLOCK
 
 CSRC = SHARED_SOURCES
 
@@ -53,8 +53,8 @@ def fields_of(struct):
 
 
 def test_scalars_are_in_the_order_of_the_struct(module):
-    assert [*AdamScalars._fields] == ["grad_scale", *fields_of("Scalars")]
-    assert len(AdamScalars._fields) == module.SCALAR_COUNT
+    assert [*AdamScalars._fields] == fields_of("Scalars")
+    assert 1 + len(AdamScalars._fields) == module.SCALAR_COUNT  # the engine's grad_scale comes first
 
 
 def test_hyper_parameters_are_in_the_order_of_the_struct(module):
@@ -62,16 +62,14 @@ def test_hyper_parameters_are_in_the_order_of_the_struct(module):
         "lr": 1.0, "beta1": 0.2, "beta2": 0.3, "eps": 4.0, "weight_decay": 5.0,
         "bias_correction": False, "adamw_mode": True,
     }  # fmt: skip
-    assert list(module.HYPER) == fields_of("Hyper") == list(values)
-    assert AdamHyper(amsgrad=False, maximize=False, **values).numbers() == tuple(values.values())
+    assert list(module.HYPER) == fields_of("Hyper") == list(AdamRule.hyper_names) == list(values)
+    assert adam_settings(**values).numbers() == tuple(values.values())
 
 
 def test_states_are_those_of_the_rule(module):
-    assert [name for name, *_ in module.STATES] == list(AVERAGES) and len(averages_of(False)) == module.LEAST_STATES
-    formats = {True: SIGNED, False: UNSIGNED}
-    assert [formats[is_signed] for _, is_signed, _ in module.STATES] == [FORMATS[name] for name in AVERAGES]
-    roundings = ["nearest" if name in NEAREST else "average" for name in AVERAGES]
-    assert [rounding for *_, rounding in module.STATES] == roundings
+    states = AdamRule.states
+    assert [(state.name, state.signed, state.rounding) for state in states] == list(module.STATES)
+    assert len(required(states)) == module.LEAST_STATES
 
 
 def test_a_step_is_passed_in_the_order_of_the_op():

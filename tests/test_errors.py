@@ -9,8 +9,8 @@ import pytest
 import torch
 
 from adamops import DeepSpeedCPUAdam, FusedAdam
-from adamops.optim.batch import AdamBatch, check_params_and_grads
-from adamops.optim.hyper import AdamHyper
+from adamops.ops.adam.adam import adam_settings
+from adamops.optim.batch import Batch, check_params_and_grads
 
 
 def snapshot(optimizer, params):
@@ -291,8 +291,8 @@ def check_bad_step(Adam, spoil, error, message, stepped):
 
 def test_grad_on_another_device():
     """torch itself does not let a grad live elsewhere, so the check is called directly."""
-    hyper = AdamHyper(1e-3, 0.9, 0.999, 1e-8, 0.0, True, True, False, False)
-    batch = AdamBatch(["param group 0, param 0"], hyper, [torch.ones(2)], [torch.ones(2, device="meta")], [])
+    settings = adam_settings(1e-3, 0.9, 0.999, 1e-8, 0.0)
+    batch = Batch(["param group 0, param 0"], settings, [torch.ones(2)], [torch.ones(2, device="meta")], [])
     with pytest.raises(
         ValueError, match="param group 0, param 0 .*cpu.* has a grad on meta; copy it to the param's device"
     ):

@@ -1,6 +1,7 @@
 """What may import what: the contracts at the end of pyproject.toml, and no circles anywhere."""
 
 import graphlib
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -15,6 +16,14 @@ def test_no_layer_imports_one_above_it():
     program = "import sys; from importlinter.cli import lint_imports; sys.exit(lint_imports(no_cache=True))"
     done = subprocess.run([sys.executable, "-c", program], cwd=ROOT, capture_output=True, text=True, timeout=300)
     assert done.returncode == 0, done.stdout + done.stderr
+
+
+def test_the_engine_names_no_rule():
+    """Neither its states nor its settings; what adamops.optim needs of them, it asks a Rule for."""
+    of_adam = re.compile(r"exp_avg|amsgrad|beta|\bAdam|adamw|adam_w")
+    files = sorted((ROOT / "adamops" / "optim").rglob("*.py"))
+    lines = [(file, line) for file in files for line in file.read_text().splitlines()]
+    assert len(files) > 40 and not [(file.name, line) for file, line in lines if of_adam.search(line)]
 
 
 def circle(graph):

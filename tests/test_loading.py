@@ -14,8 +14,10 @@ import pytest
 import torch
 
 from adamops import DeepSpeedCPUAdam, FusedAdam, portable_state_dicts
-from adamops.optim.state.precision import AVERAGES, SCALES
+from adamops.ops.adam.adam import AdamRule
+from adamops.optim.state.precision import SCALES, names_of
 
+AVERAGES = names_of(AdamRule.states)
 CLASSES = [DeepSpeedCPUAdam, FusedAdam]
 HALVES = [torch.bfloat16, torch.float16]
 SIZE = 5000
@@ -461,8 +463,8 @@ def test_frozen_params_of_subclasses_leave_the_fast_path(cpu_adam):
     trains.grad = torch.ones(8)
     optimizer.step()
     group, backend = optimizer.param_groups[0], optimizer._backends[torch.device("cpu")]
-    hyper = optimizer._hyper(group, "")
-    assert backend.prepare_group("", hyper, group["params"], optimizer.state) is not None
+    settings = optimizer._step_settings(group, "")
+    assert backend.prepare_group("", settings, group["params"], optimizer.state) is not None
 
 
 @pytest.mark.parametrize("cls", CLASSES)

@@ -10,6 +10,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from adamops import DeepSpeedCPUAdam, FusedAdam, op_builder, portable_state_dicts
+from adamops.ops.adam.adam import AdamRule
 from adamops.optim.backends.torch import TorchBackend
 from adamops.optim.state import quantization, remainders
 from adamops.optim.state.precision import SCALES
@@ -17,6 +18,8 @@ from adamops.optim.state.quantized_states import dequantized_states, quantized_s
 
 TARGETS = op_builder.get("cpu_adam").load().supported_targets()
 HALVES = [torch.bfloat16, torch.float16]
+STATES = AdamRule.states
+FORMATS = {state.name: quantization.format_of(state) for state in STATES}
 
 
 def bits(x):
@@ -68,12 +71,12 @@ def test_codes_are_those_of_the_definition(cpu_adam, target, amsgrad, size, seed
         coded.grad = wide_range(size)
         plain.grad = coded.grad.clone()
         if step > 1:
-            floats.state[plain] = {"step": step - 1, **dequantized_states(ours.state[coded])}
+            floats.state[plain] = {"step": step - 1, **dequantized_states(ours.state[coded], STATES)}
         ours.step()
         floats.step()
         assert_same(coded.detach(), plain.detach(), "param")
         state = {name: value for name, value in floats.state[plain].items() if name != "step"}
-        for name, expected in quantized_states(state, step).items():
+        for name, expected in quantized_states(state, STATES, step).items():
             assert_same(ours.state[coded][name], expected, f"{name} at step {step}")
 
 
@@ -83,10 +86,10 @@ def near_the_largest_float(size):
     return torch.finfo(torch.float32).max * factors * torch.randn(size).sign()
 
 
-@pytest.mark.parametrize("name", quantization.FORMATS)
+@pytest.mark.parametrize("name", FORMATS)
 @pytest.mark.parametrize("noise", [0, 0x8000, 0xFFFF])
 def test_no_magnitude_is_beyond_the_top_code(name, noise, seed):
-    code = quantization.FORMATS[name]
+    code = FORMATS[name]
     values = near_the_largest_float(4096)
     values = values if code is quantization.SIGNED else values.abs()
     codes, scales = quantization.quantize(values, code, noise)
@@ -114,9 +117,9 @@ def test_squares_beyond_the_largest_scale(cpu_adam, target, seed):
         assert param.isfinite().all()
 
 
-@pytest.mark.parametrize("name", quantization.FORMATS)
+@pytest.mark.parametrize("name", FORMATS)
 def test_inverses_of_scales_are_rounded_once(name):
-    code = quantization.FORMATS[name]
+    code = FORMATS[name]
     scales = torch.arange(quantization._LEAST_SCALE, quantization._MOST_SCALE, dtype=torch.int16).view(torch.bfloat16)
     assert torch.equal(
         quantization._inverse(scales, code), (torch.full((1,), code.top_expanded).double() / scales.double()).float()
@@ -153,10 +156,10 @@ def test_codes_do_not_depend_on_threads_or_targets(data):
             assert_same(x[name], y[name], name)
 
 
-@pytest.mark.parametrize("name", quantization.FORMATS)
+@pytest.mark.parametrize("name", FORMATS)
 def test_round_trip_error(name, seed):
     """The bound that docs/low-precision.md states, for magnitudes of a block relative to its largest."""
-    code = quantization.FORMATS[name]
+    code = FORMATS[name]
     values = torch.rand(256 * 400) ** 6
     if code is quantization.SIGNED:
         values *= torch.randn(len(values)).sign()
@@ -169,10 +172,10 @@ def test_round_trip_error(name, seed):
     assert (error <= bound).all(), (error / bound).max()
 
 
-@pytest.mark.parametrize("name", quantization.FORMATS)
+@pytest.mark.parametrize("name", FORMATS)
 def test_rounding_makes_up_for_itself(name, seed):
     """Over the steps the mean of what is stored is what was to be stored: an average can change by less than a code."""
-    code = quantization.FORMATS[name]
+    code = FORMATS[name]
     values = torch.rand(1024) + 0.01
     values[::256] = 1.05
     total = torch.zeros(1024, dtype=torch.float64)
@@ -197,7 +200,7 @@ def test_worst_cases_of_blocks(cpu_adam, target, seed):
     param.grad[1024:1280] = 1.0
     param.grad[1100], param.grad[1101], param.grad[1102] = torch.inf, -torch.inf, torch.nan
     optimizer.step()
-    state = dequantized_states(optimizer.state[param])
+    state = dequantized_states(optimizer.state[param], STATES)
     m, v = state["exp_avg"], state["exp_avg_sq"]
     assert (m[:256] == 0).all() and (v[:256] == 0).all(), "a block of zeros"
     assert m[300] == pytest.approx(1e4, rel=0.02)
@@ -222,7 +225,7 @@ def test_quantized_states_take_the_fast_path(arguments, seed):
     params, optimizer = trained([torch.randn(5000).bfloat16()], 1, 1, state_dtype="8bit", **arguments)
     group = optimizer.param_groups[0]
     backend = optimizer._backends[torch.device("cpu")]
-    assert backend.prepare_group("", optimizer._hyper(group, ""), group["params"], optimizer.state) is not None
+    assert backend.prepare_group("", optimizer._step_settings(group, ""), group["params"], optimizer.state) is not None
 
 
 def test_small_params_keep_fp32_states(seed):

@@ -62,7 +62,7 @@ def test_the_slow_path_takes_them_too(dtype, seed):
 
 @pytest.mark.parametrize("dtype", DTYPES)
 def test_torch_calls_take_them_too(dtype, monkeypatch, seed):
-    monkeypatch.setattr(optimizer_module, "load_host_backend", TorchBackend)
+    monkeypatch.setattr(optimizer_module, "load_backend", lambda rule, device: TorchBackend())
     params = params_of(SIZES)
     twins = [torch.nn.Parameter(param.detach().clone()) for param in params]
     ours, theirs = DeepSpeedCPUAdam(params), DeepSpeedCPUAdam(twins)

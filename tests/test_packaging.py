@@ -78,7 +78,7 @@ def test_two_builds_give_the_same_bytes(sources, tmp_path):
                 assert str(place).encode() not in contents
             digests.append([(n, hashlib.sha256(archive.read(n)).hexdigest()) for n in native])
     assert len(digests[0]) == 3 and digests[0] == digests[1]  # cpu_adam, its record, and that of the op left out
-    for needed in ("adamops/csrc/rules/adam_update.h", "adamops/op_builder/cpu.py", "adamops/py.typed"):
+    for needed in ("adamops/csrc/rules/adam.h", "adamops/op_builder/cpu.py", "adamops/py.typed"):
         assert needed in names
     built = record(wheel)
     assert built["targets"] == ["baseline"] or built["machine"] != "x86_64"
@@ -161,7 +161,7 @@ def test_sdist_builds_and_holds_everything(sources, tmp_path):
         names = {name.split("/", 1)[-1] for name in tar.getnames()}
         tar.extractall(tmp_path / "unpacked", filter="data")
     for needed in (
-        *("setup.py", "LICENSE", "README.md", "CHANGELOG.md", "csrc/rules/adam_update.h", "csrc/simd/avx512.h"),
+        *("setup.py", "LICENSE", "README.md", "CHANGELOG.md", "csrc/rules/adam.h", "csrc/simd/avx512.h"),
         *("op_builder/loading.py", "tests/test_bits.py", "ci/test.sh", "docs/numerics.md", "adamops/report.py"),
     ):
         assert needed in names

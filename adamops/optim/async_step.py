@@ -183,7 +183,7 @@ def after_async_step(method: _Method) -> _Method:
 
 
 def start_step(optimizer: Any, threads: int | None, zero_grads: bool, lowp_out: Any) -> AsyncStep:
-    """Starts a step of an optimizer in the background: AdamOptimizer.step_async()."""
+    """Starts a step of an optimizer in the background: RuleOptimizer.step_async()."""
     if threads is not None and operator.index(threads) < 1:
         raise ValueError(f"Invalid threads: {threads}; expected 1 or more")
     if step_post_hooks(optimizer):

@@ -1,6 +1,6 @@
 """Updates each param during the backward pass, as soon as its grad is ready, so that few grads exist at once.
 
-Knows autograd and module wrappers. Must not know how a param is updated: AdamOptimizer.step_param() does that.
+Knows autograd and module wrappers. Must not know how a param is updated: RuleOptimizer.step_param() does that.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ from torch import Tensor, nn
 
 from .. import _torch_compat
 from . import data_parallel, dtensor
-from .optimizer import AdamOptimizer
+from .optimizer import RuleOptimizer
 
 _ANCHOR = "_adamops_in_backward"  # an attribute of each param that has a hook
 
@@ -45,7 +45,7 @@ class InBackward:
     grads are used only at the end of the outermost task.
     """
 
-    def __init__(self, model: nn.Module, optimizer: AdamOptimizer) -> None:
+    def __init__(self, model: nn.Module, optimizer: RuleOptimizer) -> None:
         self._optimizer = optimizer
         self._model = weakref.ref(model)
         self._modules = weakref.WeakSet(model.modules())
@@ -216,7 +216,7 @@ def _on_outer_pass(ref: weakref.ref[InBackward], grads: object) -> None:
         handle._open(_torch_compat.current_backward_pass())
 
 
-def _check(model: nn.Module, names: dict[Tensor, str], places: dict[Tensor, Any], optimizer: AdamOptimizer) -> None:
+def _check(model: nn.Module, names: dict[Tensor, str], places: dict[Tensor, Any], optimizer: RuleOptimizer) -> None:
     """Raises for what step_in_backward() does not support."""
     _torch_compat.check_backward_passes_are_known("step_in_backward()")
     trained = [param for param in names if param.requires_grad]
@@ -256,7 +256,7 @@ def _with_wrapper(wrapper: str) -> str:
     )
 
 
-def _refuse_what_needs_all_grads(optimizer: AdamOptimizer) -> None:
+def _refuse_what_needs_all_grads(optimizer: RuleOptimizer) -> None:
     if getattr(optimizer, "grad_scale", None) is not None:
         raise RuntimeError(
             "step_in_backward() cannot be used with a scaled loss (the optimizer has a grad_scale): params would be "
@@ -269,7 +269,7 @@ def _refuse_what_needs_all_grads(optimizer: AdamOptimizer) -> None:
         )
 
 
-def _places_of(names: dict[Tensor, str], optimizer: AdamOptimizer) -> dict[Tensor, tuple[int, int]]:
+def _places_of(names: dict[Tensor, str], optimizer: RuleOptimizer) -> dict[Tensor, tuple[int, int]]:
     """The group index, and the index in that group, of each of the model's params that the optimizer has."""
     return {
         param: (g, i)
@@ -279,7 +279,7 @@ def _places_of(names: dict[Tensor, str], optimizer: AdamOptimizer) -> dict[Tenso
     }
 
 
-def _ids_of_params(optimizer: AdamOptimizer) -> list[int]:
+def _ids_of_params(optimizer: RuleOptimizer) -> list[int]:
     return [id(param) for group in optimizer.param_groups for param in group["params"]]
 
 
@@ -332,7 +332,7 @@ def _outer_node() -> Any:
     return found
 
 
-def step_in_backward(model: nn.Module, optimizer: AdamOptimizer) -> InBackward:
+def step_in_backward(model: nn.Module, optimizer: RuleOptimizer) -> InBackward:
     """Makes each backward pass of `model` update its params with `optimizer`, and free each grad once it is used.
 
     Results are bit-identical to a backward pass followed by ``optimizer.step()``. Leave that call out; if it stays, it
@@ -354,7 +354,7 @@ def step_in_backward(model: nn.Module, optimizer: AdamOptimizer) -> InBackward:
     model
         All its params that require grads must be in the optimizer.
     optimizer
-        A DeepSpeedCPUAdam or FusedAdam.
+        An optimizer of adamops.
 
     Returns
     -------
@@ -373,6 +373,6 @@ def step_in_backward(model: nn.Module, optimizer: AdamOptimizer) -> InBackward:
     The backward pass raises errors about a grad. The param with that grad, and params whose grads were not ready yet,
     are then unchanged.
     """
-    if not isinstance(optimizer, AdamOptimizer):
-        raise TypeError(f"step_in_backward() takes DeepSpeedCPUAdam or FusedAdam, not {type(optimizer).__name__}")
+    if not isinstance(optimizer, RuleOptimizer):
+        raise TypeError(f"step_in_backward() takes an optimizer of adamops, not {type(optimizer).__name__}")
     return InBackward(model, optimizer)

@@ -13,39 +13,40 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .hyper import AdamHyper
 from .layout import is_dense, like_param, same_layout
 from .memory import check_memory, check_readable, check_writable, in_memory
+from .rule import State, required
 from .state.precision import (
-    AVERAGES,
     DTYPES,
     MASTER,
+    OF_ENGINE,
     REMAINDER,
     SCALES,
-    STATE_TENSORS,
     Master,
-    averages_of,
+    names_of,
     scales_shape,
+    tensors_of,
 )
-from .state.quantization import FORMATS, block_count
+from .state.quantization import block_count, format_of
 from .state.quantized_states import is_quantized
+from .step_settings import StepSettings
 
 MOST_STEPS = 2**53  # kMostSteps in csrc/python/table.h
 
 
 @dataclasses.dataclass(eq=False, repr=False)
-class AdamBatch:
+class Batch:
     """Params with what belongs to each. All tensors of a row but scales have the param's shape and memory layout.
 
     For DTensors everything is local to this process. `owners` are the params as the optimizer has them. `owned_states`
     are the dicts that it keeps for them; step counts are written there.
 
-    `states` holds each param's step count before this step, and tensors, in torch's form: ``{"step", "exp_avg", ...}``.
+    `states` holds each param's step count before this step, under ``"step"``, and its state tensors by name.
     `names` are for messages, such as "param group 0, param 3".
     """
 
     names: list[str]
-    hyper: AdamHyper
+    settings: StepSettings
     params: list[Tensor]
     grads: list[Tensor]
     states: list[dict[str, Any]]
@@ -78,7 +79,7 @@ class AdamBatch:
 
     def state_dtypes(self, param: Tensor) -> dict[str, torch.dtype]:
         """The names of the tensors that a param's state must have, with the dtypes of new ones."""
-        return self.hyper.precision.state_dtypes(param, self.hyper.amsgrad)
+        return self.settings.precision.state_dtypes(param, self.settings.states)
 
     def needed_of(self, state: Mapping[str, Any], param: Tensor) -> dict[str, Any]:
         """What a step uses of a param's state. It leaves other entries alone, such as those of former settings."""
@@ -99,19 +100,14 @@ class AdamBatch:
     @property
     def masters(self) -> list[Tensor | None]:
         """The master weights or remainders of 16-bit params; None for params without either."""
-        kinds = [self.hyper.precision.master_of(param) for param in self.params]
+        kinds = [self.settings.precision.master_of(param) for param in self.params]
         return [state[kind.key] if kind else None for kind, state in zip(kinds, self.states, strict=True)]
 
     @property
     def scales(self) -> list[Tensor | None]:
         """The scales of quantized states; None for other states."""
-        return [state.get(SCALES) if is_quantized(state) else None for state in self.states]
-
-    @property
-    def has_spare_scales(self) -> bool:
-        """Whether there are scales of max_exp_avg_sq that this step leaves alone, because amsgrad was switched off."""
-        columns = len(averages_of(self.hyper.amsgrad))
-        return any(scales is not None and scales.shape[1] > columns for scales in self.scales)
+        states = self.settings.rule.states
+        return [state.get(SCALES) if is_quantized(state, states) else None for state in self.states]
 
     def append(self, index: int, name: str, param: Tensor, grad: Tensor, state: dict[str, Any], owner: Tensor) -> None:
         """Adds a param with what belongs to it."""
@@ -139,8 +135,8 @@ class AdamBatch:
     def written(self) -> list[Tensor]:
         """The tensors that the step writes in place."""
         columns: list[Sequence[Tensor | None]] = [self.params, self.masters, self.scales]
-        columns += map(self.column, averages_of(self.hyper.amsgrad))
-        columns += [self.grads] if self.hyper.zero_grads else []
+        columns += [self.column(state.name) for state in self.settings.states]
+        columns += [self.grads] if self.settings.zero_grads else []
         columns += [self.lowp_outs] if self.lowp_outs else []
         return [tensor for column in columns for tensor in column if tensor is not None]
 
@@ -154,7 +150,7 @@ def is_shared_count(step: Tensor) -> bool:
     return step.device.type == "cpu" and step.is_shared()
 
 
-def check_params_and_grads(batch: AdamBatch) -> None:
+def check_params_and_grads(batch: Batch) -> None:
     """Raises for the first param or grad that cannot be used. A grad with another memory layout is copied.
 
     Raises
@@ -247,7 +243,7 @@ def check_lowp_out(out: Tensor, param: Tensor, name: str) -> None:
         raise ValueError(f"{described} has strides {param.stride()}, its lowp_out {out.stride()}; they must be equal")
 
 
-def check_states(batch: AdamBatch) -> None:
+def check_states(batch: Batch) -> None:
     """Raises for the first state that does not fit its param. A state with another memory layout is an error.
 
     Raises
@@ -255,19 +251,21 @@ def check_states(batch: AdamBatch) -> None:
     TypeError, ValueError
         As check_state().
     """
+    settings = batch.settings
+    states, first = settings.rule.states, next(iter(names_of(settings.states)), None)
     for name, param, state in zip(batch.names, batch.params, batch.states, strict=True):
-        check_state(batch.needed_of(state, param), param, name)
+        check_state(batch.needed_of(state, param), param, states, name)
         check_step(state["step"], name)
         if isinstance(state["step"], Tensor) and is_shared_count(state["step"]):
             _check_counts_on(state["step"], name)
         for key, dtype in batch.state_dtypes(param).items():
             if key != SCALES:
                 _check_state_for_kernel(state[key], key, dtype, param, name)
-        if is_quantized(state):
-            _check_scales_for_kernel(state[SCALES], param, batch.hyper.amsgrad, name)
-        if batch.hyper.precision.master_of(param) is Master.FP32 and state["exp_avg"].dtype != torch.float32:
+        if is_quantized(state, states):
+            _check_scales_for_kernel(state[SCALES], param, settings, name)
+        if first and settings.precision.master_of(param) is Master.FP32 and state[first].dtype != torch.float32:
             raise TypeError(
-                f"{_described(param, name)} has a float32 {MASTER!r} and states of {state['exp_avg'].dtype}; "
+                f"{_described(param, name)} has a float32 {MASTER!r} and states of {state[first].dtype}; "
                 "master_weights=True goes with float32 states"
             )
 
@@ -286,10 +284,11 @@ def _check_state_for_kernel(value: Tensor, key: str, dtype: torch.dtype, param: 
         )
 
 
-def _check_scales_for_kernel(scales: Tensor, param: Tensor, amsgrad: bool, name: str) -> None:
+def _check_scales_for_kernel(scales: Tensor, param: Tensor, settings: StepSettings, name: str) -> None:
     """Raises for scales that kernels would access out of bounds. There may be more columns than a step needs."""
-    blocks, columns = scales_shape(param, amsgrad)
-    if scales.dim() != 2 or scales.shape[0] != blocks or not columns <= scales.shape[1] <= len(AVERAGES):
+    blocks, columns = scales_shape(param, settings.states)
+    most = len(settings.rule.states)
+    if scales.dim() != 2 or scales.shape[0] != blocks or not columns <= scales.shape[1] <= most:
         raise ValueError(
             f"{_described(param, name)} has {SCALES!r} of shape {tuple(scales.shape)} beside its 8bit states; "
             f"expected {(blocks, columns)}"
@@ -332,15 +331,18 @@ def _check_counts_on(step: Tensor, name: str) -> None:
         raise ValueError(f"{name} has a step count of {step.dtype} in shared memory, which cannot be {count}")
 
 
-def check_state(state: Mapping[str, Any], param: Tensor, name: str, elsewhere: bool = False) -> None:
-    """Raises if a state tensor (exp_avg, ..., master_param) does not fit its param.
+def check_state(
+    state: Mapping[str, Any], param: Tensor, states: tuple[State, ...], name: str, elsewhere: bool = False
+) -> None:
+    """Raises if a tensor in the state of a param does not fit it. `states` are all of the rule's.
 
     With `elsewhere`, it may be on another device, but not on meta, where it has no values.
     """
     described = _described(param, name)
-    quantized = is_quantized(state)
+    quantized = is_quantized(state, states)
+    formats = {kind.name: format_of(kind).dtype for kind in states}
     dtypes = set()
-    for key in STATE_TENSORS:
+    for key in tensors_of(states):
         if key not in state:
             continue
         value = state[key]
@@ -351,22 +353,25 @@ def check_state(state: Mapping[str, Any], param: Tensor, name: str, elsewhere: b
             raise ValueError(
                 f"{described} has state {key!r} of shape {tuple(value.shape)}; it belongs to another model or shard"
             )
-        allowed = _allowed_dtypes(key, quantized)
+        allowed = _ALLOWED.get(key) or ((formats[key],) if quantized else DTYPES)
         if value.dtype not in allowed:
             raise TypeError(f"{described} has state {key!r} of {value.dtype}; use {' or '.join(map(str, allowed))}")
         if value.device != param.device and not (elsewhere and value.device.type != "meta"):
             raise ValueError(f"{described} has state {key!r} on {value.device}")
-        if key in AVERAGES and not quantized:
+        if key not in OF_ENGINE and not quantized:
             dtypes.add(value.dtype)
-    check_scales(state, param, described)
+    check_scales(state, param, states, described)
     if len(dtypes) > 1:
         raise TypeError(f"{described} has states of different dtypes: {', '.join(sorted(map(str, dtypes)))}")
 
 
-def check_scales(state: Mapping[str, Any], param: Tensor, described: str) -> None:
+_ALLOWED = {MASTER: (torch.float32,), REMAINDER: (torch.int8, torch.int16), SCALES: (torch.bfloat16,)}
+
+
+def check_scales(state: Mapping[str, Any], param: Tensor, states: tuple[State, ...], described: str) -> None:
     """Raises ValueError for 8-bit states without their scales, and for scales whose states have become floats."""
-    quantized = is_quantized(state)
-    if SCALES in state and not quantized and any(key in state for key in AVERAGES):
+    quantized = is_quantized(state, states)
+    if SCALES in state and not quantized and any(key in state for key in names_of(states)):
         raise ValueError(
             f"{described} has float states beside {SCALES!r}, which are of 8-bit states (state_dtype='8bit'): "
             "quantized states were treated as plain numbers, as by torch.cat; state_dict(dequantize=True) gives floats"
@@ -375,39 +380,30 @@ def check_scales(state: Mapping[str, Any], param: Tensor, described: str) -> Non
         return
     scales = state.get(SCALES)
     fits = isinstance(scales, Tensor) and scales.dim() == 2 and len(scales) == block_count(param.numel())
-    if not fits or scales is None or not 2 <= scales.shape[1] <= len(AVERAGES):
+    if not fits or scales is None or not len(required(states)) <= scales.shape[1] <= len(states):
         raise ValueError(
             f"{described} has 8-bit states without the {SCALES!r} that belong to them (state_dtype='8bit'): expected "
             f"{block_count(param.numel())} rows, one for each quantization block, and a column for each state"
         )
 
 
-def check_nothing_lost(state: Mapping[str, Any], name: str) -> None:
+def check_nothing_lost(state: Mapping[str, Any], states: tuple[State, ...], name: str) -> None:
     """Raises ValueError for a state that has lost a tensor, which would silently start over.
 
-    A state may lack averages before its first step, since master weights may be loaded before that.
+    It may lack all of the rule's states before the first step, since master weights may be loaded before that.
     """
-    held = [key for key in ("step", *AVERAGES) if key in state]
+    names = names_of(states)
+    held = [key for key in ("step", *names) if key in state]
     step = state.get("step", 0)
     check_step(step, name)
     unknown = isinstance(step, Tensor) and step.device.type != "cpu"  # reading it would wait for the GPU
-    if not any(key in state for key in AVERAGES) and (unknown or step == 0):
+    if not any(key in state for key in names) and (unknown or step == 0):
         return
-    missing = [key for key in ("step", *AVERAGES[:2]) if key not in state]
+    missing = [key for key in ("step", *required(states)) if key not in state]
     if missing:
         raise ValueError(
             f"{name} has no {', '.join(map(repr, missing))} in its state but {', '.join(map(repr, held))}: it has been "
             "lost; load a checkpoint, or delete the whole state of the param to start from zero"
         )
-    if is_quantized(state) and SCALES not in state:
+    if is_quantized(state, states) and SCALES not in state:
         raise ValueError(f"{name} has 8-bit states (state_dtype='8bit') without the {SCALES!r} that belong to them")
-
-
-def _allowed_dtypes(key: str, quantized: bool) -> tuple[torch.dtype, ...]:
-    if key == MASTER:
-        return (torch.float32,)
-    if key == REMAINDER:
-        return (torch.int8, torch.int16)
-    if key == SCALES:
-        return (torch.bfloat16,)
-    return (FORMATS[key].dtype,) if quantized else DTYPES

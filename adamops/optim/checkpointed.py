@@ -15,19 +15,21 @@ from torch.optim import Optimizer
 
 from .. import _torch_compat
 from .async_step import after_async_step
-from .checkpoint.loading import adopted_states, check_groups, keep_own_settings, shield_states
+from .checkpoint.loading import adopted_states, keep_own_settings, shield_states
 from .checkpoint.pickling import share_step_counts, with_missing_attributes
 from .checkpoint.saving import saved_state
 from .dynamo_disabled import unguarded
 from .float_environment import in_default_float_environment
 from .fp32_params import checked_master, fp32_param, load_fp32_params
 from .group_precisions import GroupPrecisions, checked_precision
+from .rule import Rule
 from .state.precision import SETTINGS, Precision
 
 
 class CheckpointedOptimizer(Optimizer):
     """An optimizer whose states may be quantized, and whose params may have master weights in their states."""
 
+    rule: Rule
     _precision: Precision
     _group_precisions: GroupPrecisions
     _shared: dict[str, Any]
@@ -42,12 +44,14 @@ class CheckpointedOptimizer(Optimizer):
         """The state and settings, as torch.optim.Optimizer returns them.
 
         With `dequantize`, states are float32 whatever they are here, and what belongs to the params' precision is left
-        out: torch.optim.AdamW can load the result. All states of DTensors are DTensors that
+        out: an optimizer of torch with this rule can load the result. All states of DTensors are DTensors that
         torch.distributed.checkpoint can reshard, with float32 in place of quantized states; see portable_state_dicts().
         """
 
         def convert(state_dict: dict[str, Any]) -> dict[str, Any]:
-            state = {key: saved_state(entry, dequantize) for key, entry in state_dict["state"].items()}
+            state = {
+                key: saved_state(entry, self.rule.states, dequantize) for key, entry in state_dict["state"].items()
+            }
             groups = [
                 {key: value for key, value in group.items() if key not in SETTINGS}
                 for group in state_dict["param_groups"]
@@ -97,7 +101,7 @@ class CheckpointedOptimizer(Optimizer):
     @after_async_step
     @in_default_float_environment
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """Loads a state dict of the classes here, of torch.optim.Adam or AdamW, or of DeepSpeed's or apex's Adam.
+        """Loads a state dict of this optimizer, or of one of torch, DeepSpeed or apex with this rule.
 
         State tensors that fit are taken as they are. Others are converted to this optimizer's state dtype.
 
@@ -110,7 +114,7 @@ class CheckpointedOptimizer(Optimizer):
 
         def shield(optimizer: Optimizer, state_dict: dict[str, Any]) -> dict[str, Any]:
             # A signal handler may raise before the hook is removed; it must then do nothing.
-            return shield_states(optimizer, state_dict) if is_called_for else state_dict
+            return shield_states(state_dict, self.rule.states) if is_called_for else state_dict
 
         handle = None
         try:
@@ -124,7 +128,7 @@ class CheckpointedOptimizer(Optimizer):
     def __setstate__(self, state: dict[str, Any]) -> None:
         """Called by unpickling and, with loaded state, by load_state_dict()."""
         is_pickled, is_loaded = "defaults" in state, "state" in state and "param_groups" in state
-        state = with_missing_attributes(state) if is_pickled else {**state}
+        state = with_missing_attributes(state, self.rule) if is_pickled else {**state}
         if is_loaded:
             groups = state["param_groups"]
             if is_pickled:
@@ -132,13 +136,15 @@ class CheckpointedOptimizer(Optimizer):
             else:
                 keep_own_settings(groups, self.param_groups)
             precisions = [checked_precision(g, f"param group {i}", self._precision) for i, g in enumerate(groups)]
-            state["state"] = adopted_states(state["state"], groups, precisions)
-            check_groups(groups)
+            state["state"] = adopted_states(state["state"], groups, precisions, self.rule)
+            for i, group in enumerate(groups):
+                self.rule.check_loaded_group(group, f"param group {i}")
         super().__setstate__(state)
         for group in self.param_groups:
-            group.setdefault("bias_correction", True)
-            group.setdefault("amsgrad", False)
+            self.rule.add_missing_settings(group)
             group.setdefault("maximize", False)
+            if "capturable" in self.defaults:
+                group.setdefault("capturable", False)
             if "stochastic_rounding_seed" in self.defaults:
                 group.setdefault("stochastic_rounding_seed", self.defaults["stochastic_rounding_seed"])
         if is_loaded:

@@ -13,8 +13,8 @@ from . import dtensor
 from .backends.base import Backend
 from .clipping import ClippedGrads
 from .grads import local_grads, with_grads
-from .hyper import to_number
 from .memory import check_readable
+from .settings import to_number
 
 _CPU = torch.device("cpu")
 
@@ -34,7 +34,7 @@ class Clippable(Protocol):
 
 
 def clip_grad_norm(optimizer: Clippable, max_norm: float, norm_type: float, error_if_nonfinite: bool) -> Tensor:
-    """Clips the optimizer's grads, and returns their norm: AdamOptimizer.clip_grad_norm_()."""
+    """Clips the optimizer's grads, and returns their norm: RuleOptimizer.clip_grad_norm_()."""
     params = [param for group in optimizer.param_groups for param in group["params"]]
     dtensor.check_norm_is_known(params)
     named = [

@@ -14,61 +14,65 @@ from torch import Tensor
 
 from . import dtensor
 from .backends.base import Backend
-from .batch import AdamBatch, check_nothing_lost, check_state
+from .batch import Batch, check_nothing_lost, check_state
+from .rule import State
 from .state import remainders
 from .state.memory_layout import in_layout_of, is_in_layout_of, moved_with
-from .state.precision import AVERAGES, MASTER, REMAINDER, SCALES, STATE_TENSORS, Master, Precision, scales_shape
+from .state.precision import MASTER, REMAINDER, SCALES, Master, Precision, scales_shape, tensors_of
+from .state.quantization import format_of
 from .state.quantized_states import is_quantized, with_held_names
 
 
-def is_complete(state: dict[str, Any], param: Tensor, batch: AdamBatch) -> bool:
+def is_complete(state: dict[str, Any], param: Tensor, batch: Batch) -> bool:
     """Whether a state has everything that a step needs, in the memory layout of the param."""
-    needed = {"step", *batch.state_dtypes(param)} - {SCALES}
-    if not state.keys() >= needed or _has_stale_masters(state, param, batch.hyper.precision):
+    settings, needed = batch.settings, {"step", *batch.state_dtypes(param)} - {SCALES}
+    if not state.keys() >= needed or _has_stale_masters(state, param, settings.precision):
         return False
-    if not is_in_layout_of(param, state, needed):
+    if not is_in_layout_of(param, state, settings.rule.states, needed):
         return False
     scales = state.get(SCALES)
-    if not is_quantized(state) or not isinstance(scales, Tensor) or scales.dim() != 2:
+    if not is_quantized(state, settings.rule.states) or not isinstance(scales, Tensor) or scales.dim() != 2:
         return True
-    return scales.shape[1] >= len(needed & {*AVERAGES})
+    return scales.shape[1] >= len(settings.states)
 
 
-def complete_states(backend: Backend, batch: AdamBatch) -> None:
+def complete_states(backend: Backend, batch: Batch) -> None:
     """Adds what the batch's states lack: a step count of 0, zeros, and master weights that start as the params.
 
     Where the memory layout of a param has changed, its state follows.
     """
-    held = [with_held_names(state, name) for name, state in zip(batch.names, batch.states, strict=True)]
+    settings, states = batch.settings, batch.settings.rule.states
+    held = [with_held_names(state, states, name) for name, state in zip(batch.names, batch.states, strict=True)]
     dtypes_of = list(map(batch.state_dtypes, batch.params))
     for i, (name, param, state, needed) in enumerate(zip(batch.names, batch.params, held, dtypes_of, strict=True)):
-        check_nothing_lost(state, name)
-        check_state(batch.needed_of(state, param), param, name)  # before torch reads them
-        if not is_in_layout_of(param, state, needed):
-            local = {key: dtensor.local(state[key]) for key in moved_with(state, needed) if key in state}
-            check_state(local, param, name)
+        check_nothing_lost(state, states, name)
+        check_state(batch.needed_of(state, param), param, states, name)  # before torch reads them
+        if not is_in_layout_of(param, state, states, needed):
+            local = {key: dtensor.local(state[key]) for key in moved_with(state, states, needed) if key in state}
+            check_state(local, param, states, name)
             new = functools.partial(_new_like, backend, param)
-            held[i] = {**state, **in_layout_of(param, local, needed, new)}
+            held[i] = {**state, **in_layout_of(param, local, states, needed, new)}
     completed = [
-        {**state} if "step" in state else {"step": backend.new_step_count(batch.hyper), **state} for state in held
+        {**state} if "step" in state else {"step": backend.new_step_count(settings), **state} for state in held
     ]
-    for key in STATE_TENSORS:
+    optional = {state.name: state for state in states[1:] if state.optional}
+    for key in tensors_of(states):
         lacking = [i for i, names in enumerate(dtypes_of) if key in names and key not in completed[i]]
         if key == SCALES or not lacking:
             continue
         like = [batch.params[i] for i in lacking]
         dtypes = [dtypes_of[i][key] for i in lacking]
-        if key == AVERAGES[2]:  # the other averages may have another dtype than new ones would
-            dtypes = [completed[i][AVERAGES[1]].dtype for i in lacking]
+        if key in optional:  # the other states may have another dtype than new ones would
+            dtypes = [_dtype_beside(completed[i], states, optional[key]) for i in lacking]
         for i, zeros in zip(lacking, backend.zeros_like(like, dtypes), strict=True):
             is_master = key == MASTER
             completed[i][key] = _initialized_master(zeros, batch.params[i], completed[i]) if is_master else zeros
     for param, state in zip(batch.params, completed, strict=True):
-        if _has_stale_masters(state, param, batch.hyper.precision):
+        if _has_stale_masters(state, param, settings.precision):
             state.pop(MASTER, None)
             state.pop(REMAINDER, None)
-        if is_quantized(state):
-            _complete_scales(state, param, batch.hyper.amsgrad)
+        if is_quantized(state, states):
+            _complete_scales(state, param, settings.states)
     batch.states = completed
 
 
@@ -77,15 +81,21 @@ def _new_like(backend: Backend, param: Tensor, dtype: torch.dtype) -> Tensor:
     return new
 
 
+def _dtype_beside(state: Mapping[str, Any], states: tuple[State, ...], new: State) -> torch.dtype:
+    """The dtype of a new tensor beside the first state of a param, which is there."""
+    first: Tensor = state[states[0].name]
+    return format_of(new).dtype if is_quantized(state, states) else first.dtype
+
+
 def _initialized_master(master: Tensor, param: Tensor, state: dict[str, Any]) -> Tensor:
     """Initializes float32 master weights from the param, and from its loaded remainder if there is one."""
     remainder = state.pop(REMAINDER, None)
     return master.copy_(param if remainder is None else remainders.join(param, remainder))
 
 
-def _complete_scales(state: dict[str, Any], param: Tensor, amsgrad: bool) -> None:
+def _complete_scales(state: dict[str, Any], param: Tensor, in_use: tuple[State, ...]) -> None:
     """Adds the scales that a quantized state lacks. Its elements are zeros there, which any scale fits."""
-    shape = scales_shape(param, amsgrad)
+    shape = scales_shape(param, in_use)
     scales = state.get(SCALES)
     if scales is None or scales.shape != shape:
         state[SCALES] = torch.zeros(shape, dtype=torch.bfloat16, device=param.device)

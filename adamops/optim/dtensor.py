@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import math
 import sys
-from collections.abc import Container, Iterable, Mapping
+from collections.abc import Collection, Iterable, Mapping
 from typing import Any, TypeAlias
 
 import torch
@@ -17,7 +17,7 @@ from torch import Tensor
 from .. import _torch_compat
 from .data_parallel import wrapper_of
 from .memory import PLAIN_TYPES
-from .state.precision import SCALES, STATE_TENSORS
+from .state.precision import SCALES
 
 # The mesh, and its dimensions, over which a param is sharded; None if each process that has it has all of it.
 ShardLayout: TypeAlias = "tuple[Any, tuple[int, ...]] | None"
@@ -77,7 +77,7 @@ def grad_like(param: Tensor, grad: Tensor, name: str) -> Tensor:
     return param.grad
 
 
-def local_state(state: Mapping[str, Any], param: Tensor, name: str, needed: Container[str] = STATE_TENSORS) -> Any:
+def local_state(state: Mapping[str, Any], param: Tensor, name: str, needed: Collection[str]) -> Any:
     """The state of a param with local tensors: the same dict for a plain param, a new one for a DTensor.
 
     Raises TypeError or ValueError if a tensor in it that is `needed` does not have the param's placements; others stay
@@ -85,8 +85,7 @@ def local_state(state: Mapping[str, Any], param: Tensor, name: str, needed: Cont
     """
     if not is_sharded(param):
         return state
-    names = [key for key in STATE_TENSORS if key in needed]
-    for key in names:
+    for key in needed:
         value = state.get(key)
         if key == SCALES or value is None:
             continue
@@ -102,7 +101,7 @@ def local_state(state: Mapping[str, Any], param: Tensor, name: str, needed: Cont
                 f"one of shape {tuple(value.shape)} placed as {_placements(value)}; "
                 "torch.distributed.checkpoint loads what was cut otherwise"
             )
-    return {key: local(value) if key in names else value for key, value in state.items()}
+    return {key: local(value) if key in needed else value for key, value in state.items()}
 
 
 def local_like(tensor: Tensor, param: Tensor, what: str) -> Tensor:
@@ -117,8 +116,10 @@ def local_like(tensor: Tensor, param: Tensor, what: str) -> Tensor:
     return local(tensor)
 
 
-def owned_state(state: Mapping[str, Any], param: Tensor, held: Mapping[str, Any] | None = None) -> Any:
-    """The inverse of local_state(): tensors, except scales, become DTensors with the param's placements.
+def owned_state(
+    state: Mapping[str, Any], param: Tensor, names: Collection[str], held: Mapping[str, Any] | None = None
+) -> Any:
+    """The inverse of local_state(): tensors with these names, except scales, become DTensors placed like the param.
 
     A DTensor in `held` is reused if it has the same local tensor.
     """
@@ -131,7 +132,7 @@ def owned_state(state: Mapping[str, Any], param: Tensor, held: Mapping[str, Any]
 
     return {
         key: value
-        if key not in STATE_TENSORS or key == SCALES
+        if key not in names or key == SCALES
         else (held[key] if key in held and is_same(held[key], value) else like_param_placed(value, param))
         for key, value in state.items()
     }

@@ -31,7 +31,7 @@ def checked_master(param: Tensor, state: Mapping[str, Any], precision: Precision
             if key == REMAINDER:  # it belongs to the param's bits as they are in memory
                 check_memory(held, name)
             master = dtensor.local(state[key])
-            check_state({key: master}, held, name, elsewhere=True)
+            check_state({key: master}, held, (), name, elsewhere=True)
             return master
     return None
 

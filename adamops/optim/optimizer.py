@@ -1,12 +1,13 @@
-"""The base class of the Adam optimizers: a torch.optim.Optimizer whose step hands whole param groups to the op.
+"""The base class of all optimizers: a torch.optim.Optimizer whose step hands whole param groups to the op of its rule.
 
-step() is short: resolve the settings, prepare all groups (step.py), commit (commit.py).
+step() is short: resolve the settings, prepare all groups (step.py), commit (commit.py). Must not know any one rule.
 """
 
 from __future__ import annotations
 
 import sys
 from collections.abc import Callable, Sequence
+from types import FrameType
 from typing import Any
 
 import torch
@@ -14,12 +15,10 @@ from torch import Tensor
 from torch.optim import Optimizer
 
 from . import dtensor
-from .accelerate import check_not_replaced
 from .amp import StepSupportsAmpScaling
 from .async_step import AsyncStep, ForBackground, after_async_step, start_step
 from .backends.base import Backend
-from .backends.loading import load_host_backend
-from .batch import check_on_cpu
+from .backends.loading import load_backend
 from .checkpointed import CheckpointedOptimizer
 from .clip_grad_norm import clip_grad_norm, grad_factor
 from .clipping import ClippedGrads
@@ -28,25 +27,41 @@ from .dynamo_disabled import dynamo_disabled, unguarded
 from .float_environment import in_default_float_environment
 from .grads import check_not_quantized, with_grads
 from .group_precisions import GroupPrecisions, checked_precision
-from .hyper import AdamHyper, to_number
-from .hyper import rng_offset as rng_offset_of
 from .memory import check_readable, check_writable
 from .param_groups import check_settings, checked_params
 from .profiled import profiled
-from .settings import FLAGS, check_betas, check_flags, check_hyper, checked_seed
+from .settings import checked_seed, to_number
 from .state.precision import EIGHT_BIT, Precision, precision_of
 from .step import GroupToStep, check_shared_memory, checked_lowp_outs, evaluate, prepare, prepare_group
+from .step_settings import StepSettings
+from .step_settings import rng_offset as rng_offset_of
 from .wrapper_shared_attribute import WrapperSharedAttribute
 
 _CPU = torch.device("cpu")
 # Called for each param group of any optimizer, with whether its states are quantized to 8 bits.
 group_watchers: list[Callable[[bool], object]] = []
+# Called with an optimizer and the caller's frame when its defaults are read. They may raise.
+defaults_watchers: list[Callable[[Any, FrameType], object]] = []
 
 
-class AdamOptimizer(CheckpointedOptimizer):
-    """Adam and AdamW for params on the CPU. The public classes differ in their arguments and in what they add.
+class RuleOptimizer(CheckpointedOptimizer):
+    """An optimizer with any rule, for params on any device.
+
+    A subclass has the rule as its attribute `rule`, and a constructor with the rule's settings and defaults, which
+    passes on all other arguments.
 
     Under torch.amp.GradScaler the step itself unscales the grads. It reads them and does not write them.
+
+    Parameters
+    ----------
+    params
+        Params to optimize, or dicts of param groups.
+    fp32_optimizer_states, master_weights, maximize, state_dtype, master_weight_bits, stochastic_rounding,
+    stochastic_rounding_seed, capturable
+        As the classes of adamops.ops.adam describe them. Param groups have `capturable` as a setting only if it is
+        given.
+    settings
+        The settings of the rule, each with its default.
     """
 
     _clipped = WrapperSharedAttribute[ClippedGrads | None](None)  # the clip factor and its grads
@@ -59,17 +74,17 @@ class AdamOptimizer(CheckpointedOptimizer):
         self,
         params: Any,
         *,
-        adam_w_mode: bool,
         fp32_optimizer_states: bool = True,
         master_weights: bool = False,
         state_dtype: torch.dtype | str | None = None,
         master_weight_bits: int | None = None,
         stochastic_rounding: bool = False,
         stochastic_rounding_seed: int | None = None,
-        **defaults: Any,
+        maximize: bool = False,
+        capturable: bool | None = None,
+        **settings: Any,
     ) -> None:
         self._shared: dict[str, Any] = {}
-        self.adam_w_mode = adam_w_mode
         self.fp32_optimizer_states = fp32_optimizer_states
         self.master_weights = master_weights
         arguments = {
@@ -81,19 +96,22 @@ class AdamOptimizer(CheckpointedOptimizer):
         }
         self._precision = precision_of(arguments, Precision())
         self._group_precisions = GroupPrecisions()
+        defaults = {**settings, "maximize": maximize}
+        if capturable is not None:
+            defaults["capturable"] = capturable
         if stochastic_rounding or stochastic_rounding_seed is not None:
             # A setting, so the state dict has it. Not drawn at random: replicas seed torch's generator differently, for
             # their data.
             defaults["stochastic_rounding_seed"] = checked_seed(stochastic_rounding_seed, "")
-        check_flags({"adam_w_mode": adam_w_mode, **{key: defaults[key] for key in FLAGS if key in defaults}})
-        check_hyper(defaults, "")
+        check_settings(self.rule, defaults, {}, "")
         super().__init__(params, defaults)
-        self._backends: dict[torch.device, Backend] = {_CPU: load_host_backend()}
+        self._backends: dict[torch.device, Backend] = {_CPU: load_backend(self.rule, _CPU)}
 
     @property
     def defaults(self) -> dict[str, Any]:
         """The settings of param groups that do not set their own."""
-        check_not_replaced(self, sys._getframe(1))
+        for watcher in defaults_watchers:
+            watcher(self, sys._getframe(1))
         if "defaults" not in self.__dict__:
             raise AttributeError("defaults")  # for a wrapper of this class, which then asks the optimizer
         defaults: dict[str, Any] = self.__dict__["defaults"]
@@ -106,13 +124,13 @@ class AdamOptimizer(CheckpointedOptimizer):
     @staticmethod
     def profile_hook_step(func: Callable[..., Any]) -> Callable[..., Any]:
         """Wraps step() with hooks and profiling, as Optimizer does, and hides all of it from torch.compile."""
-        return dynamo_disabled(profiled(func, AdamOptimizer._steps_in_backward))
+        return dynamo_disabled(profiled(func, RuleOptimizer._steps_in_backward))
 
     @after_async_step
     def add_param_group(self, param_group: dict[str, Any]) -> None:
         """Adds a param group, as torch.optim.Optimizer does, after checking its settings and params."""
         where = f"param group {len(self.param_groups)}"
-        check_settings(param_group, self.defaults, self.adam_w_mode, where)
+        check_settings(self.rule, param_group, self.defaults, where)
         precision = checked_precision(param_group, where, self._precision)
         param_group["params"] = checked_params(param_group, where)
         unguarded(Optimizer.add_param_group)(self, param_group)  # keeps the dict itself; others rely on that
@@ -216,7 +234,7 @@ class AdamOptimizer(CheckpointedOptimizer):
         factor = grad_factor(self)
         threads = None if background is None else background.threads
         groups = [
-            GroupToStep(where, group, self._hyper(group, where, zero_grads, factor, threads=threads))
+            GroupToStep(where, group, self._step_settings(group, where, zero_grads, factor, threads=threads))
             for i, group in enumerate(self.param_groups)
             for where in [f"param group {i}"]
         ]
@@ -273,8 +291,8 @@ class AdamOptimizer(CheckpointedOptimizer):
         group, where = self.param_groups[group_index], f"param group {group_index}"
         own = {**group, "params": group["params"][index : index + 1]}
         try:
-            hyper = self._hyper(group, where, rng_offset=index)
-            step = prepare_group(self, GroupToStep(where, own, hyper), {})
+            settings = self._step_settings(group, where, rng_offset=index)
+            step = prepare_group(self, GroupToStep(where, own, settings), {})
         except (TypeError, ValueError) as error:  # it is param 0 of `own`, and the message says so
             raise type(error)(str(error).replace(f"{where}, param 0", f"{where}, param {index}")) from None
         commit(self.state, [step])
@@ -296,10 +314,12 @@ class AdamOptimizer(CheckpointedOptimizer):
 
     def _backend_of(self, param: Tensor, name: str) -> Backend:
         """The backend that updates the param. Raises ValueError if there is none."""
-        check_on_cpu(param, name)
-        return self._backends[_CPU]
+        device = param.device
+        if device not in self._backends:
+            self._backends[device] = load_backend(self.rule, device)
+        return self._backends[device]
 
-    def _hyper(
+    def _step_settings(
         self,
         group: dict[str, Any],
         where: str,
@@ -307,35 +327,48 @@ class AdamOptimizer(CheckpointedOptimizer):
         grad_factor: float | Tensor | None = None,
         rng_offset: int = 0,
         threads: int | None = None,
-    ) -> AdamHyper:
-        """The group's hyper-parameters, checked, with what torch.amp.GradScaler sets on the optimizer for a step."""
+    ) -> StepSettings:
+        """The group's settings, checked, with what torch.amp.GradScaler sets on the optimizer for a step."""
         loss_scale, found_inf = getattr(self, "grad_scale", None), getattr(self, "found_inf", None)
-        in_group, precision = f" in {where}", self._group_precisions.of(group, where, self._precision)
-        hyper = AdamHyper.of_group(
-            group,
-            in_group,
-            self._to_number,
-            adamw_mode=self.adam_w_mode,
-            precision=precision,
-            grad_factor=self._grad_factor() if grad_factor is None else grad_factor,
-            zero_grads=zero_grads,
-            rng_offset=rng_offset_of(group, where, rng_offset) if precision.stochastic_rounding else 0,
+        rule, precision = self.rule, self._group_precisions.of(group, where, self._precision)
+        return StepSettings(
+            rule,
+            rule.hyper_of_group(group, f" in {where}", self._to_number),
+            rule.states_of(group),
+            bool(group["maximize"]),
+            precision,
+            bool(group.get("capturable", False)),
             loss_scale=1.0 if loss_scale is None else self._to_number(loss_scale, "grad_scale"),
             found_inf=None if found_inf is None else self._to_number(found_inf, "found_inf"),
+            grad_factor=self._grad_factor() if grad_factor is None else grad_factor,
+            zero_grads=zero_grads,
             threads=threads,
+            rng_offset=rng_offset_of(group, where, rng_offset) if precision.stochastic_rounding else 0,
         )
-        if not (0.0 <= hyper.beta1 < 1.0 and 0.0 <= hyper.beta2 < 1.0):
-            check_betas(hyper.beta1, hyper.beta2, in_group)
-        return hyper
 
     def _grad_factor(self) -> float | Tensor:
         """What to multiply the grads by; see clip_grad_norm_()."""
         return grad_factor(self)
 
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        super().__setstate__(state)
+        for i, group in enumerate(self.param_groups):
+            if group.get("capturable") and "capturable" in self.defaults:
+                self._place_step_counts(group, f"param group {i}")
+
+    def _place_step_counts(self, group: dict[str, Any], where: str) -> None:
+        """Moves loaded step counts to where a captured step expects them."""
+        hyper = self.rule.hyper_of_group(group, f" in {where}", to_number)
+        settings = StepSettings(self.rule, hyper, self.rule.states_of(group), capturable=True)
+        for i, param in enumerate(group["params"]):
+            state = self.state.get(param)
+            if state and "step" in state:
+                backend = self._backend_of(param, f"{where}, param {i}")
+                state["step"] = backend.new_step_count(settings, state["step"])
+
     def __getstate__(self) -> dict[str, Any]:
         return {
             **super().__getstate__(),
-            "adam_w_mode": self.adam_w_mode,
             "fp32_optimizer_states": self.fp32_optimizer_states,
             "master_weights": self.master_weights,
         }

@@ -1,4 +1,4 @@
-"""Checks a param group before an optimizer takes it. Must not know of states."""
+"""Checks a param group before an optimizer takes it. Must not know of states, nor which settings a rule has."""
 
 from __future__ import annotations
 
@@ -11,20 +11,18 @@ from torch.nn.parameter import is_lazy
 
 from . import dtensor
 from .batch import check_param
-from .settings import FLAGS, check_flags, check_hyper
+from .rule import Rule
+from .settings import check_flags, checked_seed
+
+_FLAGS = ("maximize", "capturable")  # settings of every rule
 
 
-def check_settings(group: Mapping[str, Any], defaults: Mapping[str, Any], adamw_mode: bool, where: str) -> None:
-    """Raises TypeError or ValueError for a setting that is invalid, or that the optimizer has for all groups."""
-    settings = {**defaults, **group}
-    check_flags({key: settings[key] for key in FLAGS if key in settings}, f" in {where}")
-    check_hyper(settings, f" in {where}")
-    for key in ("decoupled_weight_decay", "adamw_mode", "adam_w_mode"):
-        if bool(group.get(key, adamw_mode)) != adamw_mode:
-            raise ValueError(
-                f"{where} has {key}={group[key]!r}: whether weight decay is decoupled is an argument of the "
-                f"optimizer, and the same for all groups; here it is {adamw_mode}"
-            )
+def check_settings(rule: Rule, group: Mapping[str, Any], defaults: Mapping[str, Any], where: str) -> None:
+    """Raises TypeError or ValueError for an invalid setting of a group; `where` is empty for the optimizer's own."""
+    settings, in_group = {**defaults, **group}, f" in {where}" if where else ""
+    check_flags({key: settings[key] for key in _FLAGS if key in settings}, in_group)
+    rule.check_group(group, defaults, where)
+    checked_seed(settings.get("stochastic_rounding_seed"), in_group)
 
 
 def checked_params(group: Mapping[str, Any], where: str) -> Any:

@@ -15,13 +15,13 @@ from torch import Tensor
 
 from . import dtensor
 from .backends.base import Backend, Update
-from .batch import AdamBatch, check_lowp_out, check_no_overlap, check_params_and_grads
+from .batch import Batch, check_lowp_out, check_no_overlap, check_params_and_grads
 from .completion import complete_states, is_complete
 from .fp32_params import checked_master, fp32_param
 from .grads import sharded_grads, with_grads, zeroable_grads
-from .hyper import AdamHyper
 from .memory import PLAIN_TYPES, check_torch_computes, check_writable, is_in_memory
-from .state.precision import Precision
+from .state.precision import Precision, tensors_of
+from .step_settings import StepSettings
 
 
 class Steppable(Protocol):
@@ -36,11 +36,11 @@ class Steppable(Protocol):
 
 
 class GroupToStep(NamedTuple):
-    """A param group, its name for messages, and the hyper-parameters of this step."""
+    """A param group, its name for messages, and the settings of this step."""
 
     where: str
     group: dict[str, Any]
-    hyper: AdamHyper
+    settings: StepSettings
 
 
 @dataclasses.dataclass(slots=True, eq=False, repr=False)
@@ -68,7 +68,9 @@ def prepare(
         ]
     if zero_grads and _grads_overlap(steps):
         steps = [
-            prepare_group(optimizer, group._replace(hyper=dataclasses.replace(group.hyper, zero_grads=False)), outs)
+            prepare_group(
+                optimizer, group._replace(settings=dataclasses.replace(group.settings, zero_grads=False)), outs
+            )
             for group in groups
         ]
         for step, (where, group, _) in zip(steps, groups, strict=True):
@@ -79,13 +81,13 @@ def prepare(
 
 def prepare_group(optimizer: Steppable, to_step: GroupToStep, outs: dict[Tensor, Tensor]) -> GroupStep:
     """Prepares the step of one group: by the fast path if all of it is eligible, else a batch for each backend."""
-    where, group, hyper = to_step
+    where, group, settings = to_step
     params = group["params"]
     backend = optimizer._backends.get(params[0].device) if params else None
-    update = backend.prepare_group(where, hyper, params, optimizer.state) if backend and not outs else None
-    if backend and update and not backend.skips(hyper):
+    update = backend.prepare_group(where, settings, params, optimizer.state) if backend and not outs else None
+    if backend and update and not backend.skips(settings):
         sharded = [param for param in params if param.grad is not None] if update.table.sharded else []
-        sharded += sharded_grads(params) if sharded and hyper.zero_grads else []
+        sharded += sharded_grads(params) if sharded and settings.zero_grads else []
         return GroupStep([(backend, update)], sharded=sharded)
 
     check_torch_computes()
@@ -96,46 +98,48 @@ def prepare_group(optimizer: Steppable, to_step: GroupToStep, outs: dict[Tensor,
         if left and backend.writes_copies:
             batch.lowp_outs = [left.pop(owner, None) for owner in batch.owners]
         add_batch(optimizer, step, backend, batch)
-    if hyper.zero_grads:
+    if settings.zero_grads:
         # The other grads were copied before the update, or belong to a step that is skipped.
         read = {id(grad) for _, batch in batches for grad in batch.grads}
         step.after += [grad.zero_ for grad in zeroable_grads(group, where) if id(grad) not in read]
         step.sharded += sharded_grads(params)
     for param, out in left.items():
         state = optimizer.state.get(param) or {}
-        checked_master(param, state, hyper.precision, f"{where}: a param with a lowp_out")
+        checked_master(param, state, settings.precision, f"{where}: a param with a lowp_out")
         check_writable(out, f"{where}: a lowp_out")
-        step.after.append(functools.partial(_write_copy, optimizer, param, out, hyper.precision))
+        step.after.append(functools.partial(_write_copy, optimizer, param, out, settings.precision))
     return step
 
 
-def batches_of(optimizer: Steppable, to_step: GroupToStep) -> list[tuple[Backend, AdamBatch]]:
+def batches_of(optimizer: Steppable, to_step: GroupToStep) -> list[tuple[Backend, Batch]]:
     """The group's params that have a grad, in a batch for each backend that does not skip this step."""
-    where, group, hyper = to_step
-    batches: dict[torch.device, tuple[Backend, AdamBatch]] = {}
+    where, group, settings = to_step
+    batches: dict[torch.device, tuple[Backend, Batch]] = {}
     for index, name, param, grad in with_grads(group, where):
         if param.device not in batches:
-            batches[param.device] = optimizer._backend_of(param, name), AdamBatch([], hyper, [], [], [])
+            batches[param.device] = optimizer._backend_of(param, name), Batch([], settings, [], [], [])
         owner = group["params"][index]
         batch = batches[param.device][1]
         state = optimizer.state.get(owner, {})
         if not isinstance(state, dict):
             raise TypeError(f"{name} has a {type(state).__name__} as its state; expected a dict")
         if dtensor.is_sharded(owner):
-            state = dtensor.local_state(state, owner, name, batch.needed_of(state, param))
+            needed = [key for key in batch.needed_of(state, param) if key in tensors_of(settings.rule.states)]
+            state = dtensor.local_state(state, owner, name, needed)
         batch.append(index, name, param, grad, state, owner)
-    return [(backend, batch) for backend, batch in batches.values() if not backend.skips(hyper)]
+    return [(backend, batch) for backend, batch in batches.values() if not backend.skips(settings)]
 
 
-def add_batch(optimizer: Steppable, step: GroupStep, backend: Backend, batch: AdamBatch) -> None:
+def add_batch(optimizer: Steppable, step: GroupStep, backend: Backend, batch: Batch) -> None:
     """Prepares a batch, and adds it to its group's step."""
     complete = all(map(is_complete, batch.states, batch.params, [batch] * len(batch.params)))
     if not complete:
         check_params_and_grads(batch)
         complete_states(backend, batch)
     if not complete or batch.has_shards:
+        names = tensors_of(batch.settings.rule.states)
         batch.owned_states = [
-            dtensor.owned_state(state, owner, optimizer.state.get(owner))
+            dtensor.owned_state(state, owner, names, optimizer.state.get(owner))
             for owner, state in zip(batch.owners, batch.states, strict=True)
         ]
         step.new_states += zip(batch.owners, batch.owned_states, strict=True)

@@ -18,6 +18,7 @@ from frameworks.processes import run_on_ranks
 
 from adamops import DeepSpeedCPUAdam
 from adamops._deepspeed_states import read_piece, write_piece
+from adamops.ops.adam.adam import AdamRule
 
 pytestmark = [pytest.mark.frameworks]
 
@@ -49,7 +50,7 @@ PIECES = [(0, 5203), (0, 1), (255, 2), (256, 256), (300, 700), (5202, 1), (5120,
 @pytest.mark.parametrize("key", ["exp_avg", "exp_avg_sq"])
 def test_a_piece_is_read_as_the_whole_is(state, key, start, numel):
     quantized, whole = state
-    piece = read_piece(quantized, key, start, numel)
+    piece = read_piece(quantized, AdamRule.states, key, start, numel)
     assert piece.dtype == torch.float32 and torch.equal(piece, whole[key][start : start + numel])
 
 
@@ -59,8 +60,8 @@ def test_a_piece_is_written_and_nothing_beside_it(state, key, start, numel):
     quantized, whole = state
     values = whole[key][start : start + numel].flip(0)  # of one block's magnitude, so its scale stays
     before = {name: tensor.clone() for name, tensor in quantized.items() if isinstance(tensor, torch.Tensor)}
-    write_piece(quantized, key, start, values)
-    written = read_piece(quantized, key, start, numel)
+    write_piece(quantized, AdamRule.states, key, start, values)
+    written = read_piece(quantized, AdamRule.states, key, start, numel)
     torch.testing.assert_close(written, values, rtol=0.05, atol=float(whole[key].abs().max()) * 2e-3)
     for name in before:
         if name not in (key, "block_scales"):
@@ -75,7 +76,7 @@ def test_what_is_read_can_be_written_back(state):
     quantized, _ = state
     before = {name: tensor.clone() for name, tensor in quantized.items() if isinstance(tensor, torch.Tensor)}
     for key in ("exp_avg", "exp_avg_sq"):
-        write_piece(quantized, key, 100, read_piece(quantized, key, 100, 3000))
+        write_piece(quantized, AdamRule.states, key, 100, read_piece(quantized, AdamRule.states, key, 100, 3000))
     for name, tensor in before.items():
         assert torch.equal(quantized[name], tensor), name
 

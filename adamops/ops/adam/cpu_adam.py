@@ -9,12 +9,13 @@ import torch
 from torch import Tensor
 
 from ...optim.async_step import after_async_step
-from ...optim.batch import AdamBatch, check_on_cpu, check_params_and_grads, check_states
+from ...optim.backends.base import Backend
+from ...optim.batch import Batch, check_on_cpu, check_params_and_grads, check_states
 from ...optim.commit import commit
 from ...optim.interrupts import deferred_signals
-from ...optim.optimizer import AdamOptimizer
 from ...optim.settings import check_flags
 from ...optim.step import GroupStep, add_batch, evaluate
+from .adam_optimizer import AdamOptimizer
 from .rollback import undo_step
 
 
@@ -168,11 +169,15 @@ class DeepSpeedCPUAdam(AdamOptimizer):
         if int(state["step"]) < 1:
             raise RuntimeError(f"Cannot roll back subgroup {sub_group_id}: all its steps have been undone")
         with deferred_signals():
-            undo_step(param, grad, state, batch.hyper)
+            undo_step(param, grad, state, batch.settings)
             state["step"] -= 1
         return loss
 
-    def _subgroup_batch(self, subgroup_id: int) -> AdamBatch:
+    def _backend_of(self, param: Tensor, name: str) -> Backend:
+        check_on_cpu(param, name)
+        return super()._backend_of(param, name)
+
+    def _subgroup_batch(self, subgroup_id: int) -> Batch:
         """A batch of the only param that has a grad, checked, without its state."""
         found = [
             (group, param, grad)
@@ -187,7 +192,7 @@ class DeepSpeedCPUAdam(AdamOptimizer):
             )
         ((group, param, grad),) = found
         where = f"subgroup {subgroup_id}"
-        batch = AdamBatch([where], self._hyper(group, where), [param], [grad], [])
+        batch = Batch([where], self._step_settings(group, where), [param], [grad], [])
         check_on_cpu(param, where)
         check_params_and_grads(batch)
         return batch

@@ -8,24 +8,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ... import op_builder
-from ...optim.backends.base import Backend
-from ...optim.backends.cuda import CudaBackend
-from ...optim.backends.loading import pure_pytorch
-from ...optim.hyper import AdamHyper
-from ...optim.optimizer import AdamOptimizer
 from ...optim.settings import check_flags
-
-
-def _load_backend(device: torch.device) -> Backend:
-    """The compiled op for params on a device other than the CPU, or pure PyTorch with one warning that says why."""
-    if device.type != "cuda" or torch.version.hip:
-        return pure_pytorch(f"No op is compiled for params on {'AMD GPUs' if torch.version.hip else device.type}.")
-    builder: Any = op_builder.get("fused_adam")
-    try:
-        return CudaBackend(builder.load_for_device(device.index), device)
-    except op_builder.OpUnavailableError as error:
-        return pure_pytorch(str(error))
+from .adam_optimizer import AdamOptimizer
 
 
 class FusedAdam(AdamOptimizer):
@@ -139,27 +123,9 @@ class FusedAdam(AdamOptimizer):
             )
         return super().step(closure, zero_grads=zero_grads, lowp_out=lowp_out)
 
-    def _backend_of(self, param: Tensor, name: str) -> Backend:
-        device = param.device
-        if device not in self._backends:
-            self._backends[device] = _load_backend(device)
-        return self._backends[device]
-
     def __setstate__(self, state: dict[str, Any]) -> None:
         super().__setstate__(state)
         self.__dict__.setdefault("set_grad_none", True)
-        for i, group in enumerate(self.param_groups):
-            if group.setdefault("capturable", False):
-                self._place_step_counts(group, f"param group {i}")
-
-    def _place_step_counts(self, group: dict[str, Any], where: str) -> None:
-        """Moves loaded step counts to where a captured step expects them."""
-        hyper = AdamHyper.of_group(group, f" in {where}", adamw_mode=self.adam_w_mode)
-        for i, param in enumerate(group["params"]):
-            state = self.state.get(param)
-            if state and "step" in state:
-                backend = self._backend_of(param, f"{where}, param {i}")
-                state["step"] = backend.new_step_count(hyper, state["step"])
 
     def __getstate__(self) -> dict[str, Any]:
         return {**super().__getstate__(), "set_grad_none": self.set_grad_none}

@@ -20,35 +20,38 @@ import torch
 from torch import Tensor
 
 from ...optim.float_environment import in_default_float_environment
-from ...optim.hyper import AdamHyper, AdamScalars
 from ...optim.memory import check_writable
 from ...optim.pieces import each_piece
+from ...optim.step_settings import StepSettings
+from .adam import AdamScalars
 
 
 @in_default_float_environment
-def undo_step(param: Tensor, grad: Tensor, state: dict[str, Any], hyper: AdamHyper) -> None:
+def undo_step(param: Tensor, grad: Tensor, state: dict[str, Any], settings: StepSettings) -> None:
     """Restores param, exp_avg and exp_avg_sq in place; the caller has checked them, and decrements the step count.
 
     Raises RuntimeError, before anything is written, if the step lost what is needed to undo it, and ValueError if a
     tensor is not writable.
     """
-    if hyper.precision.stochastic_rounding or hyper.precision.master or state["exp_avg"].dtype == torch.int8:
+    if settings.precision.stochastic_rounding or settings.precision.master or state["exp_avg"].dtype == torch.int8:
         raise RuntimeError("Cannot roll back a step with 8-bit states, master weights or stochastic rounding")
     step = int(state["step"])
     first = step == 1
-    if not first and hyper.amsgrad:
+    keys = [kind.name for kind in settings.states]
+    if not first and "max_exp_avg_sq" in keys:
         raise RuntimeError("Cannot roll back a step with amsgrad: it does not say what max_exp_avg_sq was before")
-    if not first and 0.0 in (hyper.beta1, hyper.beta2):
+    _, beta1, beta2, *_ = settings.hyper
+    if not first and 0.0 in (beta1, beta2):
         raise RuntimeError("Cannot roll back a step with a beta of 0: nothing is left of the former average")
-    exact = hyper.scalars(step)
-    k = AdamScalars._make(torch.tensor(exact, dtype=torch.float32, device="cpu").double().tolist())
+    exact = torch.tensor(settings.scalars(step), dtype=torch.float32, device="cpu")
+    grad_scale, *scalars = exact.double().tolist()
+    k = AdamScalars._make(scalars)
     if k.decay == 0.0:
         raise RuntimeError("Cannot roll back a step with lr * weight_decay = 1: nothing is left of the former param")
-    keys = ["exp_avg", "exp_avg_sq", *(["max_exp_avg_sq"] if hyper.amsgrad else [])]
     for tensor in (param, *(state[key] for key in keys)):
         check_writable(tensor, "what a roll-back is to write")
     for piece in each_piece(param, grad, *(state[key] for key in keys)):
-        _undo_piece(*piece, k=k, first=first)
+        _undo_piece(*piece, k=k, grad_scale=grad_scale, first=first)
 
 
 def _undo_piece(
@@ -59,6 +62,7 @@ def _undo_piece(
     max_exp_avg_sq: Tensor | None = None,
     *,
     k: AdamScalars,
+    grad_scale: float,
     first: bool,
 ) -> None:
     m, v = exp_avg.double(), exp_avg_sq.double()
@@ -66,7 +70,7 @@ def _undo_piece(
     denominator = largest_v.sqrt() * k.inverse_sqrt_bias2 + k.eps
     # With eps = 0 and a grad of zero, 0 / 0 made the param NaN in the step; there is nothing better to return.
     former = (param.double() - k.negative_step_size * (m / denominator)) / k.decay
-    gradient = grad.double() * k.grad_scale + k.l2 * former
+    gradient = grad.double() * grad_scale + k.l2 * former
     param.copy_(former)
     if first:
         for average in (exp_avg, exp_avg_sq, max_exp_avg_sq):

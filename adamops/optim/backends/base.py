@@ -9,9 +9,9 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor
 
-from ..batch import AdamBatch
-from ..hyper import AdamHyper
+from ..batch import Batch
 from ..memory import count_writes
+from ..step_settings import StepSettings
 
 
 @dataclasses.dataclass(slots=True, eq=False, repr=False)
@@ -29,7 +29,7 @@ class Update:
     table
         The op's table, for backends that have one.
     call
-        The arguments of the CPU op's `adam_steps` for this update, so that one call can run several updates.
+        The arguments of the CPU op for this update, so that one call can run several updates.
     count_writes
         Tells autograd now what the op would tell it when it runs; None if the op tells it nothing.
     on_cpu
@@ -51,19 +51,19 @@ class Update:
 
 
 class Backend(Protocol):
-    """Updates params of one device. An optimizer has one for each device that its params are on."""
+    """Updates params of one device by one rule. An optimizer has one for each device that its params are on."""
 
     name: str
     writes_copies: bool  # whether it takes batches with lowp_outs
 
-    def skips(self, hyper: AdamHyper) -> bool:
+    def skips(self, settings: StepSettings) -> bool:
         """Whether to skip the step, because torch.amp.GradScaler found infs or NaNs in the grads.
 
         False if the device checks that itself, within the step.
         """
 
     def prepare_group(
-        self, where: str, hyper: AdamHyper, params: list[Tensor], states: dict[Any, Any]
+        self, where: str, settings: StepSettings, params: list[Tensor], states: dict[Any, Any]
     ) -> Update | None:
         """The update of those params that have a grad, and of their states.
 
@@ -72,7 +72,7 @@ class Backend(Protocol):
         or names the offending parameter.
         """
 
-    def prepare(self, batch: AdamBatch) -> Update:
+    def prepare(self, batch: Batch) -> Update:
         """Like prepare_group(), for any batch on this device. Raises what the checks of batch.py raise."""
 
     def run_all(self, updates: Sequence[Update]) -> None:
@@ -91,5 +91,5 @@ class Backend(Protocol):
     def zeros_like(self, params: Sequence[Tensor], dtypes: Sequence[torch.dtype]) -> list[Tensor]:
         """New zero tensors with the params' memory layout."""
 
-    def new_step_count(self, hyper: AdamHyper, count: int = 0) -> int | Tensor:
+    def new_step_count(self, settings: StepSettings, count: int = 0) -> int | Tensor:
         """A step count as this backend keeps it in a param's state: a number, or a tensor on the param's device."""

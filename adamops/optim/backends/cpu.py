@@ -8,8 +8,8 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from ..hyper import AdamHyper
 from ..memory import PLAIN_TYPES, addresses, count_writes
+from ..step_settings import StepSettings
 from .base import Update
 from .table import Columns, TableBackend
 
@@ -46,17 +46,15 @@ class StepCall(NamedTuple):
 
 
 class NativeBackend(TableBackend):
-    """Adam by the extension module cpu_adam, on torch's threads: one parallel region per param group, no GIL held."""
-
-    name = "cpu_adam"
+    """Updates by a CPU op, on torch's threads: one parallel region per param group, no GIL held."""
 
     def __init__(self, module: Any) -> None:
         super().__init__(module, torch.device("cpu"))
 
-    def skips(self, hyper: AdamHyper) -> bool:
-        return hyper.overflowed
+    def skips(self, settings: StepSettings) -> bool:
+        return settings.overflowed
 
-    def new_step_count(self, hyper: AdamHyper, count: int = 0) -> int:
+    def new_step_count(self, settings: StepSettings, count: int = 0) -> int:
         return count
 
     def zeros_like(self, params: Sequence[Tensor], dtypes: Sequence[torch.dtype]) -> list[Tensor]:
@@ -70,7 +68,7 @@ class NativeBackend(TableBackend):
             self.module.zero_fill(begins, numels, dtype.itemsize, torch.get_num_threads())
         return tensors
 
-    def _counts_fit(self, table: Any, hyper: AdamHyper) -> bool:
+    def _counts_fit(self, table: Any, settings: StepSettings) -> bool:
         return not table.counts_on_device
 
     def run_all(self, updates: Sequence[Update]) -> None:
@@ -80,19 +78,19 @@ class NativeBackend(TableBackend):
                 count_writes(update.written)
         self._run([update.call for update in updates])
 
-    def _call(self, table: Any, hyper: AdamHyper) -> StepCall:
+    def _call(self, table: Any, settings: StepSettings) -> StepCall:
         return StepCall(
             table,
-            hyper.numbers(),
-            float(hyper.loss_scale),
-            float(hyper.grad_factor),
-            hyper.maximize,
-            hyper.zero_grads,
-            hyper.precision.stochastic_rounding,
-            hyper.threads or torch.get_num_threads(),
+            settings.numbers(),
+            float(settings.loss_scale),
+            float(settings.grad_factor),
+            settings.maximize,
+            settings.zero_grads,
+            settings.precision.stochastic_rounding,
+            settings.threads or torch.get_num_threads(),
         )
 
-    def _runner(self, table: Any, hyper: AdamHyper, call: tuple[Any, ...] | None) -> Callable[[], None]:
+    def _runner(self, table: Any, settings: StepSettings, call: tuple[Any, ...] | None) -> Callable[[], None]:
         return lambda: self._run([call])
 
     def _run(self, calls: list[Any]) -> None:

@@ -13,20 +13,19 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..batch import AdamBatch
-from ..hyper import AdamHyper
+from ..batch import Batch
 from ..memory import addresses
+from ..step_settings import StepSettings
 from .base import Update
 from .table import Columns, TableBackend, replace_unused_scales, restore_unused_scales
 
 
 class CudaBackend(TableBackend):
-    """Adam by the extension module fused_adam."""
+    """Updates by a CUDA op."""
 
-    name = "fused_adam"
     on_cpu = False  # the step is only enqueued, and must be on the calling thread's stream
 
-    def skips(self, hyper: AdamHyper) -> bool:
+    def skips(self, settings: StepSettings) -> bool:
         return False  # the kernels check found_inf themselves
 
     def _norm_of(self, columns: Columns, norm_type: float) -> Tensor:
@@ -39,20 +38,20 @@ class CudaBackend(TableBackend):
             self.module.grad_norm(*columns, norm_type, **place)
         return partial[chunks]
 
-    def new_step_count(self, hyper: AdamHyper, count: int = 0) -> int | Tensor:
-        return self._device_count(count) if self._needs_device_counts(hyper) else count
+    def new_step_count(self, settings: StepSettings, count: int = 0) -> int | Tensor:
+        return self._device_count(count) if self._needs_device_counts(settings) else count
 
     def zeros_like(self, params: Sequence[Tensor], dtypes: Sequence[torch.dtype]) -> list[Tensor]:
         self._refuse_while_capturing("it would make its states anew at each replay; do one step before")
         return [torch.zeros_like(param, dtype=dtype) for param, dtype in zip(params, dtypes, strict=True)]
 
-    def _prepare_checked(self, batch: AdamBatch) -> Update:
-        if not self._needs_device_counts(batch.hyper) and all(isinstance(s["step"], int) for s in batch.states):
+    def _prepare_checked(self, batch: Batch) -> Update:
+        if not self._needs_device_counts(batch.settings) and all(isinstance(s["step"], int) for s in batch.states):
             return super()._prepare_checked(batch)
         counts = [self._device_count(state["step"]) for state in batch.states]
         spare = replace_unused_scales(batch)
         table = self._table_of_batch(batch, addresses(counts), counts_on_device=True)
-        launch = self._runner(table, batch.hyper, None)
+        launch = self._runner(table, batch.settings, None)
 
         def run() -> None:
             for state, count in zip(batch.counted_states, counts, strict=True):
@@ -63,12 +62,14 @@ class CudaBackend(TableBackend):
         written = [*batch.written(), *counts]
         return Update(run, lambda: [*batch.borrowed(), *counts], written, table, on_cpu=False)
 
-    def _runner(self, table: Any, hyper: AdamHyper, call: tuple[Any, ...] | None) -> Callable[[], None]:
+    def _runner(self, table: Any, settings: StepSettings, call: tuple[Any, ...] | None) -> Callable[[], None]:
         """The function that enqueues a step. All tensors that it needs are made now, because that can fail."""
         if not len(table):
             return lambda: None
         with self._as_current_device():
-            launch = self._by_device_counts(table, hyper) if table.counts_on_device else self._by_host_counts(hyper)
+            launch = (
+                self._by_device_counts(table, settings) if table.counts_on_device else self._by_host_counts(settings)
+            )
 
         def run() -> None:
             with self._as_current_device():
@@ -76,22 +77,22 @@ class CudaBackend(TableBackend):
 
         return run
 
-    def _update_of_params(self, table: Any, hyper: AdamHyper) -> Update:
-        launch = self._runner(table, hyper, None)
+    def _update_of_params(self, table: Any, settings: StepSettings) -> Update:
+        launch = self._runner(table, settings, None)
 
         def run() -> None:
-            table.count_writes(hyper.zero_grads)
+            table.count_writes(settings.zero_grads)
             launch()
 
         return Update(run, lambda: table.borrowed, (), table, on_cpu=False)
 
-    def _counts_fit(self, table: Any, hyper: AdamHyper) -> bool:
-        return table.counts_on_device or len(table) == 0 or not self._needs_device_counts(hyper)
+    def _counts_fit(self, table: Any, settings: StepSettings) -> bool:
+        return table.counts_on_device or len(table) == 0 or not self._needs_device_counts(settings)
 
-    def _needs_device_counts(self, hyper: AdamHyper) -> bool:
+    def _needs_device_counts(self, settings: StepSettings) -> bool:
         """Whether the step is to be captured, or depends on what only the device knows."""
-        unknown = any(self._is_on_device(value) for value in (hyper.lr, hyper.loss_scale, hyper.grad_factor))
-        return hyper.capturable or hyper.found_inf is not None or unknown
+        unknown = any(self._is_on_device(value) for value in (settings.lr, settings.loss_scale, settings.grad_factor))
+        return settings.capturable or settings.found_inf is not None or unknown
 
     def _is_on_device(self, value: Any) -> bool:
         return isinstance(value, Tensor) and value.device.type == self.device.type
@@ -103,21 +104,22 @@ class CudaBackend(TableBackend):
         self._refuse_while_capturing("it would set the step count anew at each replay; do one step before")
         return torch.full((), float(step), dtype=torch.float32, device=self.device)
 
-    def _by_host_counts(self, hyper: AdamHyper) -> Callable[[Any], None]:
-        self._refuse_while_capturing("its step counts are on the host; construct FusedAdam with capturable=True")
-        return lambda table: self._enqueue(table, hyper, hyper.numbers(), device_scalars=0, found_inf=0)
+    def _by_host_counts(self, settings: StepSettings) -> Callable[[Any], None]:
+        self._refuse_while_capturing("its step counts are on the host; construct the optimizer with capturable=True")
+        numbers = settings.numbers()
+        return lambda table: self._enqueue(table, settings, numbers, device_scalars=0, found_inf=0)
 
-    def _enqueue(self, table: Any, hyper: AdamHyper, numbers: Sequence[float], **on_device: int) -> None:
+    def _enqueue(self, table: Any, settings: StepSettings, numbers: Sequence[float], **on_device: int) -> None:
         """Enqueues a step. Factors that only the device knows are among the scalars there."""
         here = not on_device["device_scalars"]
         self.module.step(
             table,
             numbers,
-            loss_scale=float(hyper.loss_scale) if here else 1.0,
-            grad_factor=float(hyper.grad_factor) if here else 1.0,
-            maximize=hyper.maximize,
-            zero_grads=hyper.zero_grads,
-            stochastic_rounding=hyper.precision.stochastic_rounding,
+            loss_scale=float(settings.loss_scale) if here else 1.0,
+            grad_factor=float(settings.grad_factor) if here else 1.0,
+            maximize=settings.maximize,
+            zero_grads=settings.zero_grads,
+            stochastic_rounding=settings.precision.stochastic_rounding,
             **on_device,
             **self._place(),
         )
@@ -126,24 +128,24 @@ class CudaBackend(TableBackend):
         """Where the op runs: the device, and torch's current stream on it."""
         return {"device": self.device.index or 0, "stream": self._stream()}
 
-    def _by_device_counts(self, table: Any, hyper: AdamHyper) -> Callable[[Any], None]:
+    def _by_device_counts(self, table: Any, settings: StepSettings) -> Callable[[Any], None]:
         # Tensors made here may go out of scope before the kernels run: torch reuses memory in stream order.
         scalars = torch.empty(len(table) * self.module.SCALARS_SIZE, dtype=torch.uint8, device=self.device)
-        lr = self._on_device(hyper.lr, _lr_dtype(hyper.lr)) if self._is_on_device(hyper.lr) else None
-        loss_scale = self._on_device(hyper.loss_scale, torch.float32) if _is_not_1(hyper.loss_scale) else None
-        grad_factor = self._on_device(hyper.grad_factor, torch.float64) if _is_not_1(hyper.grad_factor) else None
-        found_inf = None if hyper.found_inf is None else self._on_device(hyper.found_inf, torch.float32)
+        lr = self._on_device(settings.lr, _lr_dtype(settings.lr)) if self._is_on_device(settings.lr) else None
+        loss_scale = self._on_device(settings.loss_scale, torch.float32) if _is_not_1(settings.loss_scale) else None
+        grad_factor = self._on_device(settings.grad_factor, torch.float64) if _is_not_1(settings.grad_factor) else None
+        found_inf = None if settings.found_inf is None else self._on_device(settings.found_inf, torch.float32)
         there = addresses([scalars, lr, loss_scale, grad_factor, found_inf], "what a step needs on the device")
         scalars_there, lr_there, loss_scale_there, grad_factor_there, found_inf_there = there
 
-        numbers = hyper.numbers(lr=None if lr is None else 0.0)
+        numbers = settings.numbers() if lr is None else (0.0, *settings.hyper[1:])
 
         def launch(table: Any, _kept: object = (scalars, lr, loss_scale, grad_factor, found_inf)) -> None:
             self.module.count_steps(
                 table,
                 scalars=scalars_there,
                 hyper=numbers,
-                maximize=hyper.maximize,
+                maximize=settings.maximize,
                 lr32=lr_there if lr is not None and lr.dtype == torch.float32 else 0,
                 lr64=lr_there if lr is not None and lr.dtype == torch.float64 else 0,
                 loss_scale=loss_scale_there,
@@ -151,7 +153,7 @@ class CudaBackend(TableBackend):
                 found_inf=found_inf_there,
                 **self._place(),
             )
-            self._enqueue(table, hyper, numbers, device_scalars=scalars_there, found_inf=found_inf_there)
+            self._enqueue(table, settings, numbers, device_scalars=scalars_there, found_inf=found_inf_there)
 
         return launch
 

@@ -15,20 +15,21 @@ import torch
 from torch import Tensor
 
 from ..._torch_compat import dlpack_exchange_table, dtensor_class_for_op, without_torch_function
-from ..batch import AdamBatch, check_params_and_grads, check_states
-from ..hyper import AdamHyper
+from ..batch import Batch, check_params_and_grads, check_states
 from ..layout import dense
 from ..memory import PLAIN_TYPES, addresses, in_memory
-from ..state.precision import DTYPES, SCALES, averages_of
+from ..state.precision import DTYPES, SCALES
+from ..step_settings import StepSettings
 from . import tensor_layout
 from .base import Update
 
-# The op's names of dtypes; int8 is that of exp_avg if states are quantized.
+# The op's names of dtypes; int8 or uint8 is that of the first state if states are quantized.
 _DTYPE_NAMES = {
     torch.float32: "float32",
     torch.bfloat16: "bfloat16",
     torch.float16: "float16",
     torch.int8: "quantized",
+    torch.uint8: "quantized",
 }
 _DLPACK_DEVICE_TYPE = {"cpu": 1, "cuda": 2}
 
@@ -38,13 +39,14 @@ Columns: TypeAlias = tuple[list[int], list[int], list[int]]  # addresses, sizes 
 
 
 class TableBackend:
-    """Adam by an extension module that takes tables. Subclasses define how a step runs."""
+    """Updates by an extension module that takes tables. Subclasses define how a step runs."""
 
     writes_copies = True
     on_cpu = True  # whether a step is done when the op returns
 
     def __init__(self, module: Any, device: torch.device) -> None:
         self.module = module
+        self.name = module.__name__.rpartition(".")[2]
         self.device = device
         self._dtype_codes = {dtype: module.DTYPES[name] for dtype, name in _DTYPE_NAMES.items()}
         self._reader = self._new_reader()  # None: tensors are read and checked from Python
@@ -61,21 +63,21 @@ class TableBackend:
         return None
 
     def prepare_group(
-        self, where: str, hyper: AdamHyper, params: list[Tensor], states: dict[Any, Any]
+        self, where: str, settings: StepSettings, params: list[Tensor], states: dict[Any, Any]
     ) -> Update | None:
-        table = self._table_of_params(hyper, params, states, self._first_states.get(where, 0))
+        table = self._table_of_params(settings, params, states, self._first_states.get(where, 0))
         if table is None:
             return None
         self._first_states[where] = table.first_state
-        return self._update_of_params(table, hyper)
+        return self._update_of_params(table, settings)
 
-    def prepare(self, batch: AdamBatch) -> Update:
+    def prepare(self, batch: Batch) -> Update:
         if batch.has_shards and self._reader is not None:
             self._reader.sharded_type = dtensor_class_for_op()  # from now on prepare_group() takes DTensors
         states = dict(zip(batch.params, batch.states, strict=True))
-        table = self._table_of_params(batch.hyper, batch.params, states) if batch.has_all_defaults else None
+        table = self._table_of_params(batch.settings, batch.params, states) if batch.has_all_defaults else None
         if table is not None:
-            return self._update_of_params(table, batch.hyper)
+            return self._update_of_params(table, batch.settings)
         check_params_and_grads(batch)
         check_states(batch)
         return self._prepare_checked(batch)
@@ -110,14 +112,14 @@ class TableBackend:
         """The norm that grad_norm() returns, by the op."""
         raise NotImplementedError
 
-    def _prepare_checked(self, batch: AdamBatch) -> Update:
+    def _prepare_checked(self, batch: Batch) -> Update:
         """The update of a batch that has been checked. Step counts are kept as numbers."""
         steps = batch.steps
         spare = replace_unused_scales(batch)
         counts_here = batch.counts_in_tensors
         table = self._table_of_batch(batch, steps, None if counts_here else batch.counted_states)
-        call = self._call(table, batch.hyper)
-        run = self._runner(table, batch.hyper, call)
+        call = self._call(table, batch.settings)
+        run = self._runner(table, batch.settings, call)
 
         def run_and_count() -> None:
             run()
@@ -135,71 +137,71 @@ class TableBackend:
             self.on_cpu,
         )
 
-    def _update_of_params(self, table: Any, hyper: AdamHyper) -> Update:
+    def _update_of_params(self, table: Any, settings: StepSettings) -> Update:
         """The update of a table that the op's own reader made. The op tells autograd what it writes."""
-        call = self._call(table, hyper)
+        call = self._call(table, settings)
         return Update(
-            self._runner(table, hyper, call),
+            self._runner(table, settings, call),
             lambda: table.borrowed,
             table=table,
             call=call,
             on_cpu=self.on_cpu,
-            count_writes=lambda: table.count_writes(hyper.zero_grads),
+            count_writes=lambda: table.count_writes(settings.zero_grads),
         )
 
-    def _runner(self, table: Any, hyper: AdamHyper, call: tuple[Any, ...] | None) -> Callable[[], None]:
+    def _runner(self, table: Any, settings: StepSettings, call: tuple[Any, ...] | None) -> Callable[[], None]:
         """The function that runs a step for a table. `call` is what _call() returned."""
         raise NotImplementedError
 
-    def _call(self, table: Any, hyper: AdamHyper) -> tuple[Any, ...] | None:
-        """The arguments of the CPU op's `adam_steps`; None for other ops."""
+    def _call(self, table: Any, settings: StepSettings) -> tuple[Any, ...] | None:
+        """The arguments of the CPU op for a step; None for other ops."""
         return None
 
-    def _counts_fit(self, table: Any, hyper: AdamHyper) -> bool:
+    def _counts_fit(self, table: Any, settings: StepSettings) -> bool:
         """Whether step counts are kept the way this step needs: as numbers, or as tensors on the device."""
         raise NotImplementedError
 
     def _table_of_params(
-        self, hyper: AdamHyper, params: list[Tensor], states: dict[Any, Any], first_state: int = 0
+        self, settings: StepSettings, params: list[Tensor], states: dict[Any, Any], first_state: int = 0
     ) -> Any:
         if self._reader is None or not isinstance(params, list) or not isinstance(states, dict):
             return None
-        state_count = len(averages_of(hyper.amsgrad))
+        master, offset = settings.precision.master, settings.rng_offset
         table = self.module.table_of_params(
-            self._reader, params, states, state_count, hyper.precision.master, first_state, hyper.rng_offset
+            self._reader, params, states, len(settings.states), master, first_state, offset
         )
-        return table if table is not None and self._counts_fit(table, hyper) else None
+        return table if table is not None and self._counts_fit(table, settings) else None
 
     def _table_of_batch(
         self,
-        batch: AdamBatch,
+        batch: Batch,
         steps: list[int],
         counted_in: Sequence[dict[str, Any] | None] | None = None,
         counts_on_device: bool = False,
     ) -> Any:
         """The table of a checked batch. `steps` are counts, this step included, or addresses of counts before it."""
-        states = [batch.column(name) for name in averages_of(batch.hyper.amsgrad)]
+        states = [batch.column(state.name) for state in batch.settings.states]
         outs = batch.lowp_outs or [None] * len(batch.params)
         columns = {
             "param": addresses(batch.params),
             "grad": addresses(batch.grads),
-            "states": list(zip(*map(addresses, states), strict=True)),
+            "states": list(zip(*map(addresses, states), strict=True)) or [()] * len(steps),
             "numel": list(map(Tensor.numel, batch.params)),
             "param_dtype": self._codes(batch.params),
             "grad_dtype": self._codes(batch.grads),
-            "state_dtype": self._codes(states[0]),
+            "state_dtype": self._codes(states[0]) if states else [self._dtype_codes[torch.float32]] * len(steps),
             "step": steps,
             "master": addresses(batch.masters),
             "scales": addresses(batch.scales),
             "lowp_out": addresses(outs),
             "lowp_dtype": self._codes(outs),
-            "rng_offset": [(batch.hyper.rng_offset + i) & 0xFFFFFFFF for i in batch.indices or [0] * len(steps)],
+            "rng_offset": [(batch.settings.rng_offset + i) & 0xFFFFFFFF for i in batch.indices or [0] * len(steps)],
             "counted_in": counted_in or [None] * len(steps),
         }
         return self.module.table_of_rows(
             [dict(zip(columns, row, strict=True)) for row in zip(*columns.values(), strict=True)],
             state_count=len(states),
-            master=batch.hyper.precision.master,
+            master=batch.settings.precision.master,
             counts_on_device=counts_on_device,
         )
 
@@ -208,12 +210,12 @@ class TableBackend:
         return [None if tensor is None else self._dtype_codes[tensor.dtype] for tensor in tensors]
 
 
-def replace_unused_scales(batch: AdamBatch) -> list[tuple[Tensor, Tensor]]:
-    """Replaces scales that have one column too many, because amsgrad was switched off, by copies without it.
+def replace_unused_scales(batch: Batch) -> list[tuple[Tensor, Tensor]]:
+    """Replaces scales that have columns of states that are no longer in use by copies without them.
 
     Returns the scales with their copies.
     """
-    columns = len(averages_of(batch.hyper.amsgrad))
+    columns = len(batch.settings.states)
     aside = []
     for i, scales in enumerate(batch.scales):
         if scales is not None and scales.shape[1] > columns:

@@ -1,6 +1,7 @@
 """Converts loaded states to the form that our optimizers keep: step counts as ints, tensors as new ones would be.
 
-Knows how torch.optim, DeepSpeed and apex write their checkpoints. Must not know how a step is done.
+Knows how torch.optim, DeepSpeed and apex write their checkpoints; the rule knows which are its own. Must not know how a
+step is done.
 """
 
 from __future__ import annotations
@@ -11,18 +12,15 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.optim import Optimizer
 
 from .. import dtensor
 from ..batch import check_state, check_step, is_shared_count
 from ..layout import is_dense, like_param, same_layout
 from ..memory import check_memory, check_readable
-from ..settings import check_betas, check_is_of_adam, check_numbers, other_optimizer
+from ..rule import Rule, State
 from ..state import remainders
-from ..state.precision import AVERAGES, MASTER, REMAINDER, SCALES, SETTINGS, STATE_TENSORS, Master, Precision
-from ..state.quantized_states import SAVED_NAMES, dequantized_states, is_quantized, quantized_states, with_held_names
-
-_SHIELDED = {*STATE_TENSORS, *SAVED_NAMES}
+from ..state.precision import MASTER, REMAINDER, SCALES, SETTINGS, Master, Precision, names_of, tensors_of
+from ..state.quantized_states import dequantized_states, is_quantized, quantized_states, saved_names, with_held_names
 
 
 class _Shielded:
@@ -37,10 +35,11 @@ def _shielded(value: Any) -> _Shielded:
     return value if isinstance(value, _Shielded) else _Shielded(value)
 
 
-def shield_states(optimizer: Optimizer, state_dict: dict[str, Any]) -> dict[str, Any]:
+def shield_states(state_dict: dict[str, Any], states: tuple[State, ...]) -> dict[str, Any]:
     """A state dict whose state tensors are shielded from the casts of Optimizer.load_state_dict."""
+    names = {*tensors_of(states), *saved_names(states).values()}
     shielded = {
-        key: {name: _shielded(value) if name in _SHIELDED else value for name, value in entry.items()}
+        key: {name: _shielded(value) if name in names else value for name, value in entry.items()}
         if isinstance(entry, dict)
         else entry
         for key, entry in state_dict["state"].items()
@@ -49,15 +48,6 @@ def shield_states(optimizer: Optimizer, state_dict: dict[str, Any]) -> dict[str,
         if "params" not in group:
             raise ValueError(f"param group {i} has no params; this is not the state dict of an optimizer")
     return {**state_dict, "state": shielded}
-
-
-def check_groups(groups: Sequence[Mapping[str, Any]]) -> None:
-    """Raises ValueError or TypeError for param groups of another optimizer, or for invalid hyper-parameters."""
-    for i, group in enumerate(groups):
-        check_is_of_adam(group, i)
-        check_numbers(group, f" in param group {i}")
-        beta1, beta2 = group["betas"]
-        check_betas(float(beta1), float(beta2), f" in param group {i}")
 
 
 def keep_own_settings(groups: Sequence[dict[str, Any]], own: Sequence[Mapping[str, Any]]) -> None:
@@ -72,7 +62,7 @@ def keep_own_settings(groups: Sequence[dict[str, Any]], own: Sequence[Mapping[st
 
 
 def adopted_states(
-    states: dict[Any, Any], groups: Sequence[dict[str, Any]], precisions: Sequence[Precision]
+    states: dict[Any, Any], groups: Sequence[dict[str, Any]], precisions: Sequence[Precision], rule: Rule
 ) -> defaultdict[Any, Any]:
     """Checks loaded states and converts them: step counts to ints, tensors to the dtypes and layout of new ones.
 
@@ -87,9 +77,9 @@ def adopted_states(
             places[param] = f"param group {g}, param {i}", group_step, precision
     for key, entry in states.items():
         if isinstance(entry, dict) and isinstance(key, Tensor) and key in places:
-            adopted[key] = _adopted(entry, key, *places[key])
+            adopted[key] = _adopted(entry, key, *places[key], rule)
         elif isinstance(entry, dict):  # a subgroup's state, for example
-            adopted[key] = with_held_names(_unshielded(entry), f"the state of {key!r}")
+            adopted[key] = with_held_names(_unshielded(entry), rule.states, f"the state of {key!r}")
             if "step" in adopted[key]:
                 adopted[key]["step"] = _adopted_step(adopted[key]["step"], f"the state of {key!r}")
         elif isinstance(key, Tensor) and key in places:
@@ -106,44 +96,28 @@ def _unshielded(entry: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def _adopted(
-    entry: Mapping[str, Any], param: Tensor, name: str, group_step: int | None, precision: Precision
+    entry: Mapping[str, Any], param: Tensor, name: str, group_step: int | None, precision: Precision, rule: Rule
 ) -> dict[str, Any]:
     """The loaded state of a param, in the form that this optimizer keeps."""
-    state = with_held_names(_unshielded(entry), name)
+    tensors = tensors_of(rule.states)
+    state = with_held_names(_unshielded(entry), rule.states, name)
     if not state:
         return state
     if group_step is not None:
         state["step"] = group_step
     if "step" in state:
         state["step"] = _adopted_step(state["step"], name)
-    _check_is_of_adam(state, name)
-    held = _narrow_remainder(dtensor.local_state(state, param, name), name)
-    converted = _converted_tensors(held, dtensor.local(param), name, precision)
-    others = {key: value for key, value in state.items() if key not in STATE_TENSORS}
-    return dtensor.owned_state({**others, **converted}, param, state)
+    rule.check_loaded_state(state, name, before_first_step=(MASTER, REMAINDER))
+    held = _narrow_remainder(dtensor.local_state(state, param, name, tensors), name)
+    converted = _converted_tensors(held, dtensor.local(param), name, precision, rule.states)
+    others = {key: value for key, value in state.items() if key not in tensors}
+    return dtensor.owned_state({**others, **converted}, param, tensors, state)
 
 
 def _adopted_step(step: Any, name: str) -> Any:
     """A step count as an int, or as a tensor if processes share it."""
     check_step(step, name)
     return step if isinstance(step, Tensor) and is_shared_count(step) else int(step)
-
-
-def _check_is_of_adam(state: Mapping[str, Any], name: str) -> None:
-    """Raises ValueError for the state of another optimizer, or for a state that lacks a tensor.
-
-    A state without averages belongs to a param that never had a grad, if it holds only what may be loaded before the
-    first step.
-    """
-    missing = [key for key in ("step", *AVERAGES[:2]) if key not in state]
-    not_begun = state.keys() <= {"step", MASTER, REMAINDER} and state.get("step", 0) == 0
-    if not missing or not_begun:
-        return
-    other = other_optimizer(state)
-    raise ValueError(
-        f"{name} has no {', '.join(map(repr, missing))} in its state but {', '.join(map(repr, state))}; "
-        "this is not the state of an Adam optimizer" + (f", but looks like that of {other}" if other else "")
-    )
 
 
 def _group_step(states: dict[Any, Any], group: dict[str, Any], where: str) -> int | None:
@@ -171,19 +145,24 @@ def _narrow_remainder(state: dict[str, Any], name: str) -> dict[str, Any]:
     return state
 
 
-def _converted_tensors(state: Mapping[str, Any], param: Tensor, name: str, precision: Precision) -> dict[str, Tensor]:
+def _converted_tensors(
+    state: Mapping[str, Any], param: Tensor, name: str, precision: Precision, states: tuple[State, ...]
+) -> dict[str, Tensor]:
     """The tensors of a loaded state, in the dtypes and layout that the optimizer keeps."""
-    state = _with_one_dtype(state, name)
-    check_state(state, param, name, elsewhere=True)
-    tensors = {key: value.to(param.device) for key, value in state.items() if key in STATE_TENSORS}
-    return {**_averages(tensors, param, precision), **_masters(tensors, param, precision.master_of(param))}
+    state = _with_one_dtype(state, name, states)
+    check_state(state, param, states, name, elsewhere=True)
+    tensors = {key: value.to(param.device) for key, value in state.items() if key in tensors_of(states)}
+    return {
+        **_states_of_rule(tensors, param, precision, states),
+        **_masters(tensors, param, precision.master_of(param)),
+    }
 
 
-def _with_one_dtype(state: Mapping[str, Any], name: str) -> dict[str, Any]:
-    """The state with averages of one dtype: float32, if they have float64 or several float dtypes. So has a master."""
+def _with_one_dtype(state: Mapping[str, Any], name: str, states: tuple[State, ...]) -> dict[str, Any]:
+    """The state with the rule's states of one dtype: float32, if they have float64 or several. So has a master."""
     floats = {
         key: value
-        for key in (*AVERAGES, MASTER)
+        for key in (*names_of(states), MASTER)
         if isinstance(value := state.get(key), Tensor) and value.layout == torch.strided and value.is_floating_point()
     }
     is_mixed = len({value.dtype for key, value in floats.items() if key != MASTER}) > 1
@@ -209,18 +188,20 @@ def _masters(tensors: Mapping[str, Tensor], param: Tensor, kind: Master) -> dict
     return {}
 
 
-def _averages(tensors: Mapping[str, Tensor], param: Tensor, precision: Precision) -> dict[str, Tensor]:
-    """The averages of the grads in the form that the optimizer keeps, from quantized or float ones."""
-    averages = {key: tensors[key] for key in AVERAGES if key in tensors}
+def _states_of_rule(
+    tensors: Mapping[str, Tensor], param: Tensor, precision: Precision, states: tuple[State, ...]
+) -> dict[str, Tensor]:
+    """The rule's states in the form that the optimizer keeps, from quantized or float ones."""
+    found = {key: tensors[key] for key in names_of(states) if key in tensors}
     is_to_be_quantized = precision.quantizes_states(param)
     dtype = torch.float32 if is_to_be_quantized else precision.float_state_dtype(param)
-    if is_quantized(tensors):
-        fits = all(is_dense(value) and same_layout(value, param) for value in averages.values())
+    if is_quantized(tensors, states):
+        fits = all(is_dense(value) and same_layout(value, param) for value in found.values())
         if is_to_be_quantized and fits:
-            return {**averages, SCALES: tensors[SCALES].contiguous()}
-        averages = dequantized_states(tensors, dtype=dtype)
+            return {**found, SCALES: tensors[SCALES].contiguous()}
+        found = dequantized_states(tensors, states, dtype)
     if is_to_be_quantized:
         # Their float dtype does not matter: quantized_states() converts them to float32 a piece at a time.
-        averages = {key: like_param(value, param) for key, value in averages.items()}
-        return quantized_states(averages) if averages else averages
-    return {key: like_param(value.to(dtype), param) for key, value in averages.items()}
+        found = {key: like_param(value, param) for key, value in found.items()}
+        return quantized_states(found, states) if found else found
+    return {key: like_param(value.to(dtype), param) for key, value in found.items()}

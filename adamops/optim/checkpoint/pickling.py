@@ -7,12 +7,13 @@ from typing import Any
 
 import torch
 
-from ..backends.loading import load_host_backend
+from ..backends.loading import load_backend
 from ..group_precisions import GroupPrecisions
+from ..rule import Rule
 from ..state.precision import Precision, precision_of
 
 
-def with_missing_attributes(attributes: dict[str, Any]) -> dict[str, Any]:
+def with_missing_attributes(attributes: dict[str, Any], rule: Rule) -> dict[str, Any]:
     """The attributes of a pickled optimizer, with those that are not pickled or were not in an older version."""
     arguments = {
         "fp32_optimizer_states": attributes.get("fp32_optimizer_states", True),
@@ -20,7 +21,7 @@ def with_missing_attributes(attributes: dict[str, Any]) -> dict[str, Any]:
     }
     return {
         "_shared": {},
-        "_backends": {torch.device("cpu"): load_host_backend()},
+        "_backends": {torch.device("cpu"): load_backend(rule, torch.device("cpu"))},
         "_precision": precision_of(arguments, Precision()),
         "_group_precisions": GroupPrecisions(),
         **arguments,

@@ -15,56 +15,59 @@ from torch.optim import Optimizer
 from .. import dtensor
 from ..batch import check_state
 from ..memory import check_readable
+from ..rule import State
 from ..state import remainders
-from ..state.precision import AVERAGES, MASTER, REMAINDER, SCALES
+from ..state.precision import MASTER, REMAINDER, SCALES, names_of
 from ..state.quantized_states import dequantized_states, is_quantized, with_held_names, with_saved_names
 
 
-def saved_state(entry: Any, dequantize: bool = False) -> Any:
-    """The state of a param as state_dict() gives it; anything else is returned as it is."""
+def saved_state(entry: Any, states: tuple[State, ...], dequantize: bool = False) -> Any:
+    """The state of a param as state_dict() gives it; anything else is returned as it is. `states` are the rule's."""
     if not isinstance(entry, Mapping):
         return entry
-    if dtensor.is_sharded(entry.get("exp_avg")) or dtensor.is_sharded(entry.get(REMAINDER)):
-        entry = portable(entry)
+    if any(dtensor.is_sharded(entry.get(name)) for name in (*names_of(states[:1]), REMAINDER)):
+        entry = portable(entry, states)
     if dequantize:
-        return in_fp32(entry)
-    return with_saved_names(entry) if is_quantized(entry) else entry
+        return in_fp32(entry, states)
+    return with_saved_names(entry, states) if is_quantized(entry, states) else entry
 
 
-def in_fp32(entry: Mapping[str, Any]) -> dict[str, Any]:
-    """The state of a param with its averages in float32, without master or remainder."""
-    plain = {key: value for key, value in without_quantized(entry).items() if key not in (MASTER, REMAINDER)}
-    if plain.keys().isdisjoint(AVERAGES):
-        return {}  # the param was never stepped, and other optimizers would miss the averages
-    return {key: value.float() if key in AVERAGES else value for key, value in plain.items()}
+def in_fp32(entry: Mapping[str, Any], states: tuple[State, ...]) -> dict[str, Any]:
+    """The state of a param with the rule's states in float32, without master or remainder."""
+    names = names_of(states)
+    plain = {key: value for key, value in without_quantized(entry, states).items() if key not in (MASTER, REMAINDER)}
+    if names and plain.keys().isdisjoint(names):
+        return {}  # the param was never stepped, and other optimizers would miss the states
+    return {key: value.float() if key in names else value for key, value in plain.items()}
 
 
-def without_quantized(entry: Mapping[str, Any]) -> dict[str, Any]:
-    """The state of a param with quantized averages dequantized to float32, and all else as it is."""
-    entry = with_held_names(entry, "a param")
+def without_quantized(entry: Mapping[str, Any], states: tuple[State, ...]) -> dict[str, Any]:
+    """The state of a param with quantized states dequantized to float32, and all else as it is."""
+    names = names_of(states)
+    entry = with_held_names(entry, states, "a param")
     for key, value in entry.items():
         if isinstance(value, Tensor):
             check_readable(dtensor.local(value), f"the state {key!r} of a param")
-        elif key in AVERAGES:
+        elif key in names:
             raise TypeError(f"the state {key!r} of a param is a {type(value).__name__}; expected a tensor")
-    if not is_quantized(entry):
+    if not is_quantized(entry, states):
         return entry
-    exp_avg = entry["exp_avg"]
-    held = {key: dtensor.local(value) for key, value in entry.items() if key in (SCALES, *AVERAGES)}
-    check_state(held, held["exp_avg"], "the state of a param", elsewhere=True)
-    floats = dequantized_states(held)
-    dequantized = {key: dtensor.like_param_placed(value, exp_avg) for key, value in floats.items()}
-    kept = {key: value for key, value in entry.items() if key not in (SCALES, *AVERAGES)}
+    first = entry[names[0]]
+    held = {key: dtensor.local(value) for key, value in entry.items() if key in (SCALES, *names)}
+    check_state(held, held[names[0]], states, "the state of a param", elsewhere=True)
+    floats = dequantized_states(held, states)
+    dequantized = {key: dtensor.like_param_placed(value, first) for key, value in floats.items()}
+    kept = {key: value for key, value in entry.items() if key not in (SCALES, *names)}
     return {**kept, **dequantized}
 
 
-def portable(entry: Mapping[str, Any]) -> dict[str, Any]:
+def portable(entry: Mapping[str, Any], states: tuple[State, ...]) -> dict[str, Any]:
     """The state of a param in a form that can be resharded: not quantized, and with the step count in a tensor.
 
     A remainder is saved as int32, of which the lower 16 bits count, however many bits the optimizer keeps: gloo and
     NCCL cannot send int16, and torch.distributed.checkpoint converts dtypes by value.
     """
-    saved, step, remainder = without_quantized(entry), entry.get("step"), entry.get(REMAINDER)
+    saved, step, remainder = without_quantized(entry, states), entry.get("step"), entry.get(REMAINDER)
     if isinstance(step, int):
         saved["step"] = torch.tensor(float(step), dtype=torch.float32, device="cpu")
     if isinstance(remainder, Tensor) and remainder.dtype != torch.int32:
@@ -76,14 +79,15 @@ def portable(entry: Mapping[str, Any]) -> dict[str, Any]:
 def portable_state_dicts(optimizer: Optimizer) -> None:
     """Makes ``optimizer.state_dict()`` give states that torch.distributed.checkpoint can reshard, also of plain params.
 
-    8-bit states then become float32, and step counts 0-dim float32 tensors, as in torch.optim.AdamW. States of DTensors
+    8-bit states then become float32, and step counts 0-dim float32 tensors, as in torch.optim. States of DTensors
     always have this form. Call this on optimizers of plain params (in one process, or under DistributedDataParallel)
-    that exchange checkpoints with sharded ones, or with torch.optim.AdamW.
+    that exchange checkpoints with sharded ones, or with torch.optim.
     """
+    states: tuple[State, ...] = optimizer.rule.states  # type: ignore[attr-defined]
 
     def hook(_: Optimizer, state_dict: dict[str, Any]) -> dict[str, Any]:
         entries = state_dict["state"].items()
-        state = {key: portable(entry) if isinstance(entry, dict) else entry for key, entry in entries}
+        state = {key: portable(entry, states) if isinstance(entry, dict) else entry for key, entry in entries}
         return {**state_dict, "state": state}
 
     optimizer.register_state_dict_post_hook(hook)

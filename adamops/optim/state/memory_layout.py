@@ -12,24 +12,32 @@ import torch
 from torch import Tensor
 
 from ..layout import is_dense, like_param, same_layout
-from .precision import AVERAGES, MASTER, REMAINDER, SCALES
+from ..rule import State
+from .precision import SCALES, names_of, tensors_of
 from .quantized_states import dequantized_states, is_quantized, quantized_states
 
-_LAID_OUT = (*AVERAGES, MASTER, REMAINDER)  # what has the memory layout of the param
+
+def is_in_layout_of(
+    param: Tensor, state: Mapping[str, Any], states: tuple[State, ...], needed: Collection[str]
+) -> bool:
+    """Whether no needed tensor of the state has the elements in another order in memory than the param has them.
+
+    `states`, here and below, are all of the rule's.
+    """
+    return not _in_other_layouts(state, param, states, needed)
 
 
-def is_in_layout_of(param: Tensor, state: Mapping[str, Any], needed: Collection[str]) -> bool:
-    """Whether no needed tensor of the state has the elements in another order in memory than the param has them."""
-    return not _in_other_layouts(state, param, needed)
-
-
-def moved_with(state: Mapping[str, Any], needed: Collection[str]) -> tuple[str, ...]:
+def moved_with(state: Mapping[str, Any], states: tuple[State, ...], needed: Collection[str]) -> tuple[str, ...]:
     """The tensors that in_layout_of() may replace: the needed ones; of quantized states all, as they share scales."""
-    return tuple({*needed, *AVERAGES, SCALES} if is_quantized(state) else needed)
+    return tuple({*needed, *names_of(states), SCALES} if is_quantized(state, states) else needed)
 
 
 def in_layout_of(
-    param: Tensor, state: Mapping[str, Any], needed: Collection[str], new: Callable[[torch.dtype], Tensor]
+    param: Tensor,
+    state: Mapping[str, Any],
+    states: tuple[State, ...],
+    needed: Collection[str],
+    new: Callable[[torch.dtype], Tensor],
 ) -> dict[str, Any]:
     """A state with new tensors in place of needed ones with another memory layout; it must fit the param otherwise.
 
@@ -37,23 +45,26 @@ def in_layout_of(
     quantization block then. A state stays as it is if a tensor to be replaced shares its memory, with other processes
     or as a view of a larger one: they would miss later writes.
     """
-    others = _in_other_layouts(state, param, needed)
-    requantizes = is_quantized(state) and not others.keys().isdisjoint(AVERAGES)
-    replaced = others if not requantizes else {n: state[n] for n in (*AVERAGES, SCALES) if n in state} | others
+    others, names = _in_other_layouts(state, param, states, needed), names_of(states)
+    requantizes = is_quantized(state, states) and not others.keys().isdisjoint(names)
+    replaced = others if not requantizes else {n: state[n] for n in (*names, SCALES) if n in state} | others
     if not all(map(_owns_its_memory, replaced.values())):
         return {**state}
     moved = {name: new(value.dtype).copy_(value) for name, value in others.items()}
     if requantizes:
-        averages = {name: like_param(value, param) for name, value in dequantized_states(state).items()}
-        moved.update(quantized_states(averages))
+        floats = {name: like_param(value, param) for name, value in dequantized_states(state, states).items()}
+        moved.update(quantized_states(floats, states))
     return {**state, **moved}
 
 
-def _in_other_layouts(state: Mapping[str, Any], param: Tensor, names: Collection[str]) -> dict[str, Tensor]:
+def _in_other_layouts(
+    state: Mapping[str, Any], param: Tensor, states: tuple[State, ...], names: Collection[str]
+) -> dict[str, Tensor]:
     return {
         name: value
-        for name in _LAID_OUT
+        for name in tensors_of(states)
         if name in names
+        and name != SCALES
         and isinstance(value := state.get(name), Tensor)
         and value.layout == param.layout == torch.strided
         and value.shape == param.shape

@@ -4,26 +4,27 @@ from __future__ import annotations
 
 import dataclasses
 import enum
-from collections.abc import Mapping
+import functools
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor
 
+from ..rule import State
 from ..settings import check_flags
-from .quantization import FORMATS, block_count
+from .quantization import block_count, format_of
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 EIGHT_BIT = "8bit"
 STATE_DTYPES = (torch.float32, torch.bfloat16, EIGHT_BIT)
 LEAST_QUANTIZED = 4096  # elements: with 8-bit states, smaller params keep float32 states
 
-AVERAGES = tuple(FORMATS)
 SCALES = "block_scales"
-QUANTIZED = "quantized_"  # a prefix in state dicts: nobody takes quantized averages for floats
+QUANTIZED = "quantized_"  # a prefix in state dicts: nobody takes quantized states for floats
 MASTER = "master_param"
 REMAINDER = "param_remainder"
-STATE_TENSORS = (*AVERAGES, SCALES, MASTER, REMAINDER)
+OF_ENGINE = (SCALES, MASTER, REMAINDER)  # tensors in the state of a param that no rule knows
 
 SETTINGS = ("state_dtype", "fp32_optimizer_states", "master_weight_bits", "master_weights", "stochastic_rounding")
 _FLAGS = ("fp32_optimizer_states", "master_weights", "stochastic_rounding")
@@ -98,13 +99,12 @@ class Precision:
             return torch.float32 if param.dtype == torch.float32 else torch.bfloat16
         return torch.float32 if isinstance(self.state_dtype, str) else self.state_dtype
 
-    def state_dtypes(self, param: Tensor, amsgrad: bool) -> dict[str, torch.dtype]:
-        """The dtypes of the tensors in the state of a param, by name."""
-        names = averages_of(amsgrad)
-        if self.quantizes_states(param):
-            dtypes = {name: FORMATS[name].dtype for name in names} | {SCALES: torch.bfloat16}
+    def state_dtypes(self, param: Tensor, states: Sequence[State]) -> dict[str, torch.dtype]:
+        """The dtypes of the tensors in the state of a param, by name, given the states in use."""
+        if states and self.quantizes_states(param):
+            dtypes = {state.name: format_of(state).dtype for state in states} | {SCALES: torch.bfloat16}
         else:
-            dtypes = dict.fromkeys(names, self.float_state_dtype(param))
+            dtypes = dict.fromkeys((state.name for state in states), self.float_state_dtype(param))
         master = self.master_of(param)
         return dtypes | {master.key: master.dtype} if master else dtypes
 
@@ -137,11 +137,18 @@ def precision_of(settings: Mapping[str, Any], inherited: Precision) -> Precision
     return Precision(state_dtype, master, bool(settings.get("stochastic_rounding", inherited.stochastic_rounding)))
 
 
-def averages_of(amsgrad: bool) -> tuple[str, ...]:
-    """The names of the averages that a step maintains."""
-    return AVERAGES if amsgrad else AVERAGES[:2]
+@functools.cache
+def names_of(states: tuple[State, ...]) -> tuple[str, ...]:
+    """The names of states."""
+    return tuple(state.name for state in states)
 
 
-def scales_shape(param: Tensor, amsgrad: bool) -> tuple[int, int]:
-    """The shape of the scales of a param's states: a row for each quantization block, a column for each state."""
-    return block_count(param.numel()), len(averages_of(amsgrad))
+@functools.cache
+def tensors_of(states: tuple[State, ...]) -> tuple[str, ...]:
+    """The names of all tensors, but the step count, that the state of a param may have."""
+    return (*names_of(states), *OF_ENGINE)
+
+
+def scales_shape(param: Tensor, states: Sequence[State]) -> tuple[int, int]:
+    """The shape of a param's scales: a row for each quantization block, a column for each state in use."""
+    return block_count(param.numel()), len(states)

@@ -5,13 +5,18 @@ csrc/formats/quantized_blocks.h has the definition and its reasons; results here
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
+from ..rule import State
+
 QUANTIZATION_BLOCK = 256  # elements that share a scale
-NOT_FINITE = -128  # marks an element, in exp_avg, if one of its states is not finite
+# Marks an element, in the first state, if one of its states is not finite. The first scale of its quantization block is
+# then negative. In an unsigned state the mark is also a quantized value, so elements of such a block are at most 254.
+NOT_FINITE_SIGNED, NOT_FINITE_UNSIGNED = -128, 255
 _INFINITY = 0x7F800000
 _MAGNITUDE = 0x7FFFFFFF
 _LEAST_SCALE, _MOST_SCALE = (127 - 90) << 7, 0x7F7F
@@ -31,8 +36,11 @@ class Format(NamedTuple):
 
 SIGNED = Format(torch.int8, 1, 2.0**-64, 8064.0, 127, 0x85EB, 0x9E37)
 UNSIGNED = Format(torch.uint8, 2, 2.0**-96, 528482304.0, 255, 0xCA6B, 0xC13F)
-# In the order of the columns of scales.
-FORMATS = {"exp_avg": SIGNED, "exp_avg_sq": UNSIGNED, "max_exp_avg_sq": UNSIGNED}
+
+
+def format_of(state: State) -> Format:
+    """The 8-bit format of a state."""
+    return SIGNED if state.signed else UNSIGNED
 
 
 def block_count(numel: int) -> int:
@@ -111,40 +119,57 @@ def dequantize(quantized: Tensor, scales: Tensor, fmt: Format) -> Tensor:
 
 
 def quantize_states(
-    states: dict[str, Tensor], step: int | None = None, first: int = 0
+    values: dict[str, Tensor], states: Sequence[State], step: int | None = None, first: int = 0
 ) -> tuple[dict[str, Tensor], Tensor]:
-    """Quantizes a param's float32 states, 1-D tensors of equal length. Scales have shape (quantization blocks, states).
+    """Quantizes the float32 values of a param's states, 1-D tensors of equal length, by name.
 
-    The tensors may be a piece of the param's states, which begins with the quantization block of the element `first`.
+    Scales have shape (quantization blocks, states). The tensors may be a piece of the param's states, which begins with
+    the quantization block of the element `first`.
 
-    With `step`, averages are rounded as in that step. Without it, they are rounded to the nearest, and what
+    With `step`, states are rounded as in that step. Without it, they are rounded to the nearest, and what
     dequantize_states() gave gets back the quantized values that it came from. An element with an infinite or NaN state
-    is marked in exp_avg.
+    is marked in the first state.
     """
-    finite = torch.stack([state.isfinite() for state in states.values()]).all(0)
+    finite = torch.stack([line.isfinite() for line in values.values()]).all(0)
     all_finite = bool(finite.all())
     index = torch.arange(first, first + finite.numel(), device=finite.device)
     quantized, scales = {}, []
-    for name, state in states.items():
-        fmt = FORMATS[name]
-        line = state if all_finite else torch.where(finite, state, 0.0)
+    for state in states:
+        fmt, line = format_of(state), values[state.name]
+        line = line if all_finite else torch.where(finite, line, 0.0)
         if step is None:
-            quantized[name], scale = requantize(line, fmt)
+            quantized[state.name], scale = requantize(line, fmt)
         else:
-            quantized[name], scale = quantize(line, fmt, noise_of(index, step, fmt))
+            quantized[state.name], scale = quantize(line, fmt, noise_of(index, step, fmt))
         scales.append(scale)
     if not all_finite:
-        quantized["exp_avg"][~finite] = NOT_FINITE
-        marked = ~_in_blocks(finite.to(torch.float32) - 1.0).eq(0).all(1)
-        scales[0] = torch.where(marked, -scales[0], scales[0])
+        name, is_marked = states[0].name, ~_in_blocks(finite.to(torch.float32) - 1.0).eq(0).all(1)
+        quantized[name] = _marked(quantized[name], finite, is_marked, states[0].signed)
+        scales[0] = torch.where(is_marked, -scales[0], scales[0])
     return quantized, torch.stack(scales, 1)
 
 
-def dequantize_states(quantized: dict[str, Tensor], scales: Tensor) -> dict[str, Tensor]:
-    """Dequantizes a param's states, 1-D tensors of equal length, to float32. Marked elements get NaN in exp_avg."""
-    states = {name: dequantize(line, scales[:, i], FORMATS[name]) for i, (name, line) in enumerate(quantized.items())}
-    states["exp_avg"][quantized["exp_avg"] == NOT_FINITE] = torch.nan
-    return states
+def _marked(quantized: Tensor, finite: Tensor, is_marked: Tensor, signed: bool) -> Tensor:
+    """The first state with marks where elements are not finite. `is_marked` says which quantization blocks have one."""
+    if signed:
+        return torch.where(finite, quantized, NOT_FINITE_SIGNED)
+    in_marked = is_marked.repeat_interleave(QUANTIZATION_BLOCK)[: quantized.numel()]
+    below = torch.where(in_marked, quantized.clamp(max=NOT_FINITE_UNSIGNED - 1), quantized)
+    return torch.where(finite, below, NOT_FINITE_UNSIGNED)
+
+
+def dequantize_states(quantized: dict[str, Tensor], scales: Tensor, states: Sequence[State]) -> dict[str, Tensor]:
+    """Dequantizes a param's states, 1-D tensors of equal length, to float32. Marked elements get NaN in the first."""
+    values = {
+        state.name: dequantize(quantized[state.name], scales[:, i], format_of(state)) for i, state in enumerate(states)
+    }
+    first = states[0]
+    if first.signed:
+        values[first.name][quantized[first.name] == NOT_FINITE_SIGNED] = torch.nan
+    else:
+        is_marked = scales[:, 0].signbit().repeat_interleave(QUANTIZATION_BLOCK)[: quantized[first.name].numel()]
+        values[first.name][is_marked & (quantized[first.name] == NOT_FINITE_UNSIGNED)] = torch.nan
+    return values
 
 
 def _in_blocks(line: Tensor) -> Tensor:

@@ -6,7 +6,8 @@ import types
 import warnings
 from typing import Any
 
-from .state.precision import Precision, own_settings
+from ...optim.state.precision import Precision, own_settings
+from .adam_optimizer import AdamOptimizer
 
 
 def check_not_replaced(optimizer: Any, caller: types.FrameType) -> None:
@@ -39,6 +40,8 @@ def check_not_replaced(optimizer: Any, caller: types.FrameType) -> None:
 def _not_in_deepspeeds_adam(optimizer: Any) -> list[str]:
     """What DeepSpeed's class with L2 would lose if built from the optimizer's param groups, as words for a message."""
     groups = optimizer.param_groups
+    if not isinstance(optimizer, AdamOptimizer):
+        return ["update rule"]
     found = {
         "decoupled weight decay": optimizer.adam_w_mode and any(group["weight_decay"] for group in groups),
         "precision of states and params": optimizer._precision != Precision() or any(map(own_settings, groups)),
