@@ -30,8 +30,8 @@ class EmulatedBackend(CudaBackend):
         return self.capturing
 
 
-class EmulatedFusedAdam(FusedAdam):
-    """FusedAdam that takes params on the CPU for params on a GPU."""
+class OnEmulatedCuda:
+    """Makes an optimizer take params on the CPU for params on a GPU; comes before its class."""
 
     module = None  # to be set: the emulated op
 
@@ -49,6 +49,10 @@ class EmulatedFusedAdam(FusedAdam):
     def __init__(self, *args, **kwargs):
         super().__init__(*args, **kwargs)
         self._backends[HOST] = EmulatedBackend(self.module)
+
+
+class EmulatedFusedAdam(OnEmulatedCuda, FusedAdam):
+    """FusedAdam on the emulated CUDA op."""
 
 
 def by_deepspeeds_names(cls, **settings):

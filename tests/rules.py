@@ -1,75 +1,38 @@
-"""Optimizers with small rules, as another package would write them: Lion, SignSGD without states, and Adagrad with one
-unsigned state. Each has a reference, written from its paper or taken from torch, which knows nothing of adamops.
+"""The examples' optimizers with small rules, on each backend: Lion, SignSGD without states, and Adagrad with one unsigned
+state. Each has a reference, written from its paper or taken from torch, which knows nothing of adamops.
 """
 
+import sys
+from pathlib import Path
+
+import cuda_emulation
+import pytest
 import torch
+from adamops.op_builder.compile import compile_op
+from optimizers import HOST, OnEmulatedCuda
 
-from adamops.optim.optimizer import RuleOptimizer
-from adamops.optim.rule import DecayRates, Rate, Rule, State
+from adamops.optim.backends.cpu import NativeBackend
+from adamops.optim.backends.torch import TorchBackend
 
+EXAMPLES = Path(__file__).resolve().parent.parent / "docs" / "examples"
+sys.path += [str(EXAMPLES / "lion"), str(EXAMPLES / "small_rules")]
 
-class LionRule(Rule):
-    """arXiv 2302.06675, Algorithm 2."""
+from adamops_lion.builders import CPULionBuilder, FusedLionBuilder  # noqa: E402
+from adamops_lion.lion import Lion  # noqa: E402
+from small_rules.adagrad import Adagrad  # noqa: E402
+from small_rules.builders import (  # noqa: E402
+    CPUAdagradBuilder,
+    CPUSignSGDBuilder,
+    FusedAdagradBuilder,
+    FusedSignSGDBuilder,
+)
+from small_rules.sign_sgd import SignSGD  # noqa: E402
 
-    described = "a Lion optimizer"
-    states = (State("exp_avg"),)
-    settings = (Rate("lr", "learning rate"), DecayRates("betas", (0.9, 0.99)), Rate("weight_decay"))
-
-    def update(self, k, param, grad, states):
-        lr, beta1, beta2, weight_decay = k
-        direction = torch.sign(beta1 * states["exp_avg"] + (1 - beta1) * grad)
-        states["exp_avg"] = beta2 * states["exp_avg"] + (1 - beta2) * grad
-        return param * (1 - lr * weight_decay) - lr * direction
-
-
-class SignSGDRule(Rule):
-    """arXiv 1802.04434, Algorithm 1, with weight decay. It keeps nothing but the step count."""
-
-    described = "a SignSGD optimizer"
-    settings = (Rate("lr", "learning rate"), Rate("weight_decay"))
-
-    def update(self, k, param, grad, states):
-        lr, weight_decay = k
-        return param * (1 - lr * weight_decay) - lr * torch.sign(grad)
-
-
-class AdagradRule(Rule):
-    """torch.optim.Adagrad, whose one state is a sum of squares."""
-
-    described = "an Adagrad optimizer"
-    states = (State("sum", signed=False),)
-    settings = (Rate("lr", "learning rate"), Rate("lr_decay"), Rate("weight_decay"), Rate("eps", "epsilon value"))
-
-    def scalars(self, hyper, step):
-        lr, lr_decay, weight_decay, eps = hyper
-        return lr / (1 + (step - 1) * lr_decay), weight_decay, eps
-
-    def update(self, k, param, grad, states):
-        step_size, weight_decay, eps = k
-        grad = grad + weight_decay * param
-        states["sum"] = states["sum"] + grad * grad
-        return param - step_size * grad / (states["sum"].sqrt() + eps)
-
-
-class Lion(RuleOptimizer):
-    rule = LionRule()
-
-    def __init__(self, params, lr=1e-2, betas=(0.9, 0.99), weight_decay=0.0, **options):
-        super().__init__(params, lr=lr, betas=betas, weight_decay=weight_decay, **options)
-
-
-class SignSGD(RuleOptimizer):
-    rule = SignSGDRule()
-
-    def __init__(self, params, lr=1e-2, weight_decay=0.0, **options):
-        super().__init__(params, lr=lr, weight_decay=weight_decay, **options)
-
-
-class Adagrad(RuleOptimizer):
-    rule = AdagradRule()
-
-    def __init__(self, params, lr=1e-2, lr_decay=0.0, weight_decay=0.0, eps=1e-10, **options):
-        super().__init__(params, lr=lr, lr_decay=lr_decay, weight_decay=weight_decay, eps=eps, **options)
+BUILDERS = {
+    Lion: (CPULionBuilder(), FusedLionBuilder()),
+    SignSGD: (CPUSignSGDBuilder(), FusedSignSGDBuilder()),
+    Adagrad: (CPUAdagradBuilder(), FusedAdagradBuilder()),
+}
 
 
 class ReferenceLion(torch.optim.Optimizer):
@@ -99,3 +62,75 @@ class ReferenceSignSGD(torch.optim.Optimizer):
 
 # By optimizer.
 REFERENCES = {Lion: ReferenceLion, SignSGD: ReferenceSignSGD, Adagrad: torch.optim.Adagrad}
+
+
+class OnBackend:
+    """Makes an optimizer update params on the CPU by a certain backend; comes before its class."""
+
+    module = None  # to be set, for ops
+
+    def __init__(self, *args, **kwargs):
+        super().__init__(*args, **kwargs)
+        self._backends[HOST] = self._new_backend()
+
+    def __setstate__(self, state):
+        super().__setstate__(state)
+        self._backends[HOST] = self._new_backend()
+
+
+class InPurePyTorch(OnBackend):
+    def _new_backend(self):
+        return TorchBackend()
+
+
+class OnCpuOp(OnBackend):
+    def _new_backend(self):
+        return NativeBackend(self.module)
+
+
+class OnCpuOpSlowly(OnCpuOp):
+    """Every tensor is checked and read from Python."""
+
+    def _new_backend(self):
+        backend = super()._new_backend()
+        backend._reader = None
+        return backend
+
+
+class OnCudaOp(OnEmulatedCuda):
+    pass
+
+
+class OnCudaOpCapturable(OnEmulatedCuda):
+    def __init__(self, *args, **kwargs):
+        super().__init__(*args, capturable=True, **kwargs)
+
+
+WAYS = (InPurePyTorch, OnCpuOp, OnCpuOpSlowly, OnCudaOp, OnCudaOpCapturable)
+
+
+def optimizer_of(way, cls):
+    """The class of the optimizer on a backend; a name in this module, so that its objects can be pickled."""
+    name = f"{cls.__name__}{way.__name__}"
+    if name not in globals():
+        globals()[name] = type(name, (way, cls), {"__module__": __name__, "reference": REFERENCES[cls]})
+    return globals()[name]
+
+
+for _cls in REFERENCES:
+    for _way in WAYS:
+        optimizer_of(_way, _cls)
+
+
+def module_of(way, cls, folder):
+    """The op that a rule has for a backend, compiled into the folder; None in pure PyTorch."""
+    cpu, cuda = BUILDERS[cls]
+    if issubclass(way, OnEmulatedCuda):
+        return cuda_emulation.load(cuda_emulation.build_op(folder / f"{cuda.MODULE.split('.')[1]}.so", builder=cuda))
+    if not issubclass(way, OnCpuOp):
+        return None
+    path = folder / f"{cpu.MODULE.split('.')[1]}.so"
+    with pytest.MonkeyPatch.context() as patched:
+        patched.setenv("ADAMOPS_CPU_TARGETS", "baseline")  # test_example.py compares targets
+        compile_op(cpu, path)
+    return cuda_emulation.load(path)

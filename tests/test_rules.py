@@ -2,11 +2,13 @@
 
 import copy
 import io
+import itertools
 import pickle
 
 import pytest
 import torch
-from rules import REFERENCES, Adagrad, Lion, LionRule
+from optimizers import OnEmulatedCuda
+from rules import REFERENCES, WAYS, Adagrad, Lion, OnCpuOp, module_of, optimizer_of
 from torch.distributed.tensor import DTensor, Replicate
 from twins import assert_equal, same_grads, twin_params
 
@@ -20,10 +22,29 @@ pytestmark = pytest.mark.filterwarnings("ignore:adamops falls back to pure PyTor
 SHAPES = [(5000,), (3, 4), ()]  # the first has 8-bit states where they are asked for
 
 
-@pytest.fixture(params=list(REFERENCES), ids=lambda cls: cls.__name__)
-def cls(request):
-    """The optimizer of each rule."""
-    return request.param
+@pytest.fixture(scope="session")
+def ops(tmp_path_factory):
+    """Compiled ops by rule and kind; each is compiled when it is first asked for."""
+    modules = {}
+
+    def op_of(way, cls):
+        key = cls, issubclass(way, OnEmulatedCuda), issubclass(way, OnCpuOp)
+        if key not in modules:
+            modules[key] = module_of(way, cls, tmp_path_factory.mktemp("rule"))
+        return modules[key]
+
+    return op_of
+
+
+@pytest.fixture(
+    params=list(itertools.product(REFERENCES, WAYS)), ids=lambda pair: f"{pair[0].__name__}-{pair[1].__name__}"
+)
+def cls(request, ops):
+    """The optimizer of each rule, on each backend."""
+    rule, way = request.param
+    chosen = optimizer_of(way, rule)
+    chosen.module = ops(way, rule)
+    return chosen
 
 
 def train(optimizer, params, steps=3):
@@ -53,7 +74,7 @@ def through_a_file(value):
 @pytest.mark.parametrize("settings", [{}, {"weight_decay": 0.1, "lr": 0.05}])
 def test_steps_are_those_of_the_rule(cls, settings):
     ours, theirs = twin_params(SHAPES)
-    optimizer, reference = cls(ours, **settings), REFERENCES[cls](theirs, **settings)
+    optimizer, reference = cls(ours, **settings), cls.reference(theirs, **settings)
     for _ in range(5):
         same_grads(ours, theirs)
         optimizer.step()
@@ -170,9 +191,9 @@ def test_small_updates_are_not_lost_with_master_weights(cls, settings):
     assert (params[0] < 1).all() and len(optimizer.state[params[0]]) == len(cls.rule.states) + 2
 
 
-def test_stochastic_rounding_without_an_op_is_refused_in_words(cls):
+def test_stochastic_rounding_without_an_op_is_refused_in_words():
     params = [torch.nn.Parameter(torch.ones(8, dtype=torch.bfloat16))]
-    optimizer = cls(params, stochastic_rounding=True)
+    optimizer = Lion(params, stochastic_rounding=True)
     params[0].grad = torch.ones_like(params[0])
     with pytest.raises(NotImplementedError, match="stochastic_rounding needs the compiled"):
         optimizer.step()
@@ -384,7 +405,7 @@ def test_a_setting_that_became_no_number_is_found_before_anything_is_written(cls
 
 def test_hyper_parameters_have_the_names_and_the_order_of_the_rule():
     optimizer = Lion([torch.nn.Parameter(torch.ones(3))], lr=torch.tensor(0.5), betas=[0, 0.5], weight_decay=1)
-    assert LionRule.hyper_names == ("lr", "beta1", "beta2", "weight_decay")
+    assert Lion.rule.hyper_names == ("lr", "beta1", "beta2", "weight_decay")
     assert optimizer._step_settings(optimizer.param_groups[0], "").hyper == (0.5, 0.0, 0.5, 1.0)
 
 

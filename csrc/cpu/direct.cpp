@@ -59,7 +59,7 @@ struct PairUpdate {
   ADAMOPS_INLINE Started start(IndexList<kIndex...>, const Param* param, const Grad* grad, MasterColumn master,
                                States... states) const {
     const Pair p = Rule::reads_param(kMode) ? load_param(param, master) : Pair{}, g = load_pair<kEvenOdd>(grad);
-    PerState<Pair, kStateCount> loaded = {{load_pair<kEvenOdd>(states)}...};
+    [[maybe_unused]] const PerState<Pair, kStateCount> loaded = {{load_pair<kEvenOdd>(states)}...};
     Number a[kMostStates] = {of_state<kIndex>(loaded).a...}, b[kMostStates] = {of_state<kIndex>(loaded).b...};
     const Started started = {Rule::start<kStateCount, Ops>(k.rule, kMode, p.a, k.scaled(g.a), a),
                              Rule::start<kStateCount, Ops>(k.rule, kMode, p.b, k.scaled(g.b), b)};

@@ -410,7 +410,7 @@ inline Largest<sizeof...(kIndex)> update(IndexList<kIndex...>, const Constants<O
 template <int kMode, int... kIndex>
 inline void update_float_states(IndexList<kIndex...> indices, const Constants<Ops>& k, const BlockOfTensor& block,
                                 float* param, const float* grad, Scratch& scratch) {
-  const Dtype dtype = block.work.dtypes.state;
+  [[maybe_unused]] const Dtype dtype = block.work.dtypes.state;
   const FloatStates<sizeof...(kIndex)> states = {
       {{block.take(dtype, block.tensor.states[kIndex], scratch.states[kIndex])}...}};
   update<kMode>(indices, k, param, grad, states, states);

@@ -6,22 +6,22 @@ import importlib.machinery
 import importlib.util
 import subprocess
 import sysconfig
+from collections.abc import Sequence
 from pathlib import Path
 
-from adamops.op_builder import FusedAdamBuilder
+from adamops.op_builder import CUDARuleBuilder, FusedAdamBuilder
 from adamops.op_builder.compiler import Compiler
 from adamops.op_builder.python_extension import pybind11_headers
 
 HERE = Path(__file__).resolve().parent
 CSRC = HERE.parents[1] / "csrc"
-OP_SOURCES = ["cuda/launches.cu", "python/cuda_module.cpp", "python/table.cpp", "cuda/launch_plan.cpp"]
 
 
-def build(output: Path, sources: list[Path], *flags: str) -> Path:
-    """Compiles the sources into one extension module."""
+def build(output: Path, sources: list[Path], *flags: str, roots: Sequence[Path] = (CSRC,)) -> Path:
+    """Compiles the sources into one extension module; `roots` are where headers are."""
     compiler = Compiler.find()
     assert compiler is not None
-    includes = [HERE, CSRC, pybind11_headers(), sysconfig.get_paths()["include"]]
+    includes = [HERE, *roots, pybind11_headers(), sysconfig.get_paths()["include"]]
     compiler.run(
         ["-std=c++17", "-O1", "-g1", "-fPIC", "-shared", "-fvisibility=hidden", "-ffp-contract=off", "-Wall", "-Wextra"]
         + ["-Werror", "-Wno-unknown-pragmas", *flags, *(f"-I{path}" for path in includes), "-x", "c++"]
@@ -30,9 +30,11 @@ def build(output: Path, sources: list[Path], *flags: str) -> Path:
     return output
 
 
-def build_op(output: Path, *flags: str) -> Path:
-    """Compiles the emulated CUDA op."""
-    return build(output, [CSRC / source for source in OP_SOURCES], *FusedAdamBuilder().cxx_args(), *flags)
+def build_op(output: Path, *flags: str, builder: CUDARuleBuilder | None = None) -> Path:
+    """Compiles the emulated CUDA op: that of Adam, or of the rule that a builder is for."""
+    builder = builder or FusedAdamBuilder()
+    sources = [builder.locate(source) for source in (*builder.cuda_sources(), *builder.sources())]
+    return build(output, sources, *builder.cxx_args(), *flags, roots=builder.source_roots())
 
 
 def load(path: Path):

@@ -22,13 +22,13 @@ def load_backend(rule: Rule, device: torch.device) -> Backend:
     name = None if is_amd else rule.ops.get(device.type)
     if name is None:
         return pure_pytorch(f"No op is compiled for params on {'AMD GPUs' if is_amd else device.type}.")
-    builder: Any = op_builder.get(name)
     try:
+        builder: Any = op_builder.get(name)
         if device.type == "cuda":
             return CudaBackend(_of_rule(builder.load_for_device(device.index), rule), device)
         return NativeBackend(_of_rule(builder.load(), rule))
-    except op_builder.OpUnavailableError as error:
-        return pure_pytorch(str(error))
+    except (op_builder.OpUnavailableError, KeyError) as error:  # KeyError: no package provides the op
+        return pure_pytorch(str(error.args[0]))
 
 
 def _of_rule(module: Any, rule: Rule) -> Any:
