@@ -48,9 +48,9 @@ def seed(request):
 
 
 @pytest.fixture(scope="session")
-def cuda_op(tmp_path_factory):
+def cuda_op():
     """The emulated CUDA op; its device addresses are host addresses."""
-    module = cuda_emulation.load(cuda_emulation.build_op(tmp_path_factory.mktemp("cuda") / "fused_adam.so"))
+    module = cuda_emulation.load(cuda_emulation.build_op())
     EmulatedFusedAdam.module = module
     return module
 

@@ -10,28 +10,26 @@ from pathlib import Path
 
 from adamops.op_builder.compiler import Compiler
 from adamops.op_builder.python_extension import pybind11_headers
+from compiled import compiled
 
 HERE = Path(__file__).resolve().parent
 CSRC = HERE.parents[1] / "csrc"
 OP_SOURCES = ["cuda/launches.cu", "python/cuda_module.cpp", "python/table.cpp", "cuda/launch_plan.cpp"]
 
 
-def build(output: Path, sources: list[Path], *flags: str) -> Path:
-    """Compiles the sources into one extension module."""
+def build(output: str, sources: list[Path], *more_flags: str) -> Path:
+    """Compiles the sources into an extension module of that file name, unless that was done before."""
     compiler = Compiler.find()
     assert compiler is not None
-    includes = [HERE, CSRC, pybind11_headers(), sysconfig.get_paths()["include"]]
-    compiler.run(
-        ["-std=c++17", "-O1", "-g1", "-fPIC", "-shared", "-fvisibility=hidden", "-ffp-contract=off", "-Wall", "-Wextra"]
-        + ["-Werror", "-Wno-unknown-pragmas", *flags, *(f"-I{path}" for path in includes), "-x", "c++"]
-        + [*map(str, sources), "-o", str(output)]
-    )
-    return output
+    flags = ["-std=c++17", "-O1", "-g1", "-fPIC", "-shared", "-fvisibility=hidden", "-ffp-contract=off"]
+    flags += ["-Wall", "-Wextra", "-Werror", "-Wno-unknown-pragmas", *more_flags, "-x", "c++"]
+    includes = [HERE, CSRC, pybind11_headers(), Path(sysconfig.get_paths()["include"])]
+    return compiled(output, compiler, flags, includes, sources)
 
 
-def build_op(output: Path, *flags: str) -> Path:
-    """Compiles the emulated CUDA op."""
-    return build(output, [CSRC / source for source in OP_SOURCES], *flags)
+def build_op(*flags: str) -> Path:
+    """Compiles the emulated CUDA op, unless that was done before."""
+    return build("fused_adam.so", [CSRC / source for source in OP_SOURCES], *flags)
 
 
 def load(path: Path):
