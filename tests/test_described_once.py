@@ -36,6 +36,7 @@ def test_enums_and_sizes(module):
     assert PIECE % QUANTIZATION_BLOCK == 0
 
 
+@pytest.mark.smoke
 def test_each_dtype_has_the_number_of_the_op():
     backend = NativeBackend(op_builder.get("cpu_adam").load())
     for dtype in DTYPES:
@@ -51,6 +52,7 @@ def fields_of(header, struct):
     return [name for names in declarations for name in re.split(r",\s*", names)]
 
 
+@pytest.mark.smoke
 def test_scalars_are_in_the_order_of_the_struct():
     assert [*AdamScalars._fields, "step"] == fields_of("rules/adam_update.h", "AdamScalars")
 

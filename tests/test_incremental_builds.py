@@ -132,6 +132,7 @@ def test_a_changed_environment_recompiles_all(tiny, monkeypatch, name):
     assert build(tiny) == (ALL, 42)
 
 
+@pytest.mark.smoke
 def test_changed_flags_of_a_unit_recompile_it(tiny):
     build(tiny)
     tiny.more_flags = ("-DOTHER",)
