@@ -1083,13 +1083,13 @@ def run_many(seed: int, minutes: float, calls: int, report: Path | None = None) 
     return done
 
 
-def add_emulated_cuda(op: Path) -> None:
-    """Adds FusedAdam on the emulated CUDA op, which runs on the CPU, to CLASSES. Builds the op if it is missing."""
+def add_emulated_cuda() -> None:
+    """Adds FusedAdam on the emulated CUDA op, which runs on the CPU, to CLASSES."""
     sys.path.insert(0, str(Path(__file__).resolve().parent.parent / "tests"))
     import cuda_emulation
     from optimizers import EmulatedFusedAdam
 
-    EmulatedFusedAdam.module = cuda_emulation.load(op if op.exists() else cuda_emulation.build_op(op))
+    EmulatedFusedAdam.module = cuda_emulation.load(cuda_emulation.build_op())
 
     class CapturableFusedAdam(EmulatedFusedAdam):  # type: ignore[misc]
         def __init__(self, *args: Any, **kwargs: Any) -> None:
@@ -1105,7 +1105,7 @@ def child(options: argparse.Namespace) -> int:
     warnings.simplefilter("ignore")
     torch.set_num_threads(options.threads)
     if options.emulated_cuda:
-        add_emulated_cuda(options.emulated_cuda)
+        add_emulated_cuda()
     gc.freeze()  # step_in_backward() searches all objects for wrappers of modules; there are none so far
     try:
         if options.replay:
@@ -1126,7 +1126,7 @@ def main(argv: list[str] | None = None, command: tuple[str, ...] = (sys.executab
     parser.add_argument("--seed", type=int, help="replays the one session of this seed, and prints its calls")
     parser.add_argument("--first-seed", type=int, help="the seed of the first session; by default a fresh one")
     parser.add_argument("--threads", type=int, default=2, help="torch threads")
-    parser.add_argument("--emulated-cuda", type=Path, metavar="FILE", help="fuzz the CUDA op too, on the host, as FILE")
+    parser.add_argument("--emulated-cuda", action="store_true", help="fuzz the CUDA op too, on the host")
     parser.add_argument("--findings", type=int, default=1, help="after how many findings to stop")
     for hidden in ("--child", "--replay"):
         parser.add_argument(hidden, action="store_true", help=argparse.SUPPRESS)
@@ -1135,7 +1135,7 @@ def main(argv: list[str] | None = None, command: tuple[str, ...] = (sys.executab
     if options.child:
         return child(options)
     if options.emulated_cuda:
-        command = (*command, "--emulated-cuda", str(options.emulated_cuda))
+        command = (*command, "--emulated-cuda")
     if options.seed is not None:
         return _run_child(command, "--replay", "--seed", str(options.seed)).returncode
     if options.minutes == options.calls == math.inf:

@@ -43,7 +43,7 @@ note() {
 }
 
 cd "$work"
-export ADAMOPS_CACHE_DIR="$work/cache" PYTHONPATH="$work/site" PYTHONDONTWRITEBYTECODE=1
+export ADAMOPS_CACHE_DIR="$work/cache" ADAMOPS_TEST_CACHE="$work/test-cache" PYTHONPATH="$work/site" PYTHONDONTWRITEBYTECODE=1
 run build "$python" "$root/ci/stage.py" "$work/site"
 run device "$python" -c '
 import torch

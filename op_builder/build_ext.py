@@ -5,6 +5,7 @@ Used by adamops' own setup.py and by those of packages that add ops. compile.py 
 
 from __future__ import annotations
 
+import shutil
 from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
@@ -15,6 +16,7 @@ from setuptools.command.build_ext import build_ext as setuptools_build_ext
 from . import environment
 from .compile import compile_op
 from .loading import OpBuilder
+from .objects import KeptObjects
 from .python_extension import record_path, write_record
 from .spec import BuildError
 
@@ -63,12 +65,16 @@ class build_ext(setuptools_build_ext):
         compatible = builder.compatibility()
         if not compatible:
             return compatible.reason
+        kept = KeptObjects(Path(self.build_temp) / builder.NAME)
+        if self.force:
+            shutil.rmtree(kept.folder, ignore_errors=True)
         try:
-            record = compile_op(builder, output)
+            record = compile_op(builder, output, kept=kept)
         except BuildError as error:
             return str(error)
         write_record(output, record)
         self._say(f"{builder.NAME} is built, with {record['compiler']}")
+        self._say(f"  compiled: {len(record['units']) - len(kept.reused)} of {len(record['units'])} units")
         for name in (*_WORDS_OF_TARGETS, *_WORDS_OF_ARCHITECTURES):
             if record.get(name):
                 self._say(f"  {name.replace('_', ' ')}: {record[name]}")

@@ -14,6 +14,7 @@ from typing import Any
 
 from . import environment
 from .compiler import Compiler
+from .objects import KeptObjects
 from .python_extension import python_headers
 from .spec import BuildError, CompileUnit, OpSpec
 
@@ -38,11 +39,21 @@ def unit_command(spec: OpSpec, unit: CompileUnit, compiler: Compiler, folder: Pa
     return [*command, "-c", str(spec.locate(unit.source)), "-o", str(folder / unit.object_name)]
 
 
-def compile_op(spec: OpSpec, output: Path, scratch_root: Path | None = None) -> dict[str, Any]:
+def _made_by(spec: OpSpec, unit: CompileUnit, compiler: Compiler) -> list[str]:
+    """All that decides what compiling the unit gives, besides the contents of its source and of what that includes."""
+    unit = unit._replace(command=tuple(word.format(jobs=1) for word in unit.command))
+    *command, _ = unit_command(spec, unit, compiler, Path())
+    # A new header may be found before another of its name, so their names count, too.
+    return [*command, compiler.version, *spec.toolchain(), *environment.read_by_compilers(), *spec.headers()]
+
+
+def compile_op(
+    spec: OpSpec, output: Path, scratch_root: Path | None = None, kept: KeptObjects | None = None
+) -> dict[str, Any]:
     """Compiles and links the op's extension into `output`, and returns the record of what was built.
 
-    Works in a new folder in `scratch_root`, by default the system's folder for temporary files. On failure it raises
-    BuildError and writes nothing to `output`.
+    Works in a new folder in `scratch_root`, by default the system's folder for temporary files. Compiles all units, or
+    only those that are not current in `kept`. On failure it raises BuildError and writes nothing to `output`.
     """
     compiler = Compiler.find()
     if compiler is None:
@@ -54,7 +65,14 @@ def compile_op(spec: OpSpec, output: Path, scratch_root: Path | None = None) -> 
 
         def compile_unit(unit: CompileUnit) -> None:
             command, *arguments = unit_command(spec, unit, compiler, Path(scratch))
-            Compiler([command]).run(arguments)
+
+            def run(more_flags: list[str]) -> None:
+                Compiler([command]).run([*more_flags, *arguments])
+
+            if kept is None:
+                run([])
+            else:
+                kept.provide(Path(scratch) / unit.object_name, _made_by(spec, unit, compiler), run)
 
         with ThreadPoolExecutor(environment.max_jobs()) as pool:
             list(pool.map(compile_unit, units))

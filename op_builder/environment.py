@@ -108,6 +108,12 @@ def words(name: str) -> list[str]:
         raise ValueError(f"{name}={value!r} is not valid: {error}; quote it as for a shell") from error
 
 
+def read_by_compilers() -> list[str]:
+    """What compilers take from the environment besides their arguments, as NAME=value: header folders and flags."""
+    names = ("CPATH", "CPLUS_INCLUDE_PATH", "NVCC_PREPEND_FLAGS", "NVCC_APPEND_FLAGS")
+    return [f"{name}={os.environ[name]}" for name in names if name in os.environ]
+
+
 def quoted(command: Iterable[str]) -> str:
     """The inverse of words(): a command as one would type it."""
     import shlex

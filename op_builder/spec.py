@@ -39,7 +39,8 @@ class CompileUnit(NamedTuple):
 
     `label` distinguishes the objects of a source that is compiled more than once (say, once per SIMD target).
     `command` is a compiler other than the C++ compiler (nvcc). It gets only the unit's own flags and the include
-    paths; "{jobs}" in it is replaced by the number of jobs that it may run at once.
+    paths, in a checkout also -MD, -MF and -MT with GCC's meaning; "{jobs}" in it is replaced by the number of jobs that
+    it may run at once.
     """
 
     source: str

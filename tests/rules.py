@@ -126,7 +126,7 @@ def module_of(way, cls, folder):
     """The op that a rule has for a backend, compiled into the folder; None in pure PyTorch."""
     cpu, cuda = BUILDERS[cls]
     if issubclass(way, OnEmulatedCuda):
-        return cuda_emulation.load(cuda_emulation.build_op(folder / f"{cuda.MODULE.split('.')[1]}.so", builder=cuda))
+        return cuda_emulation.load(cuda_emulation.build_op(builder=cuda))
     if not issubclass(way, OnCpuOp):
         return None
     path = folder / f"{cpu.MODULE.split('.')[1]}.so"

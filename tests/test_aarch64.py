@@ -16,6 +16,7 @@ import pytest
 from adamops.op_builder.compiler import Compiler
 from adamops.op_builder.cpu_adam import CPUAdamBuilder
 from adamops.op_builder.simd import choose_targets
+from compiled import compiled
 from kernel_check import (
     BFLOAT16,
     COMBINATIONS,
@@ -82,19 +83,12 @@ def packed(numel, scalars, columns, offset=0, rng_offset=0, **kind):
     return b"".join(parts)
 
 
-def build_driver(compiler, target, output):
-    command = [
-        *compiler.command,
-        *Compiler.COMMON_FLAGS,
-        *target.flags,
-        "-static",
-        f"-I{CSRC}",
-        *CPUAdamBuilder().cxx_args(),
-    ]
-    command += [f"-DADAMOPS_TARGET={target.name}", f'-DADAMOPS_SIMD_HEADER="{target.header}"']
+def build_driver(compiler, target):
+    flags = [*Compiler.COMMON_FLAGS, *target.flags, *CPUAdamBuilder().cxx_args(), "-static"]
+    flags += [f"-DADAMOPS_TARGET={target.name}", f'-DADAMOPS_SIMD_HEADER="{target.header}"']
     kernels = ("direct.cpp", "staged.cpp", "grad_norm.cpp")
     sources = [HERE / "cross" / "kernel_driver.cpp", *(CSRC / "cpu" / name for name in kernels)]
-    subprocess.run([*command, *map(str, sources), "-o", str(output)], check=True)
+    return compiled("kernel_driver", compiler, flags, [CSRC], sources)
 
 
 def test_targets_are_those_of_the_architecture_that_is_built_for(monkeypatch):
@@ -115,15 +109,14 @@ def test_targets_are_those_of_the_architecture_that_is_built_for(monkeypatch):
     not (shutil.which(CROSS) and shutil.which(QEMU)),
     reason=f"needs {CROSS} and {QEMU} (Debian packages g++-aarch64-linux-gnu and qemu-user)",
 )
-def test_neon_has_the_bits_of_this_machine(monkeypatch, tmp_path, cpu_adam, seed):
+def test_neon_has_the_bits_of_this_machine(monkeypatch, cpu_adam, seed):
     monkeypatch.setenv("CXX", CROSS)
     monkeypatch.delenv("ADAMOPS_CPU_TARGETS", raising=False)
     compiler = Compiler.find()
     assert compiler.machine == "aarch64"
     (target,) = choose_targets(compiler, "all").enabled
     assert target.name == "neon"
-    driver = tmp_path / "driver"
-    build_driver(compiler, target, driver)
+    driver = build_driver(compiler, target)
     given = list(cases(seed))
     small = list(small_tensors(random.Random(seed), SIZES[1:] + (257,)))
     text = b"".join(packed_case(*case) for case in given)

@@ -149,6 +149,7 @@ def test_methods_wait_for_the_step(use):
     assert optimizer._running is None or optimizer._running.done()
 
 
+@pytest.mark.smoke
 def test_errors_come_out_of_wait_and_nothing_is_written():
     params, twins = params_and_twins()
     optimizer = DeepSpeedCPUAdam(params)
@@ -226,6 +227,7 @@ def test_learning_rate_schedules_see_the_step():
     optimizer.zero_grad()
 
 
+@pytest.mark.smoke
 def test_grads_are_zeroed_and_copies_written_in_the_background():
     params, twins = params_and_twins()
     ours, theirs = DeepSpeedCPUAdam(params), DeepSpeedCPUAdam(twins)

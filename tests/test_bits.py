@@ -131,6 +131,7 @@ def test_tails_of_every_length(dtypes):
         assert_same_bits(alone, whole, f"each of {size} elements by itself")
 
 
+@pytest.mark.smoke
 @pytest.mark.parametrize("target", TARGETS)
 @pytest.mark.parametrize("threads", range(1, 9))
 def test_every_number_of_threads(target, threads):

@@ -95,6 +95,7 @@ def test_clipping_is_that_of_torch(dtype, norm_type, max_norm, backend, seed):
         assert torch.allclose(param.float(), twin.float(), rtol=2.0**-7 if dtype != torch.float32 else 1e-5, atol=1e-6)
 
 
+@pytest.mark.smoke
 def test_the_factor_stays_with_the_grads_as_if_they_had_been_written(seed):
     params = with_grads(5000, scale=10)
     twins = twins_of(params)
@@ -132,6 +133,7 @@ def test_the_norm_is_that_of_unscaled_grads(seed):
     assert optimizer.clip_grad_norm_(1.0) == pytest.approx(norm, rel=1e-5)
 
 
+@pytest.mark.smoke
 def test_error_if_nonfinite(seed):
     params = with_grads(5000)
     params[0].grad[7] = math.nan

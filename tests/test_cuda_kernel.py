@@ -27,9 +27,9 @@ WORDS = 11  # of StepScalars: ten floats and the step
 
 
 @pytest.fixture(scope="session")
-def launch_plan(tmp_path_factory):
+def launch_plan():
     sources = [cuda_emulation.HERE / "launch_plan_module.cpp", cuda_emulation.CSRC / "cuda/launch_plan.cpp"]
-    return cuda_emulation.load(cuda_emulation.build(tmp_path_factory.mktemp("plan") / "launch_plan.so", sources))
+    return cuda_emulation.load(cuda_emulation.build("launch_plan.so", sources))
 
 
 def draw(size, dtype, offset=0, positive=False):
@@ -284,12 +284,12 @@ def test_a_tensor_too_large_for_a_launch_is_an_error(launch_plan):
         launch_plan.plan_launches([(100, 0), (101, 0)], 9, 10, 10)
 
 
-def test_no_access_is_out_of_range(tmp_path, cpu_adam):
+def test_no_access_is_out_of_range(cpu_adam):
     """The address sanitizer watches a run in a process of its own, in which each array is a block of its own."""
     asan = cuda_emulation.asan_library()
     if not asan:
         pytest.skip("the compiler has no address sanitizer")
-    module = cuda_emulation.build_op(tmp_path / "fused_adam.so", "-fsanitize=address,undefined", "-fno-sanitize=vptr")
+    module = cuda_emulation.build_op("-fsanitize=address,undefined", "-fno-sanitize=vptr")
     done = subprocess.run(
         [sys.executable, str(Path(__file__).parent / "cuda_check.py"), str(module), cpu_adam.__file__],
         env={**os.environ, "LD_PRELOAD": asan, "ASAN_OPTIONS": "detect_leaks=0", "PYTHONMALLOC": "malloc"}

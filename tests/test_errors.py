@@ -121,6 +121,7 @@ def test_flags_that_are_neither_true_nor_false(Adam, flag, value):
             optimizer.add_param_group({"params": [torch.nn.Parameter(torch.ones(3))], flag: value})
 
 
+@pytest.mark.smoke
 @pytest.mark.parametrize("cls", [DeepSpeedCPUAdam, FusedAdam])
 def test_betas_in_the_place_of_bias_correction(cls):
     """torch has them third, DeepSpeed has bias_correction there."""
@@ -130,6 +131,7 @@ def test_betas_in_the_place_of_bias_correction(cls):
         cls([torch.nn.Parameter(torch.ones(3))], 1e-3, flag, (0.9, 0.95))
 
 
+@pytest.mark.smoke
 @pytest.mark.parametrize("flag", ["set_grad_none", "master_weights", "capturable", "adam_w_mode"])
 def test_flags_of_fused_adam(flag):
     with pytest.raises(TypeError, match=f"Invalid {flag}: 0.01; expected True or False"):
@@ -429,6 +431,7 @@ ROW = {
 }
 
 
+@pytest.mark.smoke
 @pytest.mark.parametrize(
     ("rows", "error", "words"),
     [

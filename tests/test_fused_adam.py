@@ -43,6 +43,7 @@ def test_arguments_are_those_of_deepspeed_and_apex():
     assert defaults == [1e-3, True, (0.9, 0.999), 1e-8, True, 0.0, False, True]
 
 
+@pytest.mark.smoke
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
 @pytest.mark.parametrize("adam_w_mode", [True, False])
 @pytest.mark.parametrize("amsgrad", [True, False])
@@ -226,6 +227,7 @@ def test_step_counts_are_kept_for_each_param():
         torch.testing.assert_close(a, b, rtol=1e-5, atol=1e-6)
 
 
+@pytest.mark.smoke
 @pytest.mark.parametrize("peer", [torch.optim.AdamW, DeepSpeedCPUAdam])
 def test_checkpoints_go_both_ways(peer):
     params, expected = new_params(), new_params()

@@ -396,6 +396,7 @@ def test_an_error_names_the_param_and_leaves_it_as_it_was(Adam):
         loss_of(model, x).backward()
 
 
+@pytest.mark.smoke
 def test_training_goes_on_after_an_error():
     model, twin = model_and_twin()
     ours, theirs = DeepSpeedCPUAdam(model.parameters()), DeepSpeedCPUAdam(twin.parameters())

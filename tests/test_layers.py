@@ -12,6 +12,7 @@ import pytest
 ROOT = Path(__file__).resolve().parent.parent
 
 
+@pytest.mark.smoke
 def test_no_layer_imports_one_above_it():
     program = "import sys; from importlinter.cli import lint_imports; sys.exit(lint_imports(no_cache=True))"
     done = subprocess.run([sys.executable, "-c", program], cwd=ROOT, capture_output=True, text=True, timeout=300)
@@ -56,5 +57,6 @@ def test_the_drawing_is_that_of_the_code():
     assert page.split("## Lines")[0] == graphs, "python ci/draw_imports.py > docs/dev/imports.md"
 
 
+@pytest.mark.smoke
 def test_a_circle_would_be_found():
     assert circle({"a": {"b"}, "b": {"c"}, "c": {"a"}}) is not None

@@ -340,6 +340,7 @@ def test_checkpoints_of_torchs_other_optimizers_are_refused_by_name(cls, name, s
     assert not optimizer.state and [g["lr"] for g in optimizer.param_groups] == [g["lr"] for g in groups]
 
 
+@pytest.mark.smoke
 @pytest.mark.parametrize("cls", CLASSES)
 @pytest.mark.parametrize(
     ("state", "group", "message"),
@@ -674,6 +675,7 @@ def test_float_states_of_any_dtypes_are_loaded(cls, dtypes, state_dtype):
     assert torch.equal(*loaded)
 
 
+@pytest.mark.smoke
 @pytest.mark.parametrize("entry", [None, [1, 2], "state"])
 def test_a_state_that_is_no_dict_is_refused(entry):
     param = torch.nn.Parameter(torch.zeros(3))

@@ -218,6 +218,7 @@ def test_worst_cases_of_blocks(cpu_adam, target, seed):
     assert not torch.equal(before[good], param[good])
 
 
+@pytest.mark.smoke
 @pytest.mark.parametrize("arguments", [{}, {"amsgrad": True}, {"master_weight_bits": 24}, {"master_weight_bits": 32}])
 @pytest.mark.skipif(not hasattr(torch.Tensor, "__dlpack_c_exchange_api__"), reason="torch reads no tensors for C++")
 def test_quantized_states_take_the_fast_path(arguments, seed):
@@ -268,6 +269,7 @@ def test_strided_params_have_codes_in_the_order_of_memory(seed):
 # Checkpoints
 
 
+@pytest.mark.smoke
 @pytest.mark.parametrize("amsgrad", [False, True])
 @pytest.mark.parametrize("shape", [(5000,), (70, 61)])
 def test_resumes_with_the_same_bits(tmp_path, amsgrad, shape, seed):
@@ -377,6 +379,7 @@ def test_a_shard_cut_anywhere_loads_from_dequantized_states(seed):
 # Masters
 
 
+@pytest.mark.smoke
 @pytest.mark.parametrize("target", TARGETS)
 @pytest.mark.parametrize("arguments", [{}, {"state_dtype": "8bit"}, {"amsgrad": True, "adamw_mode": False}])
 def test_masters_of_32_bits_are_fp32_training(cpu_adam, target, arguments, seed):
@@ -616,6 +619,7 @@ def test_torch_calls_do_nearly_the_same(arguments, dtype, seed):
     assert difference < 0.01 * (compiled.fp32_params()[0] - start.detach().float()).norm()
 
 
+@pytest.mark.smoke
 @pytest.mark.parametrize(("arguments", "message"), [
     ({"state_dtype": "4bit"}, "Invalid state_dtype: 4bit; expected torch.float32"),
     ({"state_dtype": torch.float64}, "Invalid state_dtype: torch.float64; expected torch.float32, torch.bfloat16 or"),

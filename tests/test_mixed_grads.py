@@ -48,6 +48,7 @@ def test_grads_of_16_bits_have_the_bits_of_widened_ones(Adam, dtype, options, ad
     assert all(not param.grad.any() and param.grad.dtype == dtype for param in params)
 
 
+@pytest.mark.smoke
 @pytest.mark.parametrize("dtype", DTYPES)
 def test_the_slow_path_takes_them_too(dtype, seed):
     params = [torch.nn.Parameter(torch.randn(70, 90).t())]  # dense, in another order
@@ -60,6 +61,7 @@ def test_the_slow_path_takes_them_too(dtype, seed):
     assert_same_bits(ours, theirs)
 
 
+@pytest.mark.smoke
 @pytest.mark.parametrize("dtype", DTYPES)
 def test_torch_calls_take_them_too(dtype, monkeypatch, seed):
     monkeypatch.setattr(optimizer_module, "load_backend", lambda rule, device: TorchBackend())
@@ -73,6 +75,7 @@ def test_torch_calls_take_them_too(dtype, monkeypatch, seed):
     assert_same_bits(ours, theirs)
 
 
+@pytest.mark.smoke
 def test_other_dtypes_are_refused_in_words():
     param = torch.nn.Parameter(torch.randn(8))
     if not hasattr(param, "grad_dtype"):

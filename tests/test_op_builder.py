@@ -17,6 +17,7 @@ from adamops.op_builder.simd import TARGETS, choose_targets, targets_of
 from adamops import op_builder
 
 
+@pytest.mark.smoke
 def test_get_names_the_ops_there_are():
     assert op_builder.get("cpu_adam").NAME == "cpu_adam"
     assert op_builder.get("cpu_adam") is op_builder.get("cpu_adam")
@@ -24,6 +25,7 @@ def test_get_names_the_ops_there_are():
         op_builder.get("sgd")
 
 
+@pytest.mark.smoke
 @pytest.mark.parametrize(
     ("variable", "value", "read", "message"),
     [
@@ -79,6 +81,7 @@ def test_targets_go_by_the_architecture_compiled_for():
     assert names(choose_targets(FakeCompiler("ppc64le"), "all").enabled) == ["baseline"]
 
 
+@pytest.mark.smoke
 @pytest.mark.parametrize(
     ("value", "enabled"),
     [("", ["avx512", "avx2", "baseline"]), ("all", ["avx512", "avx2", "baseline"]), ("avx2", ["avx2", "baseline"]),
@@ -132,12 +135,14 @@ def test_each_failed_attempt_is_listed_and_kept(monkeypatch, tmp_path):
     assert builder.is_compatible()
 
 
+@pytest.mark.smoke
 def test_incompatible_ops_say_why(monkeypatch, capsys):
     monkeypatch.setenv("CXX", "/nonexistent/c++")
     assert not Unbuilt().is_compatible(verbose=True)
     assert "adamops: cpu_adam cannot be built here: no C++ compiler found" in capsys.readouterr().out
 
 
+@pytest.mark.smoke
 def test_the_compilers_output_is_in_the_exception(tmp_path):
     class Broken(Unbuilt):
         def compile_units(self):

@@ -28,6 +28,7 @@ def twins(params):
     return [torch.nn.Parameter(p.detach().clone()) for p in params]
 
 
+@pytest.mark.smoke
 def test_names_of_deepspeed():
     from adamops.ops.adam import DeepSpeedCPUAdam as ByPath
 
@@ -310,6 +311,7 @@ def train(optimizer, params, steps=5, seed=0):
         optimizer.step()
 
 
+@pytest.mark.smoke
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("fp32_states", [True, False])
 def test_resumes_from_its_own_checkpoint_bit_for_bit(dtype, fp32_states):

@@ -29,6 +29,7 @@ def op_of(output, name):
     return next(op for op in json.loads(output)["ops"] if op["name"].startswith(name))
 
 
+@pytest.mark.smoke
 def test_plain_text(tmp_path, cpu_adam):
     output, status = report(tmp_path)
     assert status == 0

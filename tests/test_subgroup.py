@@ -34,6 +34,7 @@ def test_subgroups_step_like_params_of_their_own():
     assert [lender.state[i]["step"] for i in range(3)] == [3, 3, 3]
 
 
+@pytest.mark.smoke
 def test_random_bits_do_not_depend_on_how_tensors_are_read():
     values, grad = torch.randn(3000).bfloat16(), torch.randn(3000).bfloat16()
     results = []

@@ -12,29 +12,31 @@ from pathlib import Path
 from adamops.op_builder import CUDARuleBuilder, FusedAdamBuilder
 from adamops.op_builder.compiler import Compiler
 from adamops.op_builder.python_extension import pybind11_headers
+from compiled import compiled
 
 HERE = Path(__file__).resolve().parent
 CSRC = HERE.parents[1] / "csrc"
 
 
-def build(output: Path, sources: list[Path], *flags: str, roots: Sequence[Path] = (CSRC,)) -> Path:
-    """Compiles the sources into one extension module; `roots` are where headers are."""
+def build(output: str, sources: list[Path], *more_flags: str, roots: Sequence[Path] = (CSRC,)) -> Path:
+    """Compiles the sources into an extension module of that file name, unless that was done before.
+
+    `roots` are the folders of headers.
+    """
     compiler = Compiler.find()
     assert compiler is not None
-    includes = [HERE, *roots, pybind11_headers(), sysconfig.get_paths()["include"]]
-    compiler.run(
-        ["-std=c++17", "-O1", "-g1", "-fPIC", "-shared", "-fvisibility=hidden", "-ffp-contract=off", "-Wall", "-Wextra"]
-        + ["-Werror", "-Wno-unknown-pragmas", *flags, *(f"-I{path}" for path in includes), "-x", "c++"]
-        + [*map(str, sources), "-o", str(output)]
-    )
-    return output
+    flags = ["-std=c++17", "-O1", "-g1", "-fPIC", "-shared", "-fvisibility=hidden", "-ffp-contract=off"]
+    flags += ["-Wall", "-Wextra", "-Werror", "-Wno-unknown-pragmas", *more_flags, "-x", "c++"]
+    includes = [HERE, *roots, pybind11_headers(), Path(sysconfig.get_paths()["include"])]
+    return compiled(output, compiler, flags, includes, sources)
 
 
-def build_op(output: Path, *flags: str, builder: CUDARuleBuilder | None = None) -> Path:
-    """Compiles the emulated CUDA op: that of Adam, or of the rule that a builder is for."""
+def build_op(*flags: str, builder: CUDARuleBuilder | None = None) -> Path:
+    """Compiles the emulated CUDA op, unless that was done before: that of Adam, or of the rule that a builder is for."""
     builder = builder or FusedAdamBuilder()
     sources = [builder.locate(source) for source in (*builder.cuda_sources(), *builder.sources())]
-    return build(output, sources, *builder.cxx_args(), *flags, roots=builder.source_roots())
+    name = f"{builder.MODULE.rpartition('.')[2]}.so"
+    return build(name, sources, *builder.cxx_args(), *flags, roots=builder.source_roots())
 
 
 def load(path: Path):
