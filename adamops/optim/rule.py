@@ -221,20 +221,25 @@ class Rule(abc.ABC):
         """
         values, in_group = {**defaults, **group}, f" in {where}" if where else ""
         for setting in self.settings:
-            if isinstance(setting, Flag) and setting.name in values:
+            if setting.name in values and isinstance(setting, Flag):
                 setting.check(values[setting.name], in_group)
-        for setting in self.settings:
-            if not isinstance(setting, Flag):
-                setting.check_numbers(values[setting.name], in_group)
-        for setting in self.settings:
-            if not isinstance(setting, Flag):
-                setting.check_range(values[setting.name], in_group)
+        numbers = self._numbers()
+        if missing := [setting.name for setting in numbers if setting.name not in values]:
+            raise TypeError(f"{self.described} needs the setting {missing[0]!r}{in_group}")
+        for setting in numbers:
+            setting.check_numbers(values[setting.name], in_group)
+        for setting in numbers:
+            setting.check_range(values[setting.name], in_group)
+
+    def _numbers(self) -> list[Setting]:
+        """The settings that every group must have: all but flags, which have defaults."""
+        return [setting for setting in self.settings if not isinstance(setting, Flag)]
 
     # Checkpoints ------------------------------------------------------------------------------------------------------
 
     def check_loaded_group(self, group: Mapping[str, Any], where: str) -> None:
         """Raises TypeError or ValueError for the param group of a checkpoint that is invalid or another optimizer's."""
-        needed = [setting for setting in self.settings if not isinstance(setting, Flag)]
+        needed = self._numbers()
         missing = [setting.name for setting in needed if setting.name not in group]
         if missing:
             raise ValueError(
