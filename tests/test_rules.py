@@ -407,6 +407,12 @@ def test_a_rule_that_the_engine_could_not_run_is_refused_where_it_is_defined():
         class Bad(Rule):
             settings = (Flag("nesterov"), Rate("lr"))
 
+    with pytest.raises(TypeError, match="The states of Bad need different names, and none is 'step'"):
+
+        class Bad(Rule):  # noqa: F811
+            settings = (Rate("lr"),)
+            states = (State("sum"), State("step"))
+
     with pytest.raises(TypeError, match="Of the states of Bad only the last may be optional"):
 
         class Bad(Rule):  # noqa: F811

@@ -178,6 +178,9 @@ class Rule(abc.ABC):
             raise TypeError(f"The first of the settings of {cls.__name__} must be the learning rate, 'lr'")
         if "hyper_names" not in cls.__dict__ and "settings" in cls.__dict__:
             cls.hyper_names = tuple(name for setting in cls.settings for name in setting.names)
+        names = ["step", *(state.name for state in cls.states)]
+        if len(set(names)) < len(names):
+            raise TypeError(f"The states of {cls.__name__} need different names, and none is 'step'")
         if [state.optional for state in cls.states] != sorted(state.optional for state in cls.states):
             raise TypeError(f"Of the states of {cls.__name__} only the last may be optional")
 
@@ -192,7 +195,8 @@ class Rule(abc.ABC):
         """Returns the new param, and replaces the tensors in `states` by new ones. All are of float32.
 
         `k` is what scalars() returned. The grad is to be minimized along: it is unscaled, clipped, and negated if the
-        objective is to be maximized. This is done where no op is compiled; an op does the same.
+        objective is to be maximized. This is done where no op is compiled; an op does the same. It must not raise:
+        other params of the step are updated by then.
         """
 
     def variant(self, hyper: tuple[float, ...]) -> bool:
