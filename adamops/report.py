@@ -26,6 +26,7 @@ from .op_builder.nvcc import Nvcc
 from .op_builder.simd import targets_of
 
 PLUGIN_SECONDS = 60.0  # time limit for importing, loading and describing a plugin
+BACKENDS = "adamops.backends"  # ENTRY_POINT_GROUP of adamops.optim.backends.loading, which needs torch
 OTHER_VARIABLES = ("CUDA_HOME", "CXX", "CXXFLAGS", "LDFLAGS", "MAX_JOBS", "TORCH_CUDA_ARCH_LIST")
 
 
@@ -88,6 +89,7 @@ def _machine() -> dict[str, Any]:
         "platform": platform.platform(),
         "cpu": cpu_name(),
         **torch_facts(),
+        "backends": [f"{found.name} of {op_builder.origin_of(found)}" for found in op_builder.plugins(BACKENDS)],
         "cuda_toolkit": nvcc.version if nvcc else None,
         "driver": driver,
         "gpus": gpus,
@@ -195,6 +197,7 @@ def rows_of_machine(machine: dict[str, Any]) -> list[Row]:
         "cuda_toolkit": "CUDA toolkit",
         "driver": "NVIDIA driver",
         "gpus": "GPUs",
+        "backends": "backends of plugins",
     }
     rows: list[Row] = []
     for key, label in labels.items():

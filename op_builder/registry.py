@@ -43,19 +43,19 @@ def builtin_ops() -> list[RegisteredOp]:
     return [RegisteredOp(name, "built-in", builder) for name, builder in _BUILTIN.items()]
 
 
-def plugins() -> list[importlib.metadata.EntryPoint]:
-    """The entry points under which other packages register ops. Loads none of them."""
+def plugins(group: str = ENTRY_POINT_GROUP) -> list[importlib.metadata.EntryPoint]:
+    """The entry points under which other packages register ops, or what else has a group. Loads none of them."""
     try:
-        return list(importlib.metadata.entry_points(group=ENTRY_POINT_GROUP))
+        return list(importlib.metadata.entry_points(group=group))
     except Exception:  # the entry points of some package, perhaps one without ops, cannot be read
-        return list(_readable_plugins())
+        return list(_readable_plugins(group))
 
 
-def _readable_plugins() -> Iterator[importlib.metadata.EntryPoint]:
+def _readable_plugins(group: str) -> Iterator[importlib.metadata.EntryPoint]:
     seen = set()
     for distribution in importlib.metadata.distributions():
         with contextlib.suppress(Exception):
-            name, found = distribution.name, distribution.entry_points.select(group=ENTRY_POINT_GROUP)
+            name, found = distribution.name, distribution.entry_points.select(group=group)
             if name not in seen:  # the first on the path is the one that Python imports
                 seen.add(name)
                 yield from found

@@ -1,4 +1,4 @@
-"""Makes fake distributions that offer op builders, for tests."""
+"""Makes fake distributions that offer op builders or backends, for tests."""
 
 import os
 
@@ -8,7 +8,7 @@ def python_path(folder):
     return os.pathsep.join(filter(None, [str(folder), os.environ.get("PYTHONPATH")]))
 
 
-def offer(folder, name, code, target, distribution="fake-ops"):
+def offer(folder, name, code, target, distribution="fake-ops", group="adamops.op_builders"):
     """Writes a module and a distribution with an entry point; returns the environment that makes Python find them."""
     module = target.split(":")[0]
     (folder / f"{module}.py").write_text(code)
@@ -17,7 +17,7 @@ def offer(folder, name, code, target, distribution="fake-ops"):
     (info / "METADATA").write_text(f"Metadata-Version: 2.1\nName: {distribution}\nVersion: 1.0\n")
     with (info / "entry_points.txt").open("a") as file:
         if not file.tell():
-            file.write("[adamops.op_builders]\n")
+            file.write(f"[{group}]\n")
         file.write(f"{name} = {target}\n")
     return {**os.environ, "PYTHONPATH": python_path(folder)}
 

@@ -13,6 +13,7 @@ from torch.distributed.tensor import DTensor, Replicate
 from twins import assert_equal, same_grads, twin_params
 
 import adamops
+from adamops.optim.optimizer import RuleOptimizer
 from adamops.optim.rule import Flag, Rate, Rule, State
 from adamops.optim.state import quantization
 from adamops.optim.state.precision import SCALES, names_of
@@ -391,6 +392,18 @@ def test_bad_settings_are_refused_in_words(setting, value, error, message):
         optimizer.add_param_group({"params": params, setting: value})
 
 
+def test_settings_that_the_rule_does_not_have_or_that_are_missing_are_refused_in_words():
+    params = [torch.nn.Parameter(torch.ones(3))]
+    with pytest.raises(TypeError, match=r"Lion\(\) got an unexpected argument 'maximise'"):
+        Lion(params, maximise=True)
+
+    class Forgetful(RuleOptimizer):
+        rule = LionRule()
+
+    with pytest.raises(TypeError, match="a Lion optimizer needs the setting 'weight_decay'"):
+        Forgetful(params, lr=1e-3, betas=(0.9, 0.99))
+
+
 def test_a_setting_that_became_no_number_is_found_before_anything_is_written(cls):
     params, before = twin_params([(4,), (5,)])
     optimizer = cls([{"params": params[:1]}, {"params": params[1:]}])
@@ -414,6 +427,12 @@ def test_a_rule_that_the_engine_could_not_run_is_refused_where_it_is_defined():
 
         class Bad(Rule):
             settings = (Flag("nesterov"), Rate("lr"))
+
+    with pytest.raises(TypeError, match="The states of Bad need different names, and none is 'step'"):
+
+        class Bad(Rule):  # noqa: F811
+            settings = (Rate("lr"),)
+            states = (State("sum"), State("step"))
 
     with pytest.raises(TypeError, match="Of the states of Bad only the last may be optional"):
 

@@ -62,6 +62,11 @@ class RuleOptimizer(CheckpointedOptimizer):
         given.
     settings
         The settings of the rule, each with its default.
+
+    Raises
+    ------
+    ValueError, TypeError
+        For a setting that is invalid, missing or unknown, or a param that cannot be updated.
     """
 
     _clipped = WrapperSharedAttribute[ClippedGrads | None](None)  # the clip factor and its grads
@@ -84,6 +89,8 @@ class RuleOptimizer(CheckpointedOptimizer):
         capturable: bool | None = None,
         **settings: Any,
     ) -> None:
+        if unknown := settings.keys() - {setting.name for setting in self.rule.settings}:
+            raise TypeError(f"{type(self).__name__}() got an unexpected argument {min(unknown)!r}")
         self._shared: dict[str, Any] = {}
         self.fp32_optimizer_states = fp32_optimizer_states
         self.master_weights = master_weights

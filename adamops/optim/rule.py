@@ -178,6 +178,9 @@ class Rule(abc.ABC):
             raise TypeError(f"The first of the settings of {cls.__name__} must be the learning rate, 'lr'")
         if "hyper_names" not in cls.__dict__ and "settings" in cls.__dict__:
             cls.hyper_names = tuple(name for setting in cls.settings for name in setting.names)
+        names = ["step", *(state.name for state in cls.states)]
+        if len(set(names)) < len(names):
+            raise TypeError(f"The states of {cls.__name__} need different names, and none is 'step'")
         if [state.optional for state in cls.states] != sorted(state.optional for state in cls.states):
             raise TypeError(f"Of the states of {cls.__name__} only the last may be optional")
 
@@ -192,7 +195,8 @@ class Rule(abc.ABC):
         """Returns the new param, and replaces the tensors in `states` by new ones. All are of float32.
 
         `k` is what scalars() returned. The grad is to be minimized along: it is unscaled, clipped, and negated if the
-        objective is to be maximized. This is done where no op is compiled; an op does the same.
+        objective is to be maximized. This is done where no op is compiled; an op does the same. It must not raise:
+        other params of the step are updated by then.
         """
 
     # Settings of param groups -----------------------------------------------------------------------------------------
@@ -217,20 +221,25 @@ class Rule(abc.ABC):
         """
         values, in_group = {**defaults, **group}, f" in {where}" if where else ""
         for setting in self.settings:
-            if isinstance(setting, Flag) and setting.name in values:
+            if setting.name in values and isinstance(setting, Flag):
                 setting.check(values[setting.name], in_group)
-        for setting in self.settings:
-            if not isinstance(setting, Flag):
-                setting.check_numbers(values[setting.name], in_group)
-        for setting in self.settings:
-            if not isinstance(setting, Flag):
-                setting.check_range(values[setting.name], in_group)
+        numbers = self._numbers()
+        if missing := [setting.name for setting in numbers if setting.name not in values]:
+            raise TypeError(f"{self.described} needs the setting {missing[0]!r}{in_group}")
+        for setting in numbers:
+            setting.check_numbers(values[setting.name], in_group)
+        for setting in numbers:
+            setting.check_range(values[setting.name], in_group)
+
+    def _numbers(self) -> list[Setting]:
+        """The settings that every group must have: all but flags, which have defaults."""
+        return [setting for setting in self.settings if not isinstance(setting, Flag)]
 
     # Checkpoints ------------------------------------------------------------------------------------------------------
 
     def check_loaded_group(self, group: Mapping[str, Any], where: str) -> None:
         """Raises TypeError or ValueError for the param group of a checkpoint that is invalid or another optimizer's."""
-        needed = [setting for setting in self.settings if not isinstance(setting, Flag)]
+        needed = self._numbers()
         missing = [setting.name for setting in needed if setting.name not in group]
         if missing:
             raise ValueError(

@@ -10,6 +10,7 @@ from torch import Tensor
 
 from ...optim.async_step import after_async_step
 from ...optim.backends.base import Backend
+from ...optim.backends.loading import plugin_backend
 from ...optim.batch import Batch, check_on_cpu, check_params_and_grads, check_states
 from ...optim.commit import commit
 from ...optim.interrupts import deferred_signals
@@ -174,7 +175,13 @@ class DeepSpeedCPUAdam(AdamOptimizer):
         return loss
 
     def _backend_of(self, param: Tensor, name: str) -> Backend:
-        check_on_cpu(param, name)
+        device = param.device
+        if device.type != "cpu" and device not in self._backends:
+            backend = plugin_backend(self.rule, device)
+            if backend is None:
+                check_on_cpu(param, name)  # raises
+            else:
+                self._backends[device] = backend
         return super()._backend_of(param, name)
 
     def _subgroup_batch(self, subgroup_id: int) -> Batch:

@@ -1,10 +1,18 @@
-"""Chooses the backend of params on a device: the compiled op of the rule, or pure PyTorch with a warning."""
+"""The backends by type of device, in one list: those of other packages, the compiled ops, and last pure PyTorch.
+
+Another package brings a device, or another op for one, as an entry point of the group "adamops.backends": a function of
+a rule and a device that returns a Backend, or None where it has none for them. It raises OpUnavailableError, with the
+reason, if it should have one, but cannot work here. Must not know any one rule.
+"""
 
 from __future__ import annotations
 
+import functools
+import importlib.metadata
 import sys
 import warnings
-from typing import Any
+from collections.abc import Callable, Iterator
+from typing import Any, TypeAlias
 
 import torch
 
@@ -15,20 +23,53 @@ from .cpu import NativeBackend
 from .cuda import CudaBackend
 from .torch import TorchBackend
 
+ENTRY_POINT_GROUP = "adamops.backends"
+Factory: TypeAlias = Callable[[Rule, torch.device], Backend | None]
+_MEMBERS = tuple(name for name in (*vars(Backend), *Backend.__annotations__) if not name.startswith("_"))
+
 
 def load_backend(rule: Rule, device: torch.device) -> Backend:
-    """The compiled op for params on a device, or pure PyTorch with one warning that says why."""
-    is_amd = device.type == "cuda" and torch.version.hip
-    name = None if is_amd else rule.ops.get(device.type)
-    if name is None:
-        return pure_pytorch(f"No op is compiled for params on {'AMD GPUs' if is_amd else device.type}.")
+    """The first backend of the list for the params of a rule on a device. The last one comes with a warning."""
+    reasons: list[str] = []
+    backend = plugin_backend(rule, device, reasons) or _first((_on_cuda, _on_cpu), rule, device, reasons)
+    return backend or pure_pytorch("\n".join(reasons) or f"No op is compiled for params on {_words_of(device)}.")
+
+
+def plugin_backend(rule: Rule, device: torch.device, reasons: list[str] | None = None) -> Backend | None:
+    """The first backend of another package for the params of a rule on a device. Adds why others cannot be used."""
+    return _first(_plugins(), rule, device, [] if reasons is None else reasons)
+
+
+def _first(factories: tuple[Factory, ...], rule: Rule, device: torch.device, reasons: list[str]) -> Backend | None:
+    for factory in factories:
+        try:
+            backend = factory(rule, device)
+        except op_builder.OpUnavailableError as error:
+            reasons.append(str(error))
+            continue
+        if backend is not None:
+            return backend
+    return None
+
+
+def _on_cuda(rule: Rule, device: torch.device) -> Backend | None:
+    if device.type != "cuda" or torch.version.hip or "cuda" not in rule.ops:
+        return None
+    return CudaBackend(_of_rule(_builder(rule.ops["cuda"]).load_for_device(device.index), rule), device)
+
+
+def _on_cpu(rule: Rule, device: torch.device) -> Backend | None:
+    if device.type != "cpu" or "cpu" not in rule.ops:
+        return None
+    return NativeBackend(_of_rule(_builder(rule.ops["cpu"]).load(), rule))
+
+
+def _builder(name: str) -> Any:
+    """The builder of an op. Raises OpUnavailableError if no package provides it."""
     try:
-        builder: Any = op_builder.get(name)
-        if device.type == "cuda":
-            return CudaBackend(_of_rule(builder.load_for_device(device.index), rule), device)
-        return NativeBackend(_of_rule(builder.load(), rule))
-    except (op_builder.OpUnavailableError, KeyError) as error:  # KeyError: no package provides the op
-        return pure_pytorch(str(error.args[0]))
+        return op_builder.get(name)
+    except KeyError as error:
+        raise op_builder.OpUnavailableError(str(error.args[0])) from None
 
 
 def _of_rule(module: Any, rule: Rule) -> Any:
@@ -43,11 +84,63 @@ def _of_rule(module: Any, rule: Rule) -> Any:
     return module
 
 
+def _words_of(device: torch.device) -> str:
+    return "AMD GPUs" if device.type == "cuda" and torch.version.hip else device.type
+
+
 def pure_pytorch(why: str) -> TorchBackend:
     """The pure PyTorch fallback, with a warning that says why."""
+    _warn(f"adamops falls back to pure PyTorch, which is slow. {why}")
+    op_builder.get("torch_adam").load()
+    return TorchBackend()
+
+
+def _warn(message: str) -> None:
+    """Warns about the caller of adamops."""
     frame, level = sys._getframe(), 1
     while frame.f_back and frame.f_globals.get("__name__", "").partition(".")[0] in ("adamops", "torch"):
         frame, level = frame.f_back, level + 1
-    warnings.warn(f"adamops falls back to pure PyTorch, which is slow. {why}", RuntimeWarning, stacklevel=level)
-    op_builder.get("torch_adam").load()
-    return TorchBackend()
+    warnings.warn(message, RuntimeWarning, stacklevel=level)
+
+
+# Backends of other packages -------------------------------------------------------------------------------------------
+
+
+@functools.cache
+def _plugins() -> tuple[Factory, ...]:
+    """What the entry points give. A broken one costs a warning."""
+    return tuple(_loaded_plugins())
+
+
+def _loaded_plugins() -> Iterator[Factory]:
+    for entry_point in op_builder.plugins(ENTRY_POINT_GROUP):
+        try:
+            found = entry_point.load()
+            if not callable(found):
+                raise TypeError(f"{entry_point.value} is a {type(found).__name__}; expected a function")
+        except KeyboardInterrupt:
+            raise
+        except BaseException as error:  # third-party code must never break the user's optimizer
+            _warn(_broken(entry_point, error))
+        else:
+            yield functools.partial(_guarded, entry_point, found)
+
+
+def _guarded(
+    entry_point: importlib.metadata.EntryPoint, factory: Factory, rule: Rule, device: torch.device
+) -> Backend | None:
+    try:
+        backend = factory(rule, device)
+        if backend is not None and (missing := [name for name in _MEMBERS if not hasattr(backend, name)]):
+            raise TypeError(f"what {entry_point.value} returned is no backend: it has no {', '.join(missing)}")
+    except (op_builder.OpUnavailableError, KeyboardInterrupt):
+        raise
+    except BaseException as error:
+        _warn(_broken(entry_point, error))
+        return None
+    return backend
+
+
+def _broken(entry_point: importlib.metadata.EntryPoint, error: BaseException) -> str:
+    origin = op_builder.origin_of(entry_point)
+    return f"adamops ignores the backend {entry_point.name!r} of {origin}: {type(error).__name__}: {error}"

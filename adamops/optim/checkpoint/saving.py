@@ -83,7 +83,8 @@ def portable_state_dicts(optimizer: Optimizer) -> None:
     always have this form. Call this on optimizers of plain params (in one process, or under DistributedDataParallel)
     that exchange checkpoints with sharded ones, or with torch.optim.
     """
-    states: tuple[State, ...] = optimizer.rule.states  # type: ignore[attr-defined]
+    rule = getattr(optimizer, "rule", None)  # an optimizer of torch has none, nor quantized states
+    states: tuple[State, ...] = rule.states if rule else ()
 
     def hook(_: Optimizer, state_dict: dict[str, Any]) -> dict[str, Any]:
         entries = state_dict["state"].items()
