@@ -1,5 +1,6 @@
-"""The examples' optimizers with small rules, on each backend: Lion, SignSGD without states, and Adagrad with one unsigned
-state. Each has a reference, written from its paper or taken from torch, which knows nothing of adamops.
+"""The optimizers of docs/examples on each backend: Lion, SignSGD without states, and Adagrad with one unsigned state.
+
+Each has a reference, written from its paper or taken from torch, which knows nothing of adamops.
 """
 
 import sys
@@ -36,7 +37,7 @@ BUILDERS = {
 
 
 class ReferenceLion(torch.optim.Optimizer):
-    def __init__(self, params, lr=1e-2, betas=(0.9, 0.99), weight_decay=0.0):
+    def __init__(self, params, lr=1e-4, betas=(0.9, 0.99), weight_decay=0.0):
         super().__init__(params, {"lr": lr, "betas": betas, "weight_decay": weight_decay})
 
     @torch.no_grad()

@@ -145,7 +145,7 @@ def test_8bit_states_are_what_the_float_states_would_be_quantized_to(cls, dtype)
         if not cls.rule.states:
             assert held.keys() == {"step"}
             continue
-        for name, value in quantized_states(expected, cls.rule.states, held["step"]).items():
+        for name, value in quantized_states(expected, cls.rule.states, int(held["step"])).items():
             assert torch.equal(held[name], value), name
         assert is_quantized(held, cls.rule.states) and held[SCALES].shape == (20, len(cls.rule.states))
 
@@ -398,7 +398,7 @@ def test_settings_that_the_rule_does_not_have_or_that_are_missing_are_refused_in
         Lion(params, maximise=True)
 
     class Forgetful(RuleOptimizer):
-        rule = LionRule()
+        rule = Lion.rule
 
     with pytest.raises(TypeError, match="a Lion optimizer needs the setting 'weight_decay'"):
         Forgetful(params, lr=1e-3, betas=(0.9, 0.99))

@@ -32,7 +32,7 @@ def build(output: str, sources: list[Path], *more_flags: str, roots: Sequence[Pa
 
 
 def build_op(*flags: str, builder: CUDARuleBuilder | None = None) -> Path:
-    """Compiles the emulated CUDA op, unless that was done before: that of Adam, or of the rule that a builder is for."""
+    """Compiles the emulated CUDA op of Adam, or of the rule that a builder is for, unless that was done before."""
     builder = builder or FusedAdamBuilder()
     sources = [builder.locate(source) for source in (*builder.cuda_sources(), *builder.sources())]
     name = f"{builder.MODULE.rpartition('.')[2]}.so"
