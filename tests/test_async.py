@@ -370,17 +370,17 @@ def test_a_step_of_another_thread_is_not_handed_to_the_background(monkeypatch):
     param.grad = torch.ones(4)
     optimizer, counts = DeepSpeedCPUAdam([param], lr=0.1), []
     optimizer.step()
-    hyper = optimizer._hyper
+    step_settings = optimizer._step_settings
 
     def slow(*args, **kwargs):  # while step_async() prepares its step, another thread takes one
-        monkeypatch.setattr(optimizer, "_hyper", hyper)
+        monkeypatch.setattr(optimizer, "_step_settings", step_settings)
         thread = threading.Thread(target=optimizer.step)
         thread.start()
         thread.join()
         counts.append(optimizer.state[param]["step"])
-        return hyper(*args, **kwargs)
+        return step_settings(*args, **kwargs)
 
-    monkeypatch.setattr(optimizer, "_hyper", slow)
+    monkeypatch.setattr(optimizer, "_step_settings", slow)
     optimizer.step_async().wait()
     counts.append(optimizer.state[param]["step"])
     assert counts == [2, 3] and torch.allclose(param, torch.tensor(-0.3))
