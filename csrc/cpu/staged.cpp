@@ -157,7 +157,7 @@ class Quantizer {
     Integers noise = noise_, least = VectorOps::set_integers(kInfinity);
     for (int64_t i = 0; i < kQuantizationBlock; i += 4 * Ops::kWidth) {
       Integers four[4];
-      for (int j = 0; j < 4; ++j, noise = VectorOps::add_halves(noise, stride)) {
+      for (int64_t j = 0; j < 4; ++j, noise = VectorOps::add_halves(noise, stride)) {
         four[j] =
             quantize<Format, VectorOps>(Ops::load(from + i + j * Ops::kWidth), inverse_, VectorOps::from_bits(noise));
         if (!Format::kSigned) least = VectorOps::smaller(least, four[j]);

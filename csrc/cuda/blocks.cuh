@@ -208,7 +208,7 @@ __device__ inline uint16_t quantize_own(const OwnElements<Whole>& own, const Own
 
 template <bool kQuantizedStates, bool Whole, int... kIndex>
 __device__ inline void load_states(IndexList<kIndex...>, const OwnElements<Whole>& own, const Tensor& tensor,
-                                   Dtype dtype, const uint16_t* scales, OwnFloats* states) {
+                                   [[maybe_unused]] Dtype dtype, const uint16_t* scales, OwnFloats* states) {
   if constexpr (kQuantizedStates)
     (dequantize_own<kIndex>(own, tensor.states[kIndex], scales[kIndex], states[kIndex]), ...);
   else
@@ -344,7 +344,8 @@ __device__ inline bool is_aligned(const Tensor& tensor) {
 
 template <bool Whole, int... kIndex>
 __device__ inline void store_states(IndexList<kIndex...>, const OwnElements<Whole>& own, const Tensor& tensor,
-                                    Dtype dtype, uint32_t step, const OwnFloats* states) {
+                                    [[maybe_unused]] Dtype dtype, [[maybe_unused]] uint32_t step,
+                                    const OwnFloats* states) {
   (own.store_floats(dtype, tensor.states[kIndex], states[kIndex], AsState<kIndex>{step}), ...);
 }
 

@@ -186,7 +186,7 @@ __device__ inline void update(const Constants<Ops>& k, int mode, Number& param, 
 
 template <class Kind, int Width, int... kIndex>
 __device__ inline void update_elements(IndexList<kIndex...>, const Tensor& tensor, int64_t i,
-                                       const Constants<CudaOps>& k, uint32_t step, int mode) {
+                                       const Constants<CudaOps>& k, [[maybe_unused]] uint32_t step, int mode) {
   using State = typename Kind::StateType;
   auto* const param = static_cast<typename Kind::ParamType*>(tensor.param) + i;
   const auto* const grad = static_cast<const typename Kind::GradType*>(tensor.grad) + i;
