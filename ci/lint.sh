@@ -13,7 +13,7 @@ check() {
     ruff-format) ruff format --check . ;;
     mypy) run_mypy ;;
     clang-format)
-        git ls-files -z 'csrc/*.cpp' 'csrc/*.h' 'csrc/*.cu' 'csrc/*.cuh' 'tests/*.h' 'tests/*.cpp' |
+        git ls-files -z 'csrc/*.cpp' 'csrc/*.h' 'csrc/*.cu' 'csrc/*.cuh' 'tests/*.h' 'tests/*.cpp' 'docs/*.h' |
             xargs -0 clang-format --dry-run --Werror
         ;;
     workflow-schema) check-jsonschema --builtin-schema vendor.github-workflows .github/workflows/*.yml ;;

@@ -1,4 +1,7 @@
-"""The example of a package that adds an op, docs/examples/cpu_lion: built, installed, reported, trained with."""
+"""The example of a package that adds an optimizer, docs/examples/lion: built, installed, reported, trained with.
+
+test_rules.py has what it gets from the engine.
+"""
 
 import json
 import os
@@ -11,7 +14,7 @@ from pathlib import Path
 import pytest
 from plugins import python_path
 
-EXAMPLE = Path(__file__).resolve().parent.parent / "docs" / "examples" / "cpu_lion"
+EXAMPLE = Path(__file__).resolve().parent.parent / "docs" / "examples" / "lion"
 pytestmark = [
     pytest.mark.slow,
     pytest.mark.skipif(not EXAMPLE.is_dir(), reason="needs the checkout"),
@@ -24,6 +27,7 @@ def install(folder, **variables):
     site = folder / "site"
     command = [sys.executable, "-m", "pip", "install", "--no-deps", "--no-build-isolation", "--target", str(site), "."]
     environment = {**os.environ, "ADAMOPS_CACHE_DIR": str(folder / "cache"), **variables}
+    environment["ADAMOPS_BUILD_FUSED_LION"] = "0"  # takes minutes
     done = subprocess.run(command, cwd=folder / "sources", env=environment, capture_output=True, text=True)
     assert done.returncode == 0, done.stdout + done.stderr
     return {**environment, "PYTHONPATH": python_path(site)}
@@ -50,7 +54,7 @@ def reported(environment):
 
 def test_the_report_shows_it_like_an_op_of_adamops(installed):
     op, ours = (reported(installed)[name] for name in ("cpu_lion", "cpu_adam"))
-    assert op["ok"] and op["prebuilt"] and op["origin"] == "plugin of cpu-lion"
+    assert op["ok"] and op["prebuilt"] and op["origin"] == "plugin of adamops-lion"
     assert op["in_use"] == "prebuilt extension"
     assert op["simd"] == ours["simd"]
     assert op["build"]["targets"] == ours["build"]["targets"]
@@ -62,7 +66,7 @@ def test_its_optimizer_follows_the_paper_with_the_same_bits_everywhere(installed
     code = """
         import sys, torch
         from adamops import op_builder
-        from cpu_lion import Lion
+        from adamops_lion.lion import Lion
 
         op, seed = op_builder.get("cpu_lion").load(), int(sys.argv[1])
 
@@ -109,7 +113,7 @@ def test_its_sign_is_right_down_to_subnormals(installed):
     code = """
         import torch
         from adamops import op_builder
-        from cpu_lion import Lion
+        from adamops_lion.lion import Lion
 
         grads = torch.tensor([1e-44, -1e-44, 0.0, -0.0, 3e38, -3e38, 1e-38, float("inf"), float("nan")])
         for target in op_builder.get("cpu_lion").load().supported_targets():
@@ -126,7 +130,7 @@ def test_its_sign_is_right_down_to_subnormals(installed):
 def test_it_trains_a_model_and_resumes(installed):
     code = """
         import copy, torch
-        from cpu_lion import Lion
+        from adamops_lion.lion import Lion
         torch.manual_seed(0)
         model = torch.nn.Sequential(torch.nn.Linear(20, 50), torch.nn.Tanh(), torch.nn.Linear(50, 1))
         x = torch.randn(200, 20)
@@ -151,44 +155,22 @@ def test_it_trains_a_model_and_resumes(installed):
     assert python(installed, code)[0] == "right\n"
 
 
-def test_its_errors_come_before_anything_is_written(installed):
-    code = """
-        import torch
-        from cpu_lion import Lion
-        good = torch.nn.Parameter(torch.ones(4))
-        for bad in (torch.ones(3, dtype=torch.float64), torch.ones(4, 4).t()[:2], torch.ones(3)):
-            param = torch.nn.Parameter(bad)
-            param.grad = torch.ones_like(param)
-            if bad.dim() == 1 and bad.dtype == torch.float32:
-                param.data = torch.ones(5)  # its grad has three elements
-            good.grad = torch.ones(4)
-            try:
-                Lion([good, param]).step()
-                print("no error")
-            except ValueError as error:
-                print(str(error).split(",")[0])
-            assert torch.equal(good.detach(), torch.ones(4))
-        for wrong in ({"lr": -1}, {"betas": (1.0, 0.9)}):
-            try:
-                Lion([good], **wrong)
-            except ValueError as error:
-                print(error)
-    """
-    lines = python(installed, code)[0].splitlines()
-    assert lines[0].startswith("Lion takes contiguous float32") and lines[1].startswith("Lion takes contiguous float32")
-    assert lines[2].startswith("the grad of a param of shape (5")
-    assert lines[3:] == [
-        "lr and weight_decay must be at least 0, are -1 and 0.0",
-        "betas must be in [0, 1), are (1.0, 0.9)",
+def test_it_has_at_most_120_lines():
+    files = [
+        path
+        for path in EXAMPLE.rglob("*")
+        if path.suffix in (".py", ".h", ".toml", ".md") and "build" not in path.parts
     ]
+    lines = {path.name: len(path.read_text().splitlines()) for path in files}
+    assert len(lines) == 7 and sum(lines.values()) <= 120, lines
 
 
 def test_it_is_built_at_first_use_where_it_was_not_before(tmp_path):
-    environment = install(tmp_path, ADAMOPS_BUILD_OPS="0")
+    environment = install(tmp_path, ADAMOPS_BUILD_OPS="0", ADAMOPS_CPU_TARGETS="baseline")
     assert reported(environment)["cpu_lion"]["in_use"] == "a build at first use, not done yet"
     code = """
         import torch
-        from cpu_lion import Lion
+        from adamops_lion.lion import Lion
         param = torch.nn.Parameter(torch.ones(3))
         param.grad = torch.ones(3)
         Lion([param], lr=0.5).step()

@@ -134,7 +134,10 @@ def test_8bit_states_are_what_the_float_states_would_be_quantized_to(cls, dtype)
     for _ in range(3):
         if quantized.state and cls.rule.states:
             state = quantized.state[ours[0]]
-            floats.state[theirs[0]] = {"step": copy.deepcopy(state["step"]), **dequantized_states(state, cls.rule.states)}
+            floats.state[theirs[0]] = {
+                "step": copy.deepcopy(state["step"]),
+                **dequantized_states(state, cls.rule.states),
+            }
         with torch.no_grad():
             theirs[0].copy_(ours[0])
         same_grads(ours, theirs)

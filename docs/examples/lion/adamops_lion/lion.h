@@ -17,8 +17,9 @@ struct Lion : OnePhaseRule<Lion> {
   template <class Ops>
   ADAMOPS_HOST_DEVICE static Scalars<Floats> scalars(const Hyper& h, int64_t) {
     const double decay = Ops::sub(1.0, Ops::mul(h.lr, h.weight_decay));
-    return {Ops::to_float(h.beta1), Ops::to_float(Ops::sub(1.0, h.beta1)), Ops::to_float(h.beta2),
-            Ops::to_float(Ops::sub(1.0, h.beta2)), Ops::to_float(-h.lr), Ops::to_float(decay)};
+    return {Ops::to_float(h.beta1), Ops::to_float(Ops::sub(1.0, h.beta1)),
+            Ops::to_float(h.beta2), Ops::to_float(Ops::sub(1.0, h.beta2)),
+            Ops::to_float(-h.lr),   Ops::to_float(decay)};
   }
 
   template <class Ops, class Number>
