@@ -114,7 +114,7 @@ def optimizer_of(way, cls):
     """The class of the optimizer on a backend; a name in this module, so that its objects can be pickled."""
     name = f"{cls.__name__}{way.__name__}"
     if name not in globals():
-        globals()[name] = type(name, (way, cls), {"__module__": __name__, "reference": REFERENCES[cls]})
+        globals()[name] = type(name, (way, cls), {"__module__": __name__, "base": cls, "reference": REFERENCES[cls]})
     return globals()[name]
 
 

@@ -13,6 +13,7 @@ from torch.distributed.tensor import DTensor, Replicate
 from twins import assert_equal, same_grads, twin_params
 
 import adamops
+from adamops.optim.backends.loading import of_rule
 from adamops.optim.optimizer import RuleOptimizer
 from adamops.optim.rule import Flag, Rate, Rule, State
 from adamops.optim.state import quantization
@@ -37,15 +38,23 @@ def ops(tmp_path_factory):
     return op_of
 
 
-@pytest.fixture(
-    params=list(itertools.product(REFERENCES, WAYS)), ids=lambda pair: f"{pair[0].__name__}-{pair[1].__name__}"
-)
-def cls(request, ops):
-    """The optimizer of each rule, on each backend."""
-    rule, way = request.param
-    chosen = optimizer_of(way, rule)
-    chosen.module = ops(way, rule)
-    return chosen
+def on_backends(ways):
+    """A fixture: the optimizer of each rule, on each of these backends."""
+
+    @pytest.fixture(
+        params=list(itertools.product(REFERENCES, ways)), ids=lambda pair: f"{pair[0].__name__}-{pair[1].__name__}"
+    )
+    def fixture(request, ops):
+        rule, way = request.param
+        chosen = optimizer_of(way, rule)
+        chosen.module = ops(way, rule)
+        return chosen
+
+    return fixture
+
+
+cls = on_backends(WAYS)
+compiled_cls = on_backends(WAYS[1:])  # without pure PyTorch
 
 
 def train(optimizer, params, steps=3):
@@ -202,6 +211,51 @@ def test_stochastic_rounding_without_an_op_is_refused_in_words():
     with pytest.raises(NotImplementedError, match="stochastic_rounding needs the compiled"):
         optimizer.step()
     assert params[0].eq(1).all()
+
+
+def test_stochastic_rounding_is_unbiased_and_has_the_bits_of_the_cpu_op(compiled_cls, ops):
+    ours, theirs = twin_params([(20_000,)], torch.bfloat16)
+    twin_cls = optimizer_of(OnCpuOp, compiled_cls.base)
+    twin_cls.module = ops(OnCpuOp, compiled_cls.base)
+    optimizers = [
+        cls(params, lr=1e-3, stochastic_rounding=True) for cls, params in ((compiled_cls, ours), (twin_cls, theirs))
+    ]
+    for params, optimizer in zip((ours, theirs), optimizers, strict=True):
+        with torch.no_grad():
+            params[0].fill_(1.0)
+        params[0].grad = torch.ones_like(params[0])
+        optimizer.step()
+    assert_equal(ours, theirs)
+    below = 1 - 2.0**-8  # the next bfloat16
+    assert ours[0].eq(1).logical_or(ours[0].eq(below)).all()
+    # An element is rounded down with a probability of 0.256, so the mean has a standard deviation of 1.2e-5.
+    assert ours[0].double().mean().item() == pytest.approx(1 - 1e-3, abs=8e-5)
+    for params, optimizer in zip((ours, theirs), optimizers, strict=True):
+        params[0].grad = torch.linspace(-1, 1, 20_000).to(torch.bfloat16)
+        optimizer.step()
+    assert_equal(ours, theirs)
+
+
+def test_a_step_also_writes_params_in_16_bits(cls):
+    params, _ = twin_params(SHAPES)
+    optimizer = cls(params, lr=0.1)
+    outs = [torch.zeros(param.shape, dtype=torch.bfloat16) for param in params]
+    for param in params:
+        param.grad = torch.randn_like(param)
+    optimizer.step(lowp_out=outs)
+    assert_equal(outs, [param.to(torch.bfloat16) for param in params])
+
+
+def test_an_op_of_other_states_or_hyper_parameters_is_refused(ops):
+    class OtherRule(type(Lion.rule)):
+        hyper_names = ("lr", "beta2", "beta1", "weight_decay")
+
+    module = ops(OnCpuOp, Lion)
+    assert of_rule(module, Lion.rule) is module
+    with pytest.raises(TypeError, match="_cpu_lion was built for other hyper-parameters or states than OtherRule has"):
+        of_rule(module, OtherRule())
+    with pytest.raises(TypeError, match="_cpu_lion was built for other .* than AdagradRule has"):
+        of_rule(module, Adagrad.rule)
 
 
 # Grads ----------------------------------------------------------------------------------------------------------------

@@ -55,13 +55,13 @@ def _first(factories: tuple[Factory, ...], rule: Rule, device: torch.device, rea
 def _on_cuda(rule: Rule, device: torch.device) -> Backend | None:
     if device.type != "cuda" or torch.version.hip or "cuda" not in rule.ops:
         return None
-    return CudaBackend(_of_rule(_builder(rule.ops["cuda"]).load_for_device(device.index), rule), device)
+    return CudaBackend(of_rule(_builder(rule.ops["cuda"]).load_for_device(device.index), rule), device)
 
 
 def _on_cpu(rule: Rule, device: torch.device) -> Backend | None:
     if device.type != "cpu" or "cpu" not in rule.ops:
         return None
-    return NativeBackend(_of_rule(_builder(rule.ops["cpu"]).load(), rule))
+    return NativeBackend(of_rule(_builder(rule.ops["cpu"]).load(), rule))
 
 
 def _builder(name: str) -> Any:
@@ -72,7 +72,7 @@ def _builder(name: str) -> Any:
         raise op_builder.OpUnavailableError(str(error.args[0])) from None
 
 
-def _of_rule(module: Any, rule: Rule) -> Any:
+def of_rule(module: Any, rule: Rule) -> Any:
     """The module of an op, whose C++ must describe states and hyper-parameters as the rule does in Python."""
     ours = rule.hyper_names, tuple((state.name, state.signed, state.rounding) for state in rule.states)
     theirs = module.HYPER, module.STATES
