@@ -10,6 +10,7 @@ import grimp
 import pytest
 
 ROOT = Path(__file__).resolve().parent.parent
+SOURCES = {".h", ".cpp", ".cu", ".cuh"}
 
 
 @pytest.mark.smoke
@@ -60,3 +61,34 @@ def test_the_drawing_is_that_of_the_code():
 @pytest.mark.smoke
 def test_a_circle_would_be_found():
     assert circle({"a": {"b"}, "b": {"c"}, "c": {"a"}}) is not None
+
+
+# What the files of each room of csrc may include: files of these rooms, and these files of csrc itself.
+MAY_INCLUDE = {
+    "rules": {"rules", "host_device.h"},
+    "formats": {"formats", "host_device.h"},
+    "runtime": {"runtime"},
+    "simd": {"formats", "runtime"},
+    "cpu": {"cpu", "formats", "rules", "grad_norm.h", "state_format.h", "tensor.h"},
+    "cuda": {"cuda", "formats", "rules", "grad_norm.h", "state_format.h", "tensor.h"},
+    "python": {"python", "cpu", "cuda", "formats", "rules", "runtime", "grad_norm.h", "tensor.h"},
+    "grad_norm.h": {"host_device.h"},
+    "host_device.h": set(),
+    "state_format.h": {"formats", "rules"},
+    "tensor.h": {"formats", "rules"},
+}
+
+
+def test_rooms_of_csrc_include_only_what_they_may_know():
+    files = [path.relative_to(ROOT / "csrc") for path in (ROOT / "csrc").rglob("*") if path.suffix in SOURCES]
+    assert {path.parts[0] for path in files} == MAY_INCLUDE.keys()
+    for path in files:
+        included = re.findall(r'^#include "([^"]+)"', (ROOT / "csrc" / path).read_text(), re.MULTILINE)
+        rooms = {name.partition("/")[0] for name in included}
+        assert rooms <= MAY_INCLUDE[path.parts[0]], f"{path} includes {rooms - MAY_INCLUDE[path.parts[0]]}"
+
+
+def test_no_torch_header_is_included_in_csrc():
+    for path in (ROOT / "csrc").rglob("*"):
+        if path.suffix in SOURCES:
+            assert not re.search(r"#include [<\"](torch|ATen|c10)/", path.read_text()), path

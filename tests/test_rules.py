@@ -542,12 +542,12 @@ def test_255_is_a_number_in_a_block_without_marks():
     assert quantization.dequantize_states(quantized, scales, UNSIGNED_FIRST[:1])["sum"].isfinite().all()
 
 
-def test_an_infinite_grad_stays_with_its_elements_in_8bit_states():
+def test_an_infinite_grad_stays_with_its_elements_in_8bit_states(cls):
     params = [torch.nn.Parameter(torch.ones(5000))]
-    optimizer = Adagrad(params, state_dtype="8bit")
+    optimizer = cls(params, state_dtype="8bit")
     for step in range(3):
         params[0].grad = torch.ones(5000)
         if step == 1:
             params[0].grad[[17, 4999]] = torch.inf
         optimizer.step()
-    assert params[0].isnan().nonzero().flatten().tolist() == [17, 4999]
+    assert params[0].isnan().nonzero().flatten().tolist() == ([17, 4999] if cls.rule.states else [])

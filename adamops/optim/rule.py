@@ -11,6 +11,7 @@ import functools
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, ClassVar, NamedTuple
 
+import torch
 from torch import Tensor
 
 from .settings import check_flags, check_number
@@ -278,6 +279,11 @@ class Rule(abc.ABC):
         for setting in self.settings:
             if isinstance(setting, Flag):
                 group.setdefault(setting.name, setting.default)
+
+
+def sign(x: Tensor) -> Tensor:
+    """1, -1 or 0 for each element; NaN stays NaN, as in csrc/rules/rule.h, where torch's is 0."""
+    return torch.where(x.isnan(), x, x.sign())
 
 
 def _but_looks_like(other: str | None) -> str:

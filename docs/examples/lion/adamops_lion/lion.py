@@ -1,9 +1,7 @@
 """Lion (arXiv 2302.06675, Algorithm 2): its states, settings and update; everything else is adamops'."""
 
-import torch
-
 from adamops.optim.optimizer import RuleOptimizer
-from adamops.optim.rule import DecayRates, Rate, Rule, State
+from adamops.optim.rule import DecayRates, Rate, Rule, State, sign
 
 
 class LionRule(Rule):
@@ -14,7 +12,7 @@ class LionRule(Rule):
 
     def update(self, k, param, grad, states):  # where no op is compiled
         lr, beta1, beta2, weight_decay = k
-        direction = torch.sign(beta1 * states["exp_avg"] + (1 - beta1) * grad)
+        direction = sign(beta1 * states["exp_avg"] + (1 - beta1) * grad)
         states["exp_avg"] = beta2 * states["exp_avg"] + (1 - beta2) * grad
         return param * (1 - lr * weight_decay) - lr * direction
 

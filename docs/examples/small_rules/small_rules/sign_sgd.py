@@ -1,9 +1,7 @@
 """SignSGD (arXiv 1802.04434, Algorithm 1). It keeps nothing but the step count."""
 
-import torch
-
 from adamops.optim.optimizer import RuleOptimizer
-from adamops.optim.rule import Rate, Rule
+from adamops.optim.rule import Rate, Rule, sign
 
 
 class SignSGDRule(Rule):
@@ -13,7 +11,7 @@ class SignSGDRule(Rule):
 
     def update(self, k, param, grad, states):
         lr, weight_decay = k
-        return param * (1 - lr * weight_decay) - lr * torch.sign(grad)
+        return param * (1 - lr * weight_decay) - lr * sign(grad)
 
 
 class SignSGD(RuleOptimizer):
