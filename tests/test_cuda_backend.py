@@ -210,7 +210,9 @@ def test_errors_of_the_device_come_through(monkeypatch):
     optimizer = EmulatedFusedAdam(ours)
     set_grads(ours, ours)
     monkeypatch.setenv("EMULATED_CUDA_ERROR", "1")
-    with pytest.raises(RuntimeError, match=r"Adam launch 1 of 1 \(1 tensors from tensor 0 on, device 0\): CUDA error"):
+    with pytest.raises(
+        RuntimeError, match=r"fused_adam: launch 1 of 1 \(1 tensors from tensor 0 on, device 0\): CUDA error"
+    ):
         optimizer.step()
     assert not optimizer.state
     monkeypatch.delenv("EMULATED_CUDA_ERROR")

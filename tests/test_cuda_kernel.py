@@ -247,7 +247,9 @@ def test_errors_name_the_launch_the_tensor_and_the_device(cuda_op, monkeypatch):
     with pytest.raises(RuntimeError, match="choosing device 7: CUDA error"):
         cuda_step(cuda_op, t, False, scalars, device=7)
     monkeypatch.setenv("EMULATED_CUDA_ERROR", "1")
-    with pytest.raises(RuntimeError, match=r"Adam launch 1 of 1 \(2 tensors from tensor 0 on, device 1\): CUDA error"):
+    with pytest.raises(
+        RuntimeError, match=r"fused_adam: launch 1 of 1 \(2 tensors from tensor 0 on, device 1\): CUDA error"
+    ):
         cuda_step(cuda_op, t, False, scalars, device=1)
     with pytest.raises(ValueError, match="tensor 0: no kernel for these dtypes of param, grad, state and master"):
         wrong = Tensors([10], (torch.bfloat16, torch.bfloat16, torch.float32))

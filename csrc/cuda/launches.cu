@@ -160,9 +160,9 @@ void cuda_step(const CudaStep& step, CudaPlace place) {
     const Kernel kernel = kernel_of(parameters->dtypes, step.options, parameters->tensors[0].lowp_out);
     check(cudaLaunchKernel(kernel, dim3(launch.blocks()), dim3(kThreads), arguments, 0,
                            static_cast<cudaStream_t>(place.stream)),
-          "launch " + std::to_string(n + 1) + " of " + std::to_string(launches.size()) + " (" +
-              std::to_string(launch.tensors.size()) + " tensors from tensor " + std::to_string(launch.tensors[0]) +
-              " on, device " + std::to_string(place.device) + ")");
+          ADAMOPS_EXPANDED_AND_QUOTED(ADAMOPS_MODULE) ": launch " + std::to_string(n + 1) + " of " +
+              std::to_string(launches.size()) + " (" + std::to_string(launch.tensors.size()) + " tensors from tensor " +
+              std::to_string(launch.tensors[0]) + " on, device " + std::to_string(place.device) + ")");
   }
 }
 
