@@ -225,18 +225,20 @@ void Table::count_writes(bool zero_grads) {
 
 std::vector<std::pair<uintptr_t, int64_t>> Table::spans() const {
   std::vector<std::pair<uintptr_t, int64_t>> spans;
+  // A null address counts too: the tensor's storage was freed before its address was read.
   const auto add_span = [&spans](const void* address, int64_t size) {
-    if (address && size) spans.emplace_back(reinterpret_cast<uintptr_t>(address), size);
+    if (size) spans.emplace_back(reinterpret_cast<uintptr_t>(address), size);
   };
   for (size_t i = 0; i < tensors.size(); ++i) {
     const Tensor& tensor = tensors[i];
     const Dtypes& own = dtypes[i];
     add_span(tensor.param, tensor.numel * size_of(own.param));
     add_span(tensor.grad, tensor.numel * size_of(own.grad));
-    for (const void* const state : tensor.states) add_span(state, tensor.numel * size_of(own.state));
-    add_span(tensor.master, tensor.numel * (own.master == kMasterFp32 ? 4 : own.master == kRemainder16 ? 2 : 1));
-    add_span(tensor.scales, blocks_of(tensor.numel) * state_count * 2);
-    add_span(tensor.lowp_out, tensor.numel * 2);
+    for (int s = 0; s < state_count; ++s) add_span(tensor.states[s], tensor.numel * size_of(own.state));
+    if (own.master != kNoMaster)
+      add_span(tensor.master, tensor.numel * (own.master == kMasterFp32 ? 4 : own.master == kRemainder16 ? 2 : 1));
+    if (own.state == kQuantized) add_span(tensor.scales, blocks_of(tensor.numel) * state_count * 2);
+    if (tensor.lowp_out) add_span(tensor.lowp_out, tensor.numel * 2);
   }
   for (const float* const count : device_steps) spans.emplace_back(reinterpret_cast<uintptr_t>(count), sizeof *count);
   return spans;
