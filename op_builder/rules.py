@@ -62,4 +62,4 @@ class CUDARuleBuilder(CUDAOpBuilder):
         return rule_flags(self.RULE, self.RULE_HEADER, self.MODULE)
 
     def nvcc_args(self) -> list[str]:
-        return rule_flags(self.RULE, self.RULE_HEADER, self.MODULE)
+        return self.cxx_args()

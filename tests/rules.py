@@ -9,7 +9,7 @@ from pathlib import Path
 import cuda_emulation
 import pytest
 import torch
-from adamops.op_builder.compile import compile_op
+from compiled import cache_folder
 from optimizers import HOST, OnEmulatedCuda
 
 from adamops.optim.backends.cpu import NativeBackend
@@ -123,15 +123,14 @@ for _cls in REFERENCES:
         optimizer_of(_way, _cls)
 
 
-def module_of(way, cls, folder):
-    """The op that a rule has for a backend, compiled into the folder; None in pure PyTorch."""
+def module_of(way, cls):
+    """The op that a rule has for a backend, compiled unless that was done before; None in pure PyTorch."""
     cpu, cuda = BUILDERS[cls]
     if issubclass(way, OnEmulatedCuda):
         return cuda_emulation.load(cuda_emulation.build_op(builder=cuda))
     if not issubclass(way, OnCpuOp):
         return None
-    path = folder / f"{cpu.MODULE.split('.')[1]}.so"
     with pytest.MonkeyPatch.context() as patched:
+        patched.setenv("ADAMOPS_CACHE_DIR", str(cache_folder() / "ops"))
         patched.setenv("ADAMOPS_CPU_TARGETS", "baseline")  # test_example.py compares targets
-        compile_op(cpu, path)
-    return cuda_emulation.load(path)
+        return cpu.jit_load()

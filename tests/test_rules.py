@@ -25,14 +25,14 @@ SHAPES = [(5000,), (3, 4), ()]  # the first has 8-bit states where they are aske
 
 
 @pytest.fixture(scope="session")
-def ops(tmp_path_factory):
+def ops():
     """Compiled ops by rule and kind; each is compiled when it is first asked for."""
     modules = {}
 
     def op_of(way, cls):
         key = cls, issubclass(way, OnEmulatedCuda), issubclass(way, OnCpuOp)
         if key not in modules:
-            modules[key] = module_of(way, cls, tmp_path_factory.mktemp("rule"))
+            modules[key] = module_of(way, cls)
         return modules[key]
 
     return op_of

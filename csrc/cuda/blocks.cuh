@@ -333,15 +333,6 @@ __device__ inline void store_param(const OwnElements<Whole>& own, const Tensor& 
 
 // A step --------------------------------------------------------------------------------------------------------------
 
-// Whether all columns of a tensor may be accessed 16 bytes at a time.
-__device__ inline bool is_aligned(const Tensor& tensor) {
-  uintptr_t addresses = reinterpret_cast<uintptr_t>(tensor.param) | reinterpret_cast<uintptr_t>(tensor.grad) |
-                        reinterpret_cast<uintptr_t>(tensor.master) | reinterpret_cast<uintptr_t>(tensor.lowp_out);
-#pragma unroll
-  for (const void* const state : tensor.states) addresses |= reinterpret_cast<uintptr_t>(state);
-  return addresses % 16 == 0;
-}
-
 template <bool Whole, int... kIndex>
 __device__ inline void store_states(IndexList<kIndex...>, const OwnElements<Whole>& own, const Tensor& tensor,
                                     [[maybe_unused]] Dtype dtype, [[maybe_unused]] uint32_t step,

@@ -208,6 +208,15 @@ __device__ inline void update_elements(IndexList<kIndex...>, const Tensor& tenso
   (store<Width>(static_cast<State*>(tensor.states[kIndex]) + i, states[kIndex], AsState<kIndex>{step}), ...);
 }
 
+// Whether all columns of a tensor may be accessed 16 bytes at a time.
+__device__ inline bool is_aligned(const Tensor& tensor) {
+  uintptr_t addresses = reinterpret_cast<uintptr_t>(tensor.param) | reinterpret_cast<uintptr_t>(tensor.grad) |
+                        reinterpret_cast<uintptr_t>(tensor.master) | reinterpret_cast<uintptr_t>(tensor.lowp_out);
+#pragma unroll
+  for (const void* const state : tensor.states) addresses |= reinterpret_cast<uintptr_t>(state);
+  return addresses % 16 == 0;
+}
+
 // The tensor that a thread block works on: the last of `count` whose first thread block is not after it.
 __device__ inline uint32_t tensor_of_block(const uint32_t* first_block, uint32_t count, uint32_t block) {
   uint32_t low = 0, high = count;
@@ -235,13 +244,9 @@ __global__ void __launch_bounds__(kThreads, 2) direct_kernel(const __grid_consta
   const int64_t begin = static_cast<int64_t>(blockIdx.x - launch.first_block[index]) * kChunk;
   const int64_t end = begin + kChunk < tensor.numel ? begin + kChunk : tensor.numel;
 
-  uintptr_t addresses = reinterpret_cast<uintptr_t>(tensor.param) | reinterpret_cast<uintptr_t>(tensor.grad) |
-                        reinterpret_cast<uintptr_t>(tensor.master);
-#pragma unroll
-  for (const void* const state : tensor.states) addresses |= reinterpret_cast<uintptr_t>(state);
   constexpr int kWidth = Kind::kWidth;
   constexpr typename Kind::States kStates;
-  const int64_t whole = addresses % 16 == 0 ? begin + (end - begin) / kWidth * kWidth : begin;
+  const int64_t whole = is_aligned(tensor) ? begin + (end - begin) / kWidth * kWidth : begin;
   for (int64_t i = begin + threadIdx.x * kWidth; i < whole; i += kThreads * kWidth)
     update_elements<Kind, kWidth>(kStates, tensor, i, k, step, mode);
   for (int64_t i = whole + threadIdx.x; i < end; i += kThreads)

@@ -94,10 +94,6 @@ class PreparedStep {
   std::vector<StepScalars> scalars_;
 };
 
-StepOptions options_of(const Table& table, int mode, bool zero_grads, bool stochastic_rounding) {
-  return {static_cast<uint8_t>(table.state_count), checked_mode(mode), zero_grads, stochastic_rounding};
-}
-
 void step_with_scalars(Table& table, const std::vector<ScalarRow>& scalars, int mode, int threads, bool zero_grads,
                        bool stochastic_rounding) {
   const StepOptions options = options_of(table, mode, zero_grads, stochastic_rounding);

@@ -40,10 +40,6 @@ void enqueue(Table& table, std::vector<StepScalars> scalars, StepOptions options
   table.release();
 }
 
-StepOptions options_of(const Table& table, int mode, bool zero_grads, bool stochastic_rounding) {
-  return {static_cast<uint8_t>(table.state_count), checked_mode(mode), zero_grads, stochastic_rounding};
-}
-
 void step(Table& table, const HyperNumbers& numbers, double loss_scale, double grad_factor, bool maximize,
           bool zero_grads, bool stochastic_rounding, uintptr_t device_scalars, uintptr_t found_inf, int device,
           uintptr_t stream) {

@@ -1,5 +1,5 @@
-// The scalars of a step on the host, for the modules of the CPU op and of the CUDA op: computed from the
-// hyper-parameters of a param group, or given as rows.
+// The scalars and options of a step on the host, for the modules of the CPU op and of the CUDA op: scalars are computed
+// from the hyper-parameters of a param group, or given as rows.
 #pragma once
 
 #include <pybind11/pybind11.h>
@@ -11,6 +11,7 @@
 #include <string>
 #include <vector>
 
+#include "python/table.h"
 #include "rules/selected.h"
 #include "runtime/float_environment.h"
 
@@ -74,12 +75,12 @@ inline std::vector<StepScalars> scalars_of(const std::vector<ScalarRow>& rows, c
   return scalars;
 }
 
-// Raises ValueError for a mode that the rule does not have.
-inline uint8_t checked_mode(int mode) {
+// What a step does with a table. Raises ValueError for a mode that the rule does not have.
+inline StepOptions options_of(const Table& table, int mode, bool zero_grads, bool stochastic_rounding) {
   if (mode < 0 || mode >= Rule::kModes)
     throw pybind11::value_error("mode is " + std::to_string(mode) + ", expected less than " +
                                 std::to_string(Rule::kModes));
-  return static_cast<uint8_t>(mode);
+  return {static_cast<uint8_t>(table.state_count), static_cast<uint8_t>(mode), zero_grads, stochastic_rounding};
 }
 
 // Says which rule a module is of, and in which order it takes numbers.
