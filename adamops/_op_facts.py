@@ -126,9 +126,11 @@ def in_words(error: BaseException) -> str:
 
 def torch_facts() -> dict[str, Any]:
     if importlib.util.find_spec("torch") is None:
-        return {"torch": None, "threads": None}
+        return {"torch": None, "threads": None, "tensors": None}
     try:
         import torch
+
+        from .optim.backends.tensor_layout import how_tensors_are_read
     except Exception as error:
-        return {"torch": f"broken: {in_words(error)}", "threads": None}
-    return {"torch": torch.__version__, "threads": torch.get_num_threads()}
+        return {"torch": f"broken: {in_words(error)}", "threads": None, "tensors": None}
+    return {"torch": torch.__version__, "threads": torch.get_num_threads(), "tensors": how_tensors_are_read()}

@@ -192,6 +192,7 @@ def rows_of_machine(machine: dict[str, Any]) -> list[Row]:
         "python": "Python",
         "torch": "torch",
         "threads": "threads of torch",
+        "tensors": "tensors are read",
         "platform": "platform",
         "cpu": "CPU",
         "cuda_toolkit": "CUDA toolkit",

@@ -1,5 +1,8 @@
 """No call touches memory that is not the tensor's, or takes the raw memory of a lazy tensor for its values."""
 
+import ctypes
+import random
+
 import pytest
 import torch
 from optimizers import MAKERS, STATES, state_tensors
@@ -242,13 +245,31 @@ def unclear(monkeypatch, name, function):
 
 def test_no_layout_where_a_place_is_not_found_or_found_twice(monkeypatch):
     words = tensor_layout._words
-    size = tensor_layout._TENSOR_WORDS
     assert unclear(monkeypatch, "_words", lambda address, count: [0] * count) is None
     assert unclear(monkeypatch, "_words", lambda address, count: words(address, count) * 2) is None
     monkeypatch.setattr(tensor_layout, "_words", words)
-    assert unclear(monkeypatch, "_TENSOR_WORDS", 1) is None
-    monkeypatch.setattr(tensor_layout, "_TENSOR_WORDS", size)
+    with monkeypatch.context() as short:
+        short.setattr(tensor_layout, "_LEAST_TENSOR_WORDS", 1)
+        assert unclear(short, "_MOST_TENSOR_WORDS", 1) is None
     assert unclear(monkeypatch, "dispatch_keys", lambda tensor: 5) is None
+
+
+@pytest.mark.parametrize("further", range(5))
+def test_the_key_set_is_found_in_longer_tensors(further):
+    """It is the last field of a tensor. In torch 2.11 it lies a word further than in 2.13."""
+    count = tensor_layout._LEAST_TENSOR_WORDS + further
+    keys, tensors = [11, 22, 33], []
+    for key in keys:
+        words = [random.randrange(100, 2**60) for _ in range(count - 1)] + [key]
+        tensors.append((ctypes.c_uint64 * count)(*words))
+    found, place = tensor_layout._key_set(list(map(ctypes.addressof, tensors)), keys)
+    assert place == count - 1 and found == [list(tensor) for tensor in tensors]
+
+
+@pytest.mark.skipif(not hasattr(torch.Tensor, "__dlpack_c_exchange_api__"), reason="torch before 2.10")
+def test_tensors_are_read_in_cpp():
+    """With every torch that lends its DLPack functions: checking tensors in Python takes a hundred times as long."""
+    assert tensor_layout.arguments(torch.device("cpu")) is not None
 
 
 @pytest.mark.parametrize("error", [AttributeError, RuntimeError, TypeError, ValueError])

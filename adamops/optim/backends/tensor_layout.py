@@ -7,16 +7,17 @@ layout, and tensors are checked through torch's Python API. Must not know of opt
 
 from __future__ import annotations
 
+import contextlib
 import ctypes
 from collections.abc import Iterable, Sequence
 
 import torch
 from torch import Tensor
 
-from ..._torch_compat import address_in_torch, dispatch_keys, version_of
+from ..._torch_compat import address_in_torch, dispatch_keys, dlpack_exchange_table, version_of
 
 _WORD = 8
-_TENSOR_WORDS = 22  # a TensorImpl has 26 in torch 2.4 to 2.13, and torch asserts its size
+_LEAST_TENSOR_WORDS, _MOST_TENSOR_WORDS = 22, 26  # of a TensorImpl: 22 in torch 2.13, 23 in torch 2.11
 _STORAGE_WORDS = 8  # a StorageImpl has more
 _DTYPES = (torch.float32, torch.bfloat16, torch.complex64, torch.int8)
 _COUNTER_WORDS = 3  # vtable pointer, reference count, and the version in half a word
@@ -41,6 +42,17 @@ def arguments(device: torch.device) -> dict[str, int] | None:
     return {**layout, "plain_keys": dispatch_keys(plain)}
 
 
+def how_tensors_are_read() -> str:
+    """For the report: whether the ops can read tensors themselves, and if not, why not."""
+    if dlpack_exchange_table() is None:
+        why = "this torch lends no DLPack functions; 2.10 and newer do"
+    elif arguments(torch.device("cpu")) is None:
+        why = "where this torch keeps storages and version counters was not found"
+    else:
+        return "in C++"
+    return f"in Python, which makes a step of many small tensors up to 70 times as slow: {why}"
+
+
 _found: dict[str, int] | None = None
 
 
@@ -63,14 +75,14 @@ def _find() -> dict[str, int]:
     storages = [tensor.untyped_storage() for tensor in samples]
     storage_impls = list(map(address_in_torch, storages))
     objects = [_words(id(tensor), type(tensor).__basicsize__ // _WORD) for tensor in samples]
-    tensor_words = [_words(impl, _TENSOR_WORDS) for impl in impls]
+    tensor_words, key_set = _key_set(impls, list(map(dispatch_keys, samples)))
     storage_words = [_words(impl, _STORAGE_WORDS) for impl in storage_impls]
     version_counter = _version_counter()
     counters = [_words(words[version_counter], _COUNTER_WORDS) for words in tensor_words]
     versions = [version_of(tensor) or 0 for tensor in samples]
     return {
         "impl": _WORD * _place(objects, impls),
-        "key_set": _WORD * _place(tensor_words, list(map(dispatch_keys, samples))),
+        "key_set": _WORD * key_set,
         "storage": _WORD * _place(tensor_words, storage_impls),
         "version_counter": _WORD * version_counter,
         "data": _WORD * _place(storage_words, [storage.data_ptr() for storage in storages]),
@@ -93,16 +105,28 @@ def _samples() -> list[Tensor]:
     return made
 
 
+def _key_set(impls: Sequence[int], expected: Sequence[int]) -> tuple[list[list[int]], int]:
+    """The words of TensorImpls, and which of them is the key set.
+
+    The key set is a TensorImpl's last field, so an object without it among the words that were read is longer.
+    """
+    for count in range(_LEAST_TENSOR_WORDS, _MOST_TENSOR_WORDS + 1):
+        words = [_words(impl, count) for impl in impls]
+        with contextlib.suppress(_UnclearError):
+            return words, _place(words, expected)
+    raise _UnclearError
+
+
 def _version_counter() -> int:
     """The word of a TensorImpl that points to the version counter, which detach() shares and .data does not."""
     with torch.inference_mode(False), torch.no_grad():
         # Five dimensions each: the slots of missing dimensions are uninitialized memory, which may hold anything.
         made = [torch.zeros((size, 1, 1, 1, 1), device="cpu") for size in (5, 11, 7, 13)]
         alike = [(tensor, tensor.detach(), tensor.data) for tensor in made]
-    words = [[_words(address_in_torch(tensor), _TENSOR_WORDS) for tensor in tensors] for tensors in alike]
+    words = [[_words(address_in_torch(tensor), _LEAST_TENSOR_WORDS) for tensor in tensors] for tensors in alike]
     return _only(
         i
-        for i in range(_TENSOR_WORDS)
+        for i in range(_LEAST_TENSOR_WORDS)
         if all(a[i] and a[i] == b[i] and c[i] and c[i] != a[i] for a, b, c in words)
         and len({a[i] for a, _, _ in words}) == len(words)
     )
