@@ -194,7 +194,7 @@ def test_all_handlers_are_back_if_one_raises_while_they_are_put_back(monkeypatch
         return before
 
     try:
-        monkeypatch.setattr(interrupts.signal, "signal", set_and_interrupt)
+        monkeypatch.setattr(interrupts, "set_handler", set_and_interrupt)
         with pytest.raises(Interrupt), interrupts.deferred_signals():
             pass
         monkeypatch.undo()
