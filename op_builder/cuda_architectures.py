@@ -75,14 +75,15 @@ def coverage(architectures: Sequence[str], gpu: str) -> Coverage:
     """Whether and how a GPU, such as "90", runs a build for these architectures.
 
     Machine code runs on GPUs of the same major version and an equal or higher minor version. PTX runs on GPUs of its
-    own version and newer.
+    own version and newer. A name that ends with "a" is for GPUs of just that version, "f" for all that machine code is.
     """
-    if any(name.removesuffix("+PTX") == gpu for name in architectures):
+    has_ptx = {name.removesuffix("+PTX"): name.endswith("+PTX") for name in architectures}
+    if {gpu, f"{gpu}a", f"{gpu}f"} & has_ptx.keys():
         return Coverage(True, "compiled for it")
-    numbers = {name.removesuffix("+PTX"): name.endswith("+PTX") for name in architectures}
-    plain = {name: ptx for name, ptx in numbers.items() if name.isdigit()}  # "90a" runs on 9.0 only
-    if any(name[:-1] == gpu[:-1] and int(name) < int(gpu) for name in plain):
+    family = [name.removesuffix("f") for name in has_ptx if not name.endswith("a")]  # "90a" runs on 9.0 only
+    if any(name[:-1] == gpu[:-1] and int(name) < int(gpu) for name in family):
         return Coverage(True, "compiled for an older one of its kind")
+    plain = {name: ptx for name, ptx in has_ptx.items() if name.isdigit()}
     if any(ptx and int(name) < int(gpu) for name, ptx in plain.items()):
         return Coverage(True, "from PTX, which the driver compiles at first use")
     return Coverage(False, "it is in none of the architectures; build with ADAMOPS_CUDA_ARCHS")

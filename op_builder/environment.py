@@ -61,7 +61,7 @@ def cuda_archs(valid: Sequence[str]) -> tuple[str, list[str]] | None:
     """ADAMOPS_CUDA_ARCHS, else TORCH_CUDA_ARCH_LIST: the variable as "NAME=value", and what it lists; None if unset.
 
     Torch's syntax: "8.0;9.0+PTX", names such as "Hopper", or one of the words "native" and "all". In the result, 9.0
-    is "90" and 9.0+PTX is "90+PTX". `valid` lists what may precede the "+PTX".
+    is "90", 9.0a is "90a", and 9.0+PTX is "90+PTX". `valid` lists the numbers.
     """
     for variable in ("ADAMOPS_CUDA_ARCHS", "TORCH_CUDA_ARCH_LIST"):
         value = os.environ.get(variable, "").strip()
@@ -76,9 +76,9 @@ def cuda_archs(valid: Sequence[str]) -> tuple[str, list[str]] | None:
     for word in value.replace(",", " ").replace(";", " ").split():
         for entry in _NAMED_ARCHITECTURES.get(word, [word]):
             number, plus, ptx = entry.partition("+")
-            match = re.fullmatch(r"(\d+)\.(\d[a-z]?)", number)
-            if not match or "".join(match.groups()) not in valid or (plus and ptx != "PTX"):
-                numbers = [re.sub(r"(\d[a-z]?)$", r".\1", name) for name in valid]
+            match = re.fullmatch(r"(\d+)\.(\d)([af]?)", number)  # nvcc does not list the names with a letter
+            if not match or match[1] + match[2] not in valid or (plus and ptx != "PTX"):
+                numbers = [f"{name[:-1]}.{name[-1]}" for name in valid]
                 raise ValueError(
                     f"{variable}={value!r}: {word!r} is not an architecture that this nvcc knows; use native, all, or "
                     f"a list of {', '.join(numbers)}, {', '.join(_NAMED_ARCHITECTURES)}, with +PTX where PTX is wanted"

@@ -17,7 +17,7 @@ class Nvcc(NamedTuple):
     path: str
     version: str
     library_folders: tuple[str, ...]
-    known: tuple[str, ...]  # architectures, such as "90" and "90a"
+    known: tuple[str, ...]  # architectures, such as "90"
 
     @classmethod
     def find(cls) -> Nvcc | None:
@@ -39,7 +39,7 @@ class Nvcc(NamedTuple):
         version = re.search(r"release ([\d.]+)", output_of(path, "--version"))
         # A dry run shows where the toolkit is, even if `path` is a wrapper script.
         folders = re.search(r"LIBRARIES=(.*)", output_of(path, "--dryrun", "-x", "cu", "-c", os.devnull, "-o", "x.o"))
-        known = re.findall(r"sm_(\d+[a-z]?)", output_of(path, "--list-gpu-code"))
+        known = re.findall(r"sm_(\d+)\b", output_of(path, "--list-gpu-code"))
         if not version or not known:
             return None
         found = re.findall(r'"-L([^"]+)"', folders.group(1)) if folders else []

@@ -16,7 +16,7 @@ from adamops.op_builder.nvcc import Nvcc
 
 from adamops import _op_facts, op_builder, report
 
-KNOWN = ("75", "80", "86", "90", "90a", "100", "120")
+KNOWN = ("75", "80", "86", "90", "100", "120")  # as nvcc lists them: without 90a, which it compiles for all the same
 NVCC = Nvcc("/none/nvcc", "13.0", (), KNOWN)
 needs_nvcc = pytest.mark.skipif(shutil.which("nvcc") is None, reason="no nvcc on PATH")
 
@@ -50,6 +50,7 @@ def fake_nvcc(folder, gpu_code="sm_80 sm_90", version="release 12.4, V12.4.1", w
     [
         ("8.0;9.0+PTX", ["80", "90+PTX"]),
         ("8.0, 8.6 9.0a", ["80", "86", "90a"]),
+        ("9.0a+PTX;10.0f", ["90a+PTX", "100f"]),
         ("Ampere", ["80", "86+PTX"]),
         ("7.5;Hopper;7.5", ["75", "90+PTX"]),
         ("12.0", ["120"]),
@@ -63,10 +64,10 @@ def test_architectures_in_torchs_syntax(monkeypatch, value, expected):
     assert environment.cuda_archs(KNOWN) == ("ADAMOPS_CUDA_ARCHS=10.0", ["100"])
 
 
-@pytest.mark.parametrize("value", ["9.9", "90", "sm_90", "8.0+SASS", "Pascal", "8.0;oops"])
+@pytest.mark.parametrize("value", ["9.9", "90", "sm_90", "8.0+SASS", "Pascal", "8.0;oops", "9.9a", "9.0b"])
 def test_an_unknown_architecture_names_the_valid_ones(monkeypatch, value):
     monkeypatch.setenv("ADAMOPS_CUDA_ARCHS", value)
-    with pytest.raises(ValueError, match=r"is not an architecture that this nvcc knows.* 7\.5, .*9\.0a, 10\.0.*Hopper"):
+    with pytest.raises(ValueError, match=r"is not an architecture that this nvcc knows.* 7\.5, .*9\.0, 10\.0.*Hopper"):
         choose_architectures(NVCC)
 
 
@@ -128,12 +129,16 @@ def test_gpus_are_asked_of_nvidia_smi(monkeypatch, tmp_path):
         ("86", True, "compiled for an older one of its kind"),
         ("89", True, "compiled for an older one of its kind"),
         ("120", True, "from PTX, which the driver compiles at first use"),
-        ("90", False, "it is in none of the architectures; build with ADAMOPS_CUDA_ARCHS"),
+        ("90", True, "compiled for it"),
+        ("91", False, "it is in none of the architectures; build with ADAMOPS_CUDA_ARCHS"),
         ("75", False, "it is in none of the architectures; build with ADAMOPS_CUDA_ARCHS"),
+        ("120", True, "from PTX, which the driver compiles at first use"),
+        ("110", True, "compiled for it"),
+        ("113", True, "compiled for an older one of its kind"),
     ],
 )
 def test_coverage_of_a_gpu(gpu, runs, how):
-    assert coverage(["80", "90a", "100+PTX"], gpu) == (runs, how)
+    assert coverage(["80", "90a", "100+PTX", "110f"], gpu) == (runs, how)
 
 
 def test_the_report_says_which_gpus_a_build_covers(monkeypatch):
@@ -225,15 +230,21 @@ def test_the_op_is_compiled_by_nvcc_and_imports_without_a_gpu(monkeypatch, tmp_p
 
 
 @needs_nvcc
+def test_the_check_of_roots_and_quotients_compiles(tmp_path):
+    """tests/test_gpu.py runs it."""
+    subprocess.run(cuda_emulation.rounding_check(tmp_path / "check", "-arch=sm_90"), check=True)
+
+
+@needs_nvcc
 def test_without_a_prebuilt_extension_the_op_is_built_at_first_use_and_kept(monkeypatch, tmp_path, capfd):
-    monkeypatch.setenv("ADAMOPS_CUDA_ARCHS", "9.0")
+    monkeypatch.setenv("TORCH_CUDA_ARCH_LIST", "9.0a")  # which nvcc compiles for, and does not list
     monkeypatch.setenv("ADAMOPS_CACHE_DIR", str(tmp_path))
     monkeypatch.setattr(FusedAdamBuilder, "MODULE", "adamops._native.no_such.fused_adam")
     module = FusedAdamBuilder().load()
     assert "building fused_adam for this machine, once" in capfd.readouterr().err
     (built,) = tmp_path.glob("*/fused_adam*.so")
     assert module.__file__ == str(built)
-    assert json.loads(built.with_name("fused_adam.build.json").read_text())["architectures"] == ["90"]
+    assert json.loads(built.with_name("fused_adam.build.json").read_text())["architectures"] == ["90a"]
     status = module.status()
     if not status["devices"]:
         assert status["problem"] in module.problem(0)

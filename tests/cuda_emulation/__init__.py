@@ -11,6 +11,7 @@ from pathlib import Path
 
 from adamops.op_builder import CUDARuleBuilder, FusedAdamBuilder
 from adamops.op_builder.compiler import Compiler
+from adamops.op_builder.nvcc import Nvcc
 from adamops.op_builder.python_extension import pybind11_headers
 from compiled import compiled
 
@@ -37,6 +38,14 @@ def build_op(*flags: str, builder: CUDARuleBuilder | None = None) -> Path:
     sources = [builder.locate(source) for source in (*builder.cuda_sources(), *builder.sources())]
     name = f"{builder.MODULE.rpartition('.')[2]}.so"
     return build(name, sources, *builder.cxx_args(), *flags, roots=builder.source_roots())
+
+
+def rounding_check(program: Path, target: str) -> list[str]:
+    """The nvcc command that compiles cuda_rounding_check.cu, with the flags of the op."""
+    nvcc, builder = Nvcc.find(), FusedAdamBuilder()
+    assert nvcc is not None
+    source = HERE.parent / "cuda_rounding_check.cu"
+    return [nvcc.path, *builder.NVCC_FLAGS, *builder.nvcc_args(), target, f"-I{CSRC}", str(source), "-o", str(program)]
 
 
 def load(path: Path):
