@@ -7,6 +7,7 @@
 #
 #   PYTHON        the interpreter (default: python3)
 #   ADAMOPS_WORK  the working folder (default: a new one in /tmp, removed at the end)
+#   PYTHONPATH    may name folders with more packages, for tests and peers that need them
 #   PARTS         which of "gpu-tests benchmark sanitizer all-tests" to run after the build (default: all, in this order)
 #
 # Arguments are passed to ci/gpu_bench.py, for example --elements 10000000.
@@ -43,7 +44,7 @@ note() {
 }
 
 cd "$work"
-export ADAMOPS_CACHE_DIR="$work/cache" ADAMOPS_TEST_CACHE="$work/test-cache" PYTHONPATH="$work/site" PYTHONDONTWRITEBYTECODE=1
+export ADAMOPS_CACHE_DIR="$work/cache" ADAMOPS_TEST_CACHE="$work/test-cache" PYTHONPATH="$work/site${PYTHONPATH:+:$PYTHONPATH}" PYTHONDONTWRITEBYTECODE=1
 run build "$python" "$root/ci/stage.py" "$work/site"
 run device "$python" -c '
 import torch

@@ -25,6 +25,7 @@ NEEDS = {
     "test_packaging.py": ["setuptools", "build", "pybind11", "cpuinfo", "rich", "platformdirs"],
     "test_op_builder.py": ["setuptools", "cpuinfo", "rich", "platformdirs"],
     "test_bits.py": ["numpy"],
+    "test_layers.py": ["grimp", "importlinter"],
     "test_workflows.py": ["check_jsonschema"],  # which brings ruamel.yaml
 }
 MISSING = {file: [name for name in needed if not importlib.util.find_spec(name)] for file, needed in NEEDS.items()}
