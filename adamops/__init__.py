@@ -19,9 +19,19 @@ if TYPE_CHECKING:
     from .ops.adam import CPUAdam, DeepSpeedCPUAdam, FusedAdam
     from .optim.backward import step_in_backward
     from .optim.checkpoint.saving import portable_state_dicts
+    from .threads import get_num_threads, set_num_threads
 
 __version__ = "0.1.0"
-__all__ = ["CPUAdam", "DeepSpeedCPUAdam", "FusedAdam", "__version__", "portable_state_dicts", "step_in_backward"]
+__all__ = [
+    "CPUAdam",
+    "DeepSpeedCPUAdam",
+    "FusedAdam",
+    "__version__",
+    "get_num_threads",
+    "portable_state_dicts",
+    "set_num_threads",
+    "step_in_backward",
+]
 
 # In a checkout, op_builder is next to this folder, not inside it. With the checkout on the path, Python finds `adamops`
 # here even without an editable install, and it should work then too.
@@ -44,8 +54,9 @@ _HOMES = {
     **dict.fromkeys(("CPUAdam", "DeepSpeedCPUAdam", "FusedAdam"), "adamops.ops.adam"),
     "step_in_backward": "adamops.optim.backward",
     "portable_state_dicts": "adamops.optim.checkpoint.saving",
+    **dict.fromkeys(("get_num_threads", "set_num_threads"), "adamops.threads"),
 }
-_SUBMODULES = ("bench", "deepspeed", "in_backward", "op_builder", "ops", "optim", "plugin_process", "report")
+_SUBMODULES = ("bench", "deepspeed", "in_backward", "op_builder", "ops", "optim", "plugin_process", "report", "threads")
 
 
 def __getattr__(name: str) -> Any:

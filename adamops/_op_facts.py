@@ -5,6 +5,7 @@ Builds nothing. Must work without torch, and must not know how facts are shown.
 
 from __future__ import annotations
 
+import dataclasses
 import importlib.metadata
 import importlib.util
 import json
@@ -55,6 +56,9 @@ def _describe_builder(builder: Op) -> dict[str, Any]:
     entry.update(_usable(builder, bool(compatible), entry["prebuilt"]))
     if record and "architectures" in record:
         entry["gpus"] = {f"sm_{gpu}": coverage(record["architectures"], gpu)._asdict() for gpu in visible_gpus()}
+    if entry.get("openmp_runtime", "") is None and (count := torch_facts()["threads"]) and count > 1:
+        error = f"there is no OpenMP runtime in this process, so a step runs on one thread, where torch has {count}"
+        entry.update(ok=False, error=error)
     if isinstance(builder, SituationalOp) and (reason := builder.not_applicable_reason()):
         entry["not_applicable_reason"] = reason
         entry["ok"] = entry["ok"] or not entry.get("error")
@@ -125,12 +129,20 @@ def in_words(error: BaseException) -> str:
 
 
 def torch_facts() -> dict[str, Any]:
+    """About torch, and what adamops makes of it; all None without torch."""
+    facts: dict[str, Any] = dict.fromkeys(("torch", "threads", "step_threads", "tensors"))
     if importlib.util.find_spec("torch") is None:
-        return {"torch": None, "threads": None, "tensors": None}
+        return facts
     try:
         import torch
 
+        from . import threads
         from .optim.backends.tensor_layout import how_tensors_are_read
     except Exception as error:
-        return {"torch": f"broken: {in_words(error)}", "threads": None, "tensors": None}
-    return {"torch": torch.__version__, "threads": torch.get_num_threads(), "tensors": how_tensors_are_read()}
+        return {**facts, "torch": f"broken: {in_words(error)}"}
+    facts.update(torch=torch.__version__, threads=torch.get_num_threads(), tensors=how_tensors_are_read())
+    try:
+        facts["step_threads"] = dataclasses.asdict(threads.explained())
+    except ValueError as error:  # from an environment variable
+        facts["step_threads"] = {"count": None, "why": str(error)}
+    return facts

@@ -39,6 +39,7 @@ from . import __version__, op_builder
 from .ops.adam import DeepSpeedCPUAdam
 from .optim.batch import DTYPES
 from .report import cpu_name
+from .threads import get_num_threads, set_num_threads
 
 OURS, PROBE = "adamops", "bandwidth probe"
 PREFETCH_BYTES = (0, 256, 512, 1024, 2048, 4096)
@@ -446,9 +447,15 @@ def time_processes(title: str, codes: Mapping[str, str], options: Options) -> Re
     return result
 
 
+def use_threads(count: int) -> None:
+    """The number of threads for all implementations."""
+    torch.set_num_threads(count)
+    set_num_threads(count)
+
+
 def first_step_ms(name: str, threads: int) -> float:
     """Milliseconds to construct the named optimizer and take a step, after all imports and a backward pass."""
-    torch.set_num_threads(threads)
+    use_threads(threads)
     if name == "DeepSpeed":
         deepspeed_adam()
     model = torch.nn.Sequential(torch.nn.Linear(64, 256), torch.nn.GELU(), torch.nn.Linear(256, 10))
@@ -556,7 +563,7 @@ def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
                         help=f"which to run: {', '.join(CASES)} (default: all)")  # fmt: skip
     parser.add_argument("--elements", type=positive, default=100_000_000, help="of the large tensors (default: 100 M)")
     parser.add_argument("--repeat", type=positive, help="rounds that are counted (default: as suits the case)")
-    parser.add_argument("--threads", type=positive, help="for all implementations (default: torch's number)")
+    parser.add_argument("--threads", type=positive, help="for all implementations (default: adamops.get_num_threads())")
     parser.add_argument("--json", type=Path, metavar="FILE", help="also write all times there")
     parser.add_argument("--no-peers", action="store_true", help="time only adamops and the bandwidth probe")
     return parser.parse_args(arguments)
@@ -570,8 +577,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     except op_builder.OpUnavailableError as error:
         print(error, file=sys.stderr)
         return 1
-    if args.threads:
-        torch.set_num_threads(args.threads)
+    use_threads(args.threads or get_num_threads())
     options = Options(args.elements, args.repeat, torch.get_num_threads(), not args.no_peers)
     terminal = sys.stdout.isatty()
     console = Console(width=None if terminal else 120, highlight=False)

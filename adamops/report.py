@@ -27,7 +27,7 @@ from .op_builder.simd import targets_of
 
 PLUGIN_SECONDS = 60.0  # time limit for importing, loading and describing a plugin
 BACKENDS = "adamops.backends"  # ENTRY_POINT_GROUP of adamops.optim.backends.loading, which needs torch
-OTHER_VARIABLES = ("CUDA_HOME", "CXX", "CXXFLAGS", "LDFLAGS", "MAX_JOBS", "TORCH_CUDA_ARCH_LIST")
+OTHER_VARIABLES = ("CUDA_HOME", "CXX", "CXXFLAGS", "LDFLAGS", "MAX_JOBS", "OMP_NUM_THREADS", "TORCH_CUDA_ARCH_LIST")
 
 
 def collect() -> dict[str, Any]:
@@ -52,7 +52,7 @@ def _environment(ops: list[str]) -> dict[str, Any]:
     targets = [target.name for target in targets_of(platform.machine())]
     errors = []
     checks: list[Callable[[], Any]] = [functools.partial(environment.cpu_targets, targets)]
-    checks += [environment.max_jobs, environment.check_cache_dir]
+    checks += [environment.max_jobs, environment.num_threads, environment.check_cache_dir]
     checks += [functools.partial(environment.words, name) for name in ("CXX", "CXXFLAGS", "LDFLAGS")]
     checks += [functools.partial(environment.build_switch, op) for op in ops]
     for check in checks:
@@ -192,6 +192,7 @@ def rows_of_machine(machine: dict[str, Any]) -> list[Row]:
         "python": "Python",
         "torch": "torch",
         "threads": "threads of torch",
+        "step_threads": "threads of a step",
         "tensors": "tensors are read",
         "platform": "platform",
         "cpu": "CPU",
@@ -202,7 +203,11 @@ def rows_of_machine(machine: dict[str, Any]) -> list[Row]:
     }
     rows: list[Row] = []
     for key, label in labels.items():
-        value = ", ".join(machine[key]) if isinstance(machine[key], list) else machine[key]
+        value = machine[key]
+        if isinstance(value, list):
+            value = ", ".join(value)
+        elif isinstance(value, dict):  # of threads.Threads
+            value = f"{value['count'] or '?'}: {value['why']}"
         rows.append(Row(label, str(value) if value not in (None, "") else "none"))
     return rows
 

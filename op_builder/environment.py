@@ -1,4 +1,4 @@
-"""The environment variables that control building and loading, each read in one place.
+"""The environment variables of adamops, each read in one place.
 
 Must not know what they are used for. An invalid value raises a ValueError that names the valid ones.
 """
@@ -87,6 +87,11 @@ def cuda_archs(valid: Sequence[str]) -> tuple[str, list[str]] | None:
     return said, list(dict.fromkeys(found))
 
 
+def num_threads() -> int | None:
+    """ADAMOPS_NUM_THREADS: how many threads a step on the CPU uses, or None if unset."""
+    return _positive("ADAMOPS_NUM_THREADS")
+
+
 def simd(valid: Sequence[str]) -> str | None:
     """ADAMOPS_SIMD: the SIMD target to use at run time, or None if unset."""
     value = os.environ.get("ADAMOPS_SIMD", "").strip()
@@ -123,11 +128,16 @@ def quoted(command: Iterable[str]) -> str:
 
 def max_jobs() -> int:
     """MAX_JOBS: how many compilers may run at once; the number of CPUs if unset."""
-    value = os.environ.get("MAX_JOBS", "").strip()
+    own = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    return _positive("MAX_JOBS") or own
+
+
+def _positive(name: str) -> int | None:
+    value = os.environ.get(name, "").strip()
     if not value:
-        return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+        return None
     if not re.fullmatch("[0-9]*[1-9][0-9]*", value):
-        raise ValueError(f"MAX_JOBS={value!r} is not valid; use a positive integer")
+        raise ValueError(f"{name}={value!r} is not valid; use a positive integer")
     return int(value)
 
 

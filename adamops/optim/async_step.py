@@ -13,6 +13,7 @@ from typing import Any, TypeVar, cast
 import torch
 
 from .._torch_compat import step_post_hooks, without_torch_function
+from ..threads import get_num_threads
 from .backends.base import Backend, Update
 from .dynamo_disabled import dynamo_disabled
 from .interrupts import deferred_signals
@@ -191,7 +192,7 @@ def start_step(optimizer: Any, threads: int | None, zero_grads: bool, lowp_out: 
             "step_async() ends before the step does, so hooks after the step cannot be called; use step()"
         )
     optimizer._settle()
-    running = AsyncStep(threads or torch.get_num_threads())
+    running = AsyncStep(threads or get_num_threads())
     try:
         # By its name, as schedulers and hooks wrap it.
         optimizer.step(zero_grads=ForBackground(zero_grads, running), lowp_out=lowp_out)

@@ -10,7 +10,7 @@ from types import FrameType
 from typing import Any
 
 try:  # what signal wraps; its search for an enum member takes 2 us for each of 62 signals
-    from _signal import getsignal
+    from _signal import getsignal  # type: ignore[import-not-found]
     from _signal import signal as set_handler
 except ImportError:
     from signal import getsignal

@@ -8,6 +8,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
+from ...threads import get_num_threads
 from ..memory import PLAIN_TYPES, addresses, count_writes
 from ..step_settings import StepSettings
 from .base import Update
@@ -65,7 +66,7 @@ class NativeBackend(TableBackend):
             numels = list(map(Tensor.numel, chosen))
             columns = self._columns_of_plain(chosen)
             begins = columns[0] if columns else addresses(chosen, "a new state")
-            self.module.zero_fill(begins, numels, dtype.itemsize, torch.get_num_threads())
+            self.module.zero_fill(begins, numels, dtype.itemsize, get_num_threads())
         return tensors
 
     def _counts_fit(self, table: Any, settings: StepSettings) -> bool:
@@ -87,7 +88,7 @@ class NativeBackend(TableBackend):
             settings.maximize,
             settings.zero_grads,
             settings.precision.stochastic_rounding,
-            settings.threads or torch.get_num_threads(),
+            settings.threads or get_num_threads(),
         )
 
     def _runner(self, table: Any, settings: StepSettings, call: tuple[Any, ...] | None) -> Callable[[], None]:
@@ -102,4 +103,4 @@ class NativeBackend(TableBackend):
         return self.module.samples_of(self._reader, list(grads))
 
     def _norm_of(self, columns: Columns, norm_type: float) -> float:
-        return self.module.grad_norm(*columns, norm_type, torch.get_num_threads())
+        return self.module.grad_norm(*columns, norm_type, get_num_threads())
