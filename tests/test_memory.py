@@ -93,6 +93,26 @@ def test_grads_of_a_step_that_is_left_out_are_not_zeroed_where_nothing_is(Adam):
         optimizer.step(zero_grads=True)
 
 
+@pytest.mark.parametrize("shape", [(), (5,), (2, 1), (N // 256, 1), (N // 256, 2), (N // 256, 3), (3, 4, 5)])
+def test_scales_without_averages_belong_to_nothing(PathAdam, shape):
+    """Whatever their shape, the step starts the averages, and has the bits of one that finds no scales."""
+    value, grad = torch.randn(2, N)
+    results = []
+    for scales in (None, torch.randn(shape).to(torch.bfloat16)):
+        param = Parameter(value.clone())
+        optimizer = PathAdam([param], lr=0.1, state_dtype="8bit")
+        if scales is not None:
+            optimizer.state[param] = {"step": 0, "block_scales": scales}
+        for _ in range(2):
+            param.grad = grad.clone()
+            optimizer.step()
+        results.append({"param": param.detach(), **state_tensors(optimizer, param)})
+    without, with_scales = results
+    assert without.keys() == with_scales.keys()
+    for key, value in without.items():
+        assert torch.equal(value, with_scales[key]), key
+
+
 @pytest.mark.parametrize("step", list(STEPS))
 def test_scales_and_remainders_of_other_shapes_and_dtypes_are_refused(PathAdam, step):
     for states, key, spoil in (
