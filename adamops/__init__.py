@@ -16,13 +16,15 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from .ops.adam import CPUAdam, DeepSpeedCPUAdam, FusedAdam
+    from .ops.adam import Adam, AdamW, CPUAdam, DeepSpeedCPUAdam, FusedAdam
     from .optim.backward import step_in_backward
     from .optim.checkpoint.saving import portable_state_dicts
     from .threads import get_num_threads, set_num_threads
 
 __version__ = "0.1.0"
 __all__ = [
+    "Adam",
+    "AdamW",
     "CPUAdam",
     "DeepSpeedCPUAdam",
     "FusedAdam",
@@ -51,7 +53,7 @@ if not (_checkout / "adamops" / "op_builder").is_dir() and (_checkout / "op_buil
 
 # Imported on first access.
 _HOMES = {
-    **dict.fromkeys(("CPUAdam", "DeepSpeedCPUAdam", "FusedAdam"), "adamops.ops.adam"),
+    **dict.fromkeys(("Adam", "AdamW", "CPUAdam", "DeepSpeedCPUAdam", "FusedAdam"), "adamops.ops.adam"),
     "step_in_backward": "adamops.optim.backward",
     "portable_state_dicts": "adamops.optim.checkpoint.saving",
     **dict.fromkeys(("get_num_threads", "set_num_threads"), "adamops.threads"),

@@ -17,6 +17,7 @@ from torch.optim.optimizer import register_optimizer_step_post_hook, register_op
 from torch.utils._python_dispatch import TorchDispatchMode
 from twins import assert_close, assert_equal, same_grads, twin_models, twin_params
 
+import adamops
 from adamops import DeepSpeedCPUAdam, FusedAdam
 
 pytest.importorskip("expecttest")  # torch's testing modules need it
@@ -113,6 +114,44 @@ def test_error_inputs_of_torch(cls, case):
             warnings.simplefilter("error")
             with pytest.raises(case.error_type, match=case.error_regex):
                 cls(params, **given.kwargs)
+
+
+@pytest.mark.parametrize(("peer", "kwargs"), [*inputs_of("cpu"), *inputs_of("cuda")])
+@pytest.mark.parametrize(
+    "choice", [{}, {"foreach": True}, {"foreach": False, "fused": True}, {"capturable": True}], ids=str
+)
+def test_inputs_of_torch_by_its_names(peer, kwargs, choice):
+    """adamops.Adam and AdamW take all of them as they are."""
+    ours, theirs = twin_params(SHAPES)
+    a = getattr(adamops, peer.__name__)(ours, **kwargs, **{k: v for k, v in choice.items() if k not in kwargs})
+    numbers = {key: tuple(map(float, value)) if key == "betas" else value for key, value in kwargs.items()}
+    b = peer(theirs, **{key: value for key, value in numbers.items() if key != "capturable"})
+    for _ in range(20):
+        same_grads(ours, theirs)
+        a.step()
+        b.step()
+    assert_close(ours, theirs, 20, 1e-2)
+
+
+@pytest.mark.parametrize(
+    ("name", "case"),
+    [
+        pytest.param(cls.__name__, case, id=f"{cls.__name__}-{case.optimizer_error_input.desc}")
+        for cls, info in INFOS.items()
+        for case in info.optim_error_inputs_func("cpu", torch.float32)
+    ],
+)
+def test_error_inputs_of_torch_by_its_names(name, case):
+    given = case.optimizer_error_input
+    make = getattr(adamops, name)
+    params = [torch.nn.Parameter(torch.randn(2, 3))] if given.params is None else given.params
+    if "as a Tensor is not supported" in case.error_regex or "both floats or both Tensors" in case.error_regex:
+        make(params, **given.kwargs)  # of torch's implementations only; here numbers are numbers
+        return
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        with pytest.raises(case.error_type, match=case.error_regex):
+            make(params, **given.kwargs)
 
 
 def assert_mixed_betas_are_numbers(cls, kwargs):

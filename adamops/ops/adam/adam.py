@@ -8,12 +8,12 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Mapping, Sequence
-from typing import Any, NamedTuple
+from typing import Any, ClassVar, NamedTuple
 
 import torch
 from torch import Tensor
 
-from ...optim.rule import DecayRates, Flag, Rate, Rule, State, integer_power
+from ...optim.rule import DecayRates, Flag, Rate, Rule, Setting, State, integer_power
 from ...optim.step_settings import StepSettings
 from . import checkpoints
 
@@ -48,7 +48,7 @@ class AdamRule(Rule):
         # A maximum that stays is a bfloat16 already, and noise would raise the others.
         State("max_exp_avg_sq", signed=False, rounding="nearest", optional=True),
     )
-    settings = (
+    settings: ClassVar[tuple[Setting, ...]] = (
         Rate("lr", "learning rate"),
         _BETAS,
         Rate("eps", "epsilon value"),
