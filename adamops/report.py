@@ -62,7 +62,11 @@ def _environment(ops: list[str]) -> dict[str, Any]:
             if str(error) not in errors:  # ADAMOPS_BUILD_OPS is read for each op
                 errors.append(str(error))
     names = [name for name in os.environ if name.startswith("ADAMOPS_") or name in OTHER_VARIABLES]
-    return {"set": {name: os.environ[name] for name in sorted(names)}, "errors": errors}
+    return {
+        "set": {name: os.environ[name] for name in sorted(names)},
+        "unknown": environment.unknown(ops),
+        "errors": errors,
+    }
 
 
 def _describe_plugins(origins: dict[str, str]) -> list[dict[str, Any]]:
@@ -215,6 +219,7 @@ def rows_of_machine(machine: dict[str, Any]) -> list[Row]:
 def rows_of_environment(variables: dict[str, Any]) -> list[Row]:
     """What the report says about environment variables, in rows."""
     rows = [Row(name, value) for name, value in variables["set"].items()]
+    rows += [Row("unknown", words, True) for words in variables["unknown"]]
     return rows + [Row("error", error, True) for error in variables["errors"]]
 
 

@@ -15,6 +15,7 @@ from setuptools.command.build_ext import build_ext as setuptools_build_ext
 
 from . import environment
 from .compile import compile_op
+from .compiler import Compiler
 from .loading import OpBuilder
 from .objects import KeptObjects
 from .python_extension import record_path, write_record
@@ -42,6 +43,29 @@ def extensions(builders: Iterable[OpBuilder]) -> list[OpExtension]:
 
 class build_ext(setuptools_build_ext):
     """Compiles each op with compile_op, and writes a record next to it: what was built, or why it was left out."""
+
+    def run(self) -> None:
+        """Compiles the ops, after a look at all of them: a wrong setting stops the build before it has begun."""
+        try:
+            environment.max_jobs()
+            for ext in self.extensions:
+                if isinstance(ext, OpExtension):
+                    self._check(ext.builder)
+        except (ValueError, BuildError) as error:
+            raise SystemExit(f"adamops: {error}") from None
+        super().run()
+
+    def _check(self, builder: OpBuilder) -> None:
+        """Raises ValueError or BuildError for a variable with a wrong value, or an op that must be built and cannot."""
+        wanted, who_says_so = environment.build_switch(builder.NAME)
+        if wanted is False:
+            return
+        Compiler.find()  # raises for a CXX that names no program, where an op would be left out otherwise
+        compatible = builder.compatibility()
+        if compatible:
+            builder.record()  # reads the variables that choose targets or architectures
+        elif wanted:
+            raise BuildError(f"{builder.NAME} must be built ({who_says_so}) but cannot: {compatible.reason}")
 
     def build_extension(self, ext: Any) -> None:
         if not isinstance(ext, OpExtension):

@@ -7,6 +7,7 @@ import os
 import platform
 import shutil
 import subprocess
+import tempfile
 from collections.abc import Sequence
 
 from . import environment
@@ -41,11 +42,16 @@ class Compiler:
 
     @classmethod
     def find(cls) -> Compiler | None:
-        """The compiler named by $CXX, else the first of c++, g++ and clang++ on PATH; None if there is none."""
+        """The compiler named by $CXX, else the first of c++, g++ and clang++ on PATH; None if there is none.
+
+        Raises ValueError if $CXX names no program.
+        """
         named = environment.words("CXX")
         for command in [named] if named else [["c++"], ["g++"], ["clang++"]]:
             if shutil.which(command[0]):
                 return cls(command)
+        if named:
+            raise ValueError(f"CXX={environment.quoted(named)}: there is no program {named[0]!r}; name a C++ compiler")
         return None
 
     @functools.cached_property
@@ -67,6 +73,16 @@ class Compiler:
     def accepts(self, flags: Sequence[str]) -> bool:
         """Whether it compiles an empty file with these flags."""
         return _compiles((*self.command, *flags, "-Werror", "-fsyntax-only", "-x", "c++", os.devnull))
+
+    @functools.cached_property
+    def problem(self) -> str:
+        """Why it cannot compile even an empty file, in its own words; empty if it can."""
+        with tempfile.TemporaryDirectory() as folder:
+            try:
+                self.run([*self.COMMON_FLAGS, "-x", "c++", "-c", os.devnull, "-o", f"{folder}/empty.o"])
+            except BuildError as error:
+                return str(error)
+        return ""
 
     def run(self, arguments: Sequence[str]) -> None:
         """Runs the compiler with these arguments. Raises BuildError with its output if it fails."""
@@ -92,6 +108,11 @@ def cannot_compile_extensions(what: str) -> str:
         return str(error)
     if compiler is None:
         return "no C++ compiler found (set CXX, or install g++ or clang++)"
+    try:
+        if problem := (compiler.version and compiler.problem):
+            return f"the compiler cannot compile: {problem}"
+    except BuildError as error:  # what CXX names is no compiler
+        return str(error)
     if not (python_headers() / "Python.h").is_file():
         return f"no Python.h in {python_headers()} (install python3-dev)"
     if pybind11_headers() is None:

@@ -8,7 +8,7 @@ from . import environment
 from .compiler import Compiler, cannot_compile_extensions
 from .loading import OpBuilder
 from .simd import TargetChoice, choose_targets
-from .spec import BuildError, Compatibility, CompileUnit
+from .spec import Compatibility, CompileUnit
 
 
 class CPUOpBuilder(OpBuilder):
@@ -62,10 +62,7 @@ class CPUOpBuilder(OpBuilder):
         compiler = None if reason else Compiler.find()
         if compiler is None:
             return Compatibility(False, reason)
-        try:
-            return Compatibility(True, f"{compiler.version} for {compiler.machine}")
-        except BuildError as error:  # what CXX names is no compiler
-            return Compatibility(False, str(error))
+        return Compatibility(True, f"{compiler.version} for {compiler.machine}")
 
     def prepare(self, module: Any) -> Any:
         """Forces the SIMD target that ADAMOPS_SIMD names, if it is set."""

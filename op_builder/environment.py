@@ -10,6 +10,30 @@ import re
 from collections.abc import Iterable, Sequence
 from pathlib import Path
 
+# Those that adamops reads, besides ADAMOPS_BUILD_ and the name of an op.
+VARIABLES = (
+    "ADAMOPS_BUILD_OPS",
+    "ADAMOPS_CACHE_DIR",
+    "ADAMOPS_CPU_TARGETS",
+    "ADAMOPS_CUDA_ARCHS",
+    "ADAMOPS_NUM_THREADS",
+    "ADAMOPS_SIMD",
+)
+_OF_TESTS_AND_SCRIPTS = re.compile("ADAMOPS_(TEST_.*|WORK|FRAMEWORKS_ENV|DEMO_VENV|CHECKOUT)")
+
+
+def unknown(ops: Iterable[str]) -> list[str]:
+    """Variables named ADAMOPS_... that nothing reads, each with the name that may be meant; `ops` are all ops."""
+    import difflib  # not at the top: only the report needs it
+
+    known = [*VARIABLES, *(f"ADAMOPS_BUILD_{op.upper()}" for op in ops)]
+    found = []
+    for name in sorted(os.environ):
+        if name.startswith("ADAMOPS_") and name not in known and not _OF_TESTS_AND_SCRIPTS.fullmatch(name):
+            near = difflib.get_close_matches(name, known, n=1)
+            found.append(f"nothing reads {name}" + (f"; is {near[0]} meant?" if near else ""))
+    return found
+
 
 def _switch(name: str) -> bool | None:
     value = os.environ.get(name, "").strip()

@@ -9,10 +9,11 @@ import time
 from pathlib import Path
 
 import pytest
-from adamops.op_builder import BuildError, CPUAdamBuilder, OpUnavailableError, cache, environment
+from adamops.op_builder import BuildError, CPUAdamBuilder, OpUnavailableError, build_ext, cache, environment
 from adamops.op_builder.compile import compile_op
 from adamops.op_builder.compiler import Compiler
 from adamops.op_builder.simd import TARGETS, choose_targets, targets_of
+from setuptools import Distribution
 
 from adamops import op_builder
 
@@ -118,7 +119,8 @@ class Unbuilt(CPUAdamBuilder):
 
 
 def test_each_failed_attempt_is_listed_and_kept(monkeypatch, tmp_path):
-    monkeypatch.setenv("CXX", "/nonexistent/c++")
+    monkeypatch.delenv("CXX", raising=False)
+    monkeypatch.setenv("PATH", "/nonexistent")
     monkeypatch.setenv("ADAMOPS_CACHE_DIR", str(tmp_path))
     builder = Unbuilt()
     with pytest.raises(OpUnavailableError) as caught:
@@ -128,7 +130,7 @@ def test_each_failed_attempt_is_listed_and_kept(monkeypatch, tmp_path):
     assert "- prebuilt extension: none came with this installation" in message
     assert "- build at run time: no C++ compiler found (set CXX, or install g++ or clang++)" in message
     assert "Install a C++ compiler" in message and "python -m adamops.report" in message
-    monkeypatch.delenv("CXX")
+    monkeypatch.undo()
     with pytest.raises(OpUnavailableError) as again:
         builder.load()
     assert again.value is caught.value
@@ -137,9 +139,46 @@ def test_each_failed_attempt_is_listed_and_kept(monkeypatch, tmp_path):
 
 @pytest.mark.smoke
 def test_incompatible_ops_say_why(monkeypatch, capsys):
-    monkeypatch.setenv("CXX", "/nonexistent/c++")
+    monkeypatch.setenv("CXX", "/nonexistent/c++ -m64")
     assert not Unbuilt().is_compatible(verbose=True)
-    assert "adamops: cpu_adam cannot be built here: no C++ compiler found" in capsys.readouterr().out
+    words = "CXX=/nonexistent/c++ -m64: there is no program '/nonexistent/c++'; name a C++ compiler"
+    assert f"adamops: cpu_adam cannot be built here: {words}" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("cls", [CPUAdamBuilder, op_builder.FusedAdamBuilder])
+def test_a_compiler_that_answers_and_cannot_compile_is_named_with_its_output(monkeypatch, tmp_path, cls):
+    compiler = tmp_path / "c++"
+    compiler.write_text(
+        "#!/bin/sh\ncase $1 in --version) echo 'c++ 12.2.0';; -dumpmachine) echo x86_64-linux-gnu;;"
+        " *) echo 'cannot execute cc1plus' >&2; exit 1;; esac\n"
+    )
+    compiler.chmod(0o755)
+    monkeypatch.setenv("CXX", str(compiler))
+    compatible = cls().compatibility()
+    assert not compatible
+    assert (
+        compatible.reason.startswith("the compiler cannot compile: ") and "cannot execute cc1plus" in compatible.reason
+    )
+
+
+def test_all_ops_are_looked_at_before_the_first_is_compiled(monkeypatch, tmp_path):
+    class Impossible(Unbuilt):
+        NAME = "impossible"
+
+        def compatibility(self):
+            return op_builder.Compatibility(False, "there is no way")
+
+    compiled = []
+    monkeypatch.setattr(build_ext, "compile_op", lambda *args, **kwargs: compiled.append(args))
+    monkeypatch.setenv("ADAMOPS_BUILD_OPS", "1")
+    distribution = Distribution({"ext_modules": build_ext.extensions([Unbuilt(), Impossible()])})
+    command = build_ext.build_ext(distribution)
+    command.build_lib = command.build_temp = str(tmp_path)
+    command.ensure_finalized()
+    words = r"^adamops: impossible must be built \(ADAMOPS_BUILD_OPS=1\) but cannot: there is no way$"
+    with pytest.raises(SystemExit, match=words):
+        command.run()
+    assert not compiled
 
 
 @pytest.mark.smoke

@@ -109,13 +109,32 @@ print(len(caught), param.tolist(), caught[0].message)
 
 
 def test_an_op_that_must_be_built_and_cannot_fails_the_build(sources, tmp_path):
-    wheel, log = build_wheel(sources, tmp_path, check=False, ADAMOPS_BUILD_CPU_ADAM="1", CXX="/nonexistent")
+    wheel, log = build_wheel(sources, tmp_path, check=False, ADAMOPS_BUILD_CPU_ADAM="1", PATH="/nonexistent")
     assert wheel is None
     assert "adamops: cpu_adam must be built (ADAMOPS_BUILD_CPU_ADAM=1) but cannot: no C++ compiler found" in log
 
 
+@pytest.mark.parametrize(
+    ("variables", "words"),
+    [
+        ({"CXX": "nonsense -m64"}, "CXX=nonsense -m64: there is no program 'nonsense'; name a C++ compiler"),
+        ({"CXX": "g++ '"}, "CXX=\"g++ '\" is not valid: No closing quotation; quote it as for a shell"),
+        ({"MAX_JOBS": "many"}, "MAX_JOBS='many' is not valid; use a positive integer"),
+        ({"ADAMOPS_CPU_TARGETS": "avx3"}, "ADAMOPS_CPU_TARGETS='avx3' names no target: avx3; use native, all"),
+        ({"ADAMOPS_BUILD_OPS": "yes"}, "ADAMOPS_BUILD_OPS='yes' is not valid; use 0 (never build), 1 (must build) or"),
+    ],
+    ids=str,
+)  # fmt: skip
+def test_wrong_settings_end_the_build_in_one_line_before_it_begins(sources, tmp_path, variables, words):
+    wheel, log = build_wheel(sources, tmp_path, check=False, **variables)
+    lines = [line.strip() for line in log.splitlines()]
+    assert wheel is None and any(line.startswith(f"adamops: {words}") for line in lines), log[-3000:]
+    assert not any("is built, with" in line for line in lines)
+    assert not any(line.startswith("Traceback") for line in lines)
+
+
 def test_an_op_that_cannot_be_built_is_left_out(sources, tmp_path):
-    wheel, log = build_wheel(sources, tmp_path, CXX="/nonexistent")
+    wheel, log = build_wheel(sources, tmp_path, PATH="/nonexistent")
     assert "adamops: cpu_adam is left out: no C++ compiler found" in log
     assert "no C++ compiler found" in record(wheel)["reason"]
 

@@ -291,7 +291,7 @@ def test_without_the_op_torch_calls_take_over_with_one_warning(tmp_path):
         for p, q in zip(params, twins):
             torch.testing.assert_close(p, q, rtol=1e-5 if p.dtype == torch.float32 else 2e-2, atol=1e-5)
     """
-    out = run_python(code, tmp_path, CXX="/nonexistent/c++", ADAMOPS_CACHE_DIR=str(tmp_path / "cache"))
+    out = run_python(code, tmp_path, PATH="/nonexistent", ADAMOPS_CACHE_DIR=str(tmp_path / "cache"))
     assert out.startswith("1 RuntimeWarning <string>\n")
     assert "prebuilt extension: none came with this installation" in out
     assert "build at run time: no C++ compiler found (set CXX, or install g++ or clang++)" in out

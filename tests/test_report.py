@@ -90,6 +90,14 @@ def test_an_unknown_target_is_an_error(tmp_path):
     assert output.endswith("Missing or broken: cpu_adam.\n")
 
 
+def test_a_misspelt_variable_is_named(tmp_path):
+    output, status = report(tmp_path, ADAMOPS_NUM_THREAD="2", ADAMOPS_BUILD_CPUADAM="0", ADAMOPS_TEST_ANYTHING="1")
+    assert status == 0
+    assert "nothing reads ADAMOPS_NUM_THREAD; is ADAMOPS_NUM_THREADS meant?" in output
+    assert "nothing reads ADAMOPS_BUILD_CPUADAM; is ADAMOPS_BUILD_CPU_ADAM meant?" in output
+    assert "nothing reads ADAMOPS_TEST_ANYTHING" not in output
+
+
 def test_without_torch(tmp_path):
     before = (
         "import importlib.util as u; f = u.find_spec; u.find_spec = lambda n, *a: None if n == 'torch' else f(n, *a)"
@@ -103,7 +111,7 @@ def test_without_torch(tmp_path):
 
 def test_nothing_prebuilt_and_no_compiler(tmp_path):
     before = "from adamops.op_builder import CPUAdamBuilder as B; B.MODULE = 'adamops._native.missing'"
-    output, status = report(tmp_path, before=before, CXX="/nonexistent", ADAMOPS_CACHE_DIR=str(tmp_path / "cache"))
+    output, status = report(tmp_path, before=before, PATH="/nonexistent", ADAMOPS_CACHE_DIR=str(tmp_path / "cache"))
     assert status == 1
     assert "no: no C++ compiler found" in output
     assert "torch_adam (pure PyTorch)" in output
@@ -129,7 +137,7 @@ open({str(tmp_path / "broken_native")!r} + '/cpu_adam' + extension_suffix(), 'w'
 """
     output, status = report(tmp_path, before=before, CXX="/nonexistent")
     assert status == 1
-    assert "OpUnavailableError" in output and "no C++ compiler found" in output
+    assert "OpUnavailableError" in output and "CXX=/nonexistent: there is no program '/nonexistent'" in output
 
 
 def test_a_good_plugin(tmp_path):
