@@ -24,7 +24,7 @@ pytestmark = [
 def released(tmp_path_factory):
     """The folder that ci/wheel.sh fills and what it says, without torch, which it would fetch again."""
     out = tmp_path_factory.mktemp("dist")
-    environment = {**os.environ, "PYTHONS": sys._base_executable, "WHEEL_TORCH": ""}
+    environment = {**os.environ, "PYTHONS": sys._base_executable, "WHEEL_TORCH": "", "ONCE": "1"}
     done = subprocess.run(
         ["bash", "ci/wheel.sh", str(out)], cwd=ROOT, env=environment, capture_output=True, text=True, timeout=1800
     )
@@ -38,9 +38,9 @@ def wheel(released):
     return found
 
 
-def test_it_is_built_twice_checked_and_tried(released, wheel):
+def test_it_is_built_checked_and_tried(released, wheel):
+    """Once: test_packaging.py and test_cuda_builder.py have builds that give the same bytes."""
     log = released[1]
-    assert "two builds, the same bytes" in log
     assert f"{wheel.name}: right; " in log
     assert log.count("PASSED") == 2  # twine, of the sdist and the wheel
     assert "in use:                       prebuilt extension" in log
