@@ -37,7 +37,7 @@ from torch.optim import Optimizer
 
 from . import __version__, op_builder
 from .ops.adam import DeepSpeedCPUAdam
-from .optim.batch import DTYPES
+from .optim.state.precision import DTYPES
 from .report import cpu_name
 from .threads import get_num_threads, set_num_threads
 

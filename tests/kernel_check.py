@@ -21,7 +21,6 @@ COMBINATIONS = [(FLOAT32, FLOAT32, FLOAT32)] + [
     (p, g, s) for p in (BFLOAT16, FLOAT16) for g in (p, FLOAT32) for s in (p, FLOAT32)
 ]
 SIZES = (1, 7, 31, 32, 33, 64, 130, 1000)
-QUANTIZED = 3  # the dtype of quantized states of 8 bits
 NO_MASTER, FP32_MASTER, REMAINDER_8, REMAINDER_16 = range(4)  # enum Master of csrc/tensor.h
 # What every wheel gives on every CPU. It changes with what is fed below, the update rule, the codes, the noise of
 # codes and of bfloat16 averages, or the order in which a norm is added up, and nothing else.
@@ -106,7 +105,7 @@ class SmallTensor:
             module,
             [None if address is None else [address] for address in addresses],
             [self.size],
-            (self.param, self.param, QUANTIZED),
+            (self.param, self.param, module.DTYPES["quantized"]),
             [step],
             master=self.master,
             lowp_dtype=BFLOAT16,

@@ -21,7 +21,6 @@ from kernel_check import (
     BFLOAT16,
     COMBINATIONS,
     FLOAT32,
-    QUANTIZED,
     canonical,
     random_values,
     scalars_of,
@@ -127,7 +126,7 @@ def test_neon_has_the_bits_of_this_machine(monkeypatch, cpu_adam, seed):
             tensor.columns,
             param=tensor.param,
             grad=tensor.param,
-            state=QUANTIZED,
+            state=cpu_adam.DTYPES["quantized"],
             lowp_out=BFLOAT16,
             **{
                 name: getattr(tensor, name)

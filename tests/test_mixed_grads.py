@@ -82,5 +82,5 @@ def test_other_dtypes_are_refused_in_words():
         pytest.skip("before torch 2.10 a float32 param takes no such grad")
     param.grad_dtype = torch.float64
     param.grad = torch.randn(8, dtype=torch.float64)
-    with pytest.raises(TypeError, match="param 0 .* has a grad of torch.float64; use torch.float32, torch.bfloat16 or"):
+    with pytest.raises(TypeError, match="param 0 .* has a grad of torch.float64; use torch.float32, torch.bfloat16"):
         DeepSpeedCPUAdam([param]).step()

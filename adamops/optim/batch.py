@@ -17,9 +17,11 @@ from .layout import is_dense, like_param, same_layout
 from .memory import check_memory, check_readable, check_writable, in_memory
 from .rule import State, required
 from .state.precision import (
-    DTYPES,
+    GRAD_DTYPES,
+    LOWP_DTYPES,
     MASTER,
     OF_ENGINE,
+    PARAM_DTYPES,
     REMAINDER,
     SCALES,
     Master,
@@ -169,7 +171,7 @@ def check_param(param: Tensor, name: str) -> None:
     described = _described(param, name)
     if param.layout != torch.strided:
         raise TypeError(f"{described} has layout {param.layout}; only dense (strided) params are supported")
-    if param.dtype not in DTYPES:
+    if param.dtype not in PARAM_DTYPES:
         raise TypeError(f"{described}: its dtype is not supported; use float32, bfloat16 or float16")
     check_memory(param, described)
     if not is_dense(param):
@@ -198,8 +200,9 @@ def _checked_grad(param: Tensor, grad: Tensor, name: str) -> Tensor:
         raise ValueError(f"{described} has a grad of shape {tuple(grad.shape)}; the shapes must be equal")
     if grad.device != param.device:
         raise ValueError(f"{described} has a grad on {grad.device}; copy it to the param's device")
-    if grad.dtype not in (DTYPES if param.dtype == torch.float32 else (param.dtype, torch.float32)):
-        raise TypeError(f"{described} has a grad of {grad.dtype}; use {_param_dtype_or_fp32(param)}")
+    allowed = GRAD_DTYPES if param.dtype == torch.float32 else (param.dtype, torch.float32)
+    if grad.dtype not in allowed:
+        raise TypeError(f"{described} has a grad of {grad.dtype}; use {_one_of(allowed)}")
     return like_param(in_memory(grad, f"{described}: its grad"), param)
 
 
@@ -208,10 +211,9 @@ def _described(param: Tensor, name: str) -> str:
     return f"{name} (shape {tuple(param.shape)}, {param.dtype}, {param.device})"
 
 
-def _param_dtype_or_fp32(param: Tensor) -> str:
-    if param.dtype == torch.float32:
-        return "torch.float32, torch.bfloat16 or torch.float16"
-    return f"{param.dtype} or torch.float32"
+def _one_of(dtypes: Sequence[torch.dtype]) -> str:
+    *others, last = map(str, dtypes)
+    return f"{', '.join(others)} or {last}"
 
 
 def check_no_overlap(params: Mapping[str, Tensor]) -> None:
@@ -229,11 +231,9 @@ def check_no_overlap(params: Mapping[str, Tensor]) -> None:
 def check_lowp_out(out: Tensor, param: Tensor, name: str) -> None:
     """Raises TypeError or ValueError if `out` cannot take a 16-bit copy of the param, element by element."""
     described = _described(param, name)
-    if not isinstance(out, Tensor) or out.dtype not in DTYPES[1:]:
+    if not isinstance(out, Tensor) or out.dtype not in LOWP_DTYPES:
         found = out.dtype if isinstance(out, Tensor) else type(out).__name__
-        raise TypeError(
-            f"{described} has a lowp_out of {found}; use a tensor of torch.bfloat16 or torch.float16, or None"
-        )
+        raise TypeError(f"{described} has a lowp_out of {found}; use a tensor of {_one_of(LOWP_DTYPES)}, or None")
     if out.shape != param.shape or out.device != param.device:
         raise ValueError(
             f"{described} has a lowp_out of shape {tuple(out.shape)} on {out.device}; both must be the param's"
@@ -353,7 +353,7 @@ def check_state(
             raise ValueError(
                 f"{described} has state {key!r} of shape {tuple(value.shape)}; it belongs to another model or shard"
             )
-        allowed = _ALLOWED.get(key) or ((formats[key],) if quantized else DTYPES)
+        allowed = _ALLOWED.get(key) or ((formats[key],) if quantized else PARAM_DTYPES)
         if value.dtype not in allowed:
             raise TypeError(f"{described} has state {key!r} of {value.dtype}; use {' or '.join(map(str, allowed))}")
         if value.device != param.device and not (elsewhere and value.device.type != "meta"):

@@ -352,7 +352,7 @@ struct BlockOfTensor {
   }
 
   void zero_grad() const {
-    const int64_t size = work.dtypes.grad == kFloat32 ? sizeof(float) : sizeof(bf16);
+    const int64_t size = size_of(work.dtypes.grad);
     std::memset(at<char>(tensor.grad, begin * size), 0, static_cast<size_t>(count * size));
   }
 };

@@ -131,10 +131,10 @@ double grad_norm(const py::list& addresses, const py::list& numels, const py::li
   for (size_t i = 0; i < count; ++i) {
     if (dtype[i] >= kDtypeCount) throw py::value_error("unknown dtype code " + std::to_string(dtype[i]));
     const auto size = static_cast<int64_t>(numel[i]);
-    const int64_t element_size = dtype[i] == kFloat32 ? 4 : 2;
+    const auto own_dtype = static_cast<Dtype>(dtype[i]);
     for (int64_t begin = 0; begin < size; begin += kNormChunk)
-      chunks.push_back({address.pointer<const char>(i) + begin * element_size, std::min(kNormChunk, size - begin),
-                        static_cast<Dtype>(dtype[i])});
+      chunks.push_back(
+          {address.pointer<const char>(i) + begin * size_of(own_dtype), std::min(kNormChunk, size - begin), own_dtype});
   }
 
   std::vector<int64_t> sizes;

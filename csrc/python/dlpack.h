@@ -21,8 +21,8 @@ struct DlTensor {
   uint64_t byte_offset;
 };
 
-constexpr int32_t kDlCpu = 1;  // the default; Python passes the types of other devices
-constexpr uint8_t kDlInt = 0, kDlUInt = 1, kDlFloat = 2, kDlBfloat = 4;
+constexpr int32_t kDlCpu = 1;               // the default; Python passes the types of other devices
+constexpr uint8_t kDlInt = 0, kDlUInt = 1;  // those of floats: formats/dtype.h
 
 struct DlExchangeApi {
   uint32_t major_version;

@@ -63,11 +63,6 @@ int64_t blocks_of(int64_t numel) {
   return (numel + kQuantizationBlock - 1) / kQuantizationBlock;
 }
 
-// The bytes of an element.
-int64_t size_of(Dtype dtype) {
-  return dtype == kFloat32 ? 4 : dtype == kQuantized ? 1 : 2;
-}
-
 Master master_of_number(int number) {
   if (number < kNoMaster || number > kRemainder16)
     throw py::value_error("unknown kind of master " + std::to_string(number));
@@ -103,11 +98,12 @@ class Row {
     for (const py::handle address : given) *to++ = reinterpret_cast<void*>(to_number("states", address.ptr()));
   }
 
-  Dtype dtype(const char* name, Dtype last) { return to_dtype(name, last, number(name)); }
+  Dtype dtype(const char* name) { return to_dtype(name, kDtypeCount, number(name)); }
+  Dtype state_dtype() { return to_dtype("state_dtype", kQuantized + 1, number("state_dtype")); }
 
   // The dtype of the 16-bit copy, which a row without one may leave out.
   Dtype lowp_dtype(bool is_needed) {
-    return to_dtype("lowp_dtype", kFloat16, is_needed ? number("lowp_dtype") : number("lowp_dtype", kFloat32));
+    return to_dtype("lowp_dtype", kDtypeCount, is_needed ? number("lowp_dtype") : number("lowp_dtype", kFloat32));
   }
 
   // A new reference to a dict; empty if there is none.
@@ -132,8 +128,9 @@ class Row {
     if (!value) throw py::value_error(std::string("a row of a table has no ") + name);
     return value;
   }
-  static Dtype to_dtype(const char* name, Dtype last, size_t found) {
-    if (found > last) throw py::value_error(std::string(name) + " is " + std::to_string(found) + ", which is no dtype");
+  static Dtype to_dtype(const char* name, int count, size_t found) {
+    if (found >= static_cast<size_t>(count))
+      throw py::value_error(std::string(name) + " is " + std::to_string(found) + ", which is no dtype");
     return static_cast<Dtype>(found);
   }
   static size_t to_number(const char* name, PyObject* value) {
@@ -238,7 +235,7 @@ std::vector<std::pair<uintptr_t, int64_t>> Table::spans() const {
     if (own.master != kNoMaster)
       add_span(tensor.master, tensor.numel * (own.master == kMasterFp32 ? 4 : own.master == kRemainder16 ? 2 : 1));
     if (own.state == kQuantized) add_span(tensor.scales, blocks_of(tensor.numel) * state_count * 2);
-    if (tensor.lowp_out) add_span(tensor.lowp_out, tensor.numel * 2);
+    if (tensor.lowp_out) add_span(tensor.lowp_out, tensor.numel * size_of(own.lowp_out));
   }
   for (const float* const count : device_steps) spans.emplace_back(reinterpret_cast<uintptr_t>(count), sizeof *count);
   return spans;
@@ -426,8 +423,8 @@ std::unique_ptr<Table> table_of_rows(const py::list& rows, int state_count, int 
     tensor.numel = static_cast<int64_t>(row.number("numel"));
     tensor.rng_offset = static_cast<uint32_t>(row.number("rng_offset", 0));
     const Master own_master = tensor.master ? table->master : kNoMaster;
-    table->dtypes.push_back({row.dtype("param_dtype", kFloat16), row.dtype("grad_dtype", kFloat16),
-                             row.dtype("state_dtype", kQuantized), own_master, row.lowp_dtype(tensor.lowp_out)});
+    table->dtypes.push_back({row.dtype("param_dtype"), row.dtype("grad_dtype"), row.state_dtype(), own_master,
+                             row.lowp_dtype(tensor.lowp_out)});
     table->tensors.push_back(tensor);
     if (counts_on_device)
       table->device_steps.push_back(row.required<float>("step"));
@@ -499,8 +496,9 @@ void bind_table(py::module_& module, const StateSpec (&states)[kMostStates], int
   module.def("table_of_rows", &table_of_rows, py::arg("rows"), py::arg("state_count"),
              py::arg("master") = static_cast<int>(kNoMaster), py::arg("counts_on_device") = false,
              "A table of rows, dicts with the fields that csrc/python/table.h names, all trusted.");
-  module.attr("DTYPES") = py::dict(py::arg("float32") = int{kFloat32}, py::arg("bfloat16") = int{kBfloat16},
-                                   py::arg("float16") = int{kFloat16}, py::arg("quantized") = int{kQuantized});
+  py::dict dtypes;
+  for (int dtype = 0; dtype <= kQuantized; ++dtype) dtypes[kDtypes[dtype].name] = dtype;
+  module.attr("DTYPES") = dtypes;
   module.attr("MASTERS") =
       py::dict(py::arg("NONE") = int{kNoMaster}, py::arg("FP32") = int{kMasterFp32},
                py::arg("REMAINDER_8") = int{kRemainder8}, py::arg("REMAINDER_16") = int{kRemainder16});

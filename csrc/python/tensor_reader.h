@@ -73,17 +73,13 @@ class TensorReader {
   // Reads a plain tensor of a dtype that the kernels compute in.
   bool read(PyObject* object, View& view) const {
     if (!read_any(object, view)) return false;
-    const DlTensor& tensor = view.tensor;
-    if (tensor.dtype_code == kDlFloat && tensor.dtype_bits == 32) {
-      view.dtype = kFloat32;
-    } else if (tensor.dtype_code == kDlFloat && tensor.dtype_bits == 16) {
-      view.dtype = kFloat16;
-    } else if (tensor.dtype_code == kDlBfloat && tensor.dtype_bits == 16) {
-      view.dtype = kBfloat16;
-    } else {
-      return false;
+    for (int dtype = 0; dtype < kDtypeCount; ++dtype) {
+      const DtypeFacts& facts = kDtypes[dtype];
+      if (view.tensor.dtype_code != facts.dlpack_code || view.tensor.dtype_bits != 8 * facts.bytes) continue;
+      view.dtype = static_cast<Dtype>(dtype);
+      return true;
     }
-    return true;
+    return false;
   }
 
   // Reads a plain tensor of integers with this signedness and this many bits.

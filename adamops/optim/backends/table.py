@@ -18,16 +18,14 @@ from ..._torch_compat import dlpack_exchange_table, dtensor_class_for_op, withou
 from ..batch import Batch, check_params_and_grads, check_states
 from ..layout import dense
 from ..memory import PLAIN_TYPES, addresses, in_memory
-from ..state.precision import DTYPES, SCALES
+from ..state.precision import DTYPES, GRAD_DTYPES, SCALES
 from ..step_settings import StepSettings
 from . import tensor_layout
 from .base import Update
 
 # The op's names of dtypes; int8 or uint8 is that of the first state if states are quantized.
 _DTYPE_NAMES = {
-    torch.float32: "float32",
-    torch.bfloat16: "bfloat16",
-    torch.float16: "float16",
+    **{dtype: str(dtype).removeprefix("torch.") for dtype in DTYPES},
     torch.int8: "quantized",
     torch.uint8: "quantized",
 }
@@ -94,7 +92,7 @@ class TableBackend:
             return self._norm_of(columns, norm_type)
         if any(grad.device.type == "meta" for grad in grads):
             raise ValueError("a grad is on the device meta, and has no values")
-        if any(grad.layout != torch.strided or grad.dtype not in DTYPES for grad in grads):
+        if any(grad.layout != torch.strided or grad.dtype not in GRAD_DTYPES for grad in grads):
             return None
         read = [dense(in_memory(grad, "a grad")) for grad in grads]  # kept alive until the op has read them
         with without_torch_function():  # Python code of subclasses may have freed others meanwhile

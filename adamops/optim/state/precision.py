@@ -15,7 +15,12 @@ from ..rule import State
 from ..settings import check_flags
 from .quantization import block_count, format_of
 
+# The dtypes that the ops know, in the order of csrc/formats/dtype.h.
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
+PARAM_DTYPES = DTYPES  # of params, and of loaded states
+HALF_DTYPES = PARAM_DTYPES[1:]  # of params that may have master weights
+GRAD_DTYPES = DTYPES  # of the grads of float32 params; others have the param's dtype or float32
+LOWP_DTYPES = HALF_DTYPES  # of copies of params
 EIGHT_BIT = "8bit"
 STATE_DTYPES = (torch.float32, torch.bfloat16, EIGHT_BIT)
 LEAST_QUANTIZED = 4096  # elements: with 8-bit states, smaller params keep float32 states
@@ -90,7 +95,7 @@ class Precision:
 
     def master_of(self, param: Tensor) -> Master:
         """The kind of master weights of a param; NONE if it is not a 16-bit param."""
-        return self.master if param.dtype in DTYPES[1:] else Master.NONE
+        return self.master if param.dtype in HALF_DTYPES else Master.NONE
 
     def float_state_dtype(self, param: Tensor) -> torch.dtype:
         """The dtype of states that are not quantized."""
