@@ -5,7 +5,6 @@ Builds nothing. Must work without torch, and must not know how facts are shown.
 
 from __future__ import annotations
 
-import dataclasses
 import importlib.metadata
 import importlib.util
 import json
@@ -142,7 +141,7 @@ def torch_facts() -> dict[str, Any]:
         return {**facts, "torch": f"broken: {in_words(error)}"}
     facts.update(torch=torch.__version__, threads=torch.get_num_threads(), tensors=how_tensors_are_read())
     try:
-        facts["step_threads"] = dataclasses.asdict(threads.explained())
+        facts["step_threads"] = threads.explained()._asdict()
     except ValueError as error:  # from an environment variable
-        facts["step_threads"] = {"count": None, "why": str(error)}
+        facts["step_threads"] = {"number": None, "why": str(error)}
     return facts

@@ -211,7 +211,7 @@ def rows_of_machine(machine: dict[str, Any]) -> list[Row]:
         if isinstance(value, list):
             value = ", ".join(value)
         elif isinstance(value, dict):  # of threads.Threads
-            value = f"{value['count'] or '?'}: {value['why']}"
+            value = f"{value['number'] or '?'}: {value['why']}"
         rows.append(Row(label, str(value) if value not in (None, "") else "none"))
     return rows
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
 import math
 import operator
 import os
@@ -17,11 +16,10 @@ from .op_builder import environment
 _CGROUPS, _MEMBERSHIP = Path("/sys/fs/cgroup"), Path("/proc/self/cgroup")
 
 
-@dataclasses.dataclass(frozen=True)
-class Threads:
+class Threads(NamedTuple):
     """A number of threads, and what it follows from."""
 
-    count: int
+    number: int
     why: str
 
 
@@ -79,10 +77,10 @@ def get_num_threads() -> int:
     """
     cores, fixed, share = _rule or _find_rule()
     if fixed is not None:
-        return fixed.count
+        return fixed.number
     count = torch.get_num_threads()
     if count == 1:
-        return share.count
+        return share.number
     return count if count < cores else cores
 
 
@@ -107,9 +105,9 @@ def _find_rule() -> _Rule:
 
 
 def _at_most(cores: int, threads: Threads) -> Threads:
-    if threads.count <= cores:
+    if threads.number <= cores:
         return threads
-    return Threads(cores, f"{threads.why} ({threads.count}), but this process has no more cores")
+    return Threads(cores, f"{threads.why} ({threads.number}), but this process has no more cores")
 
 
 def _share(cores: int) -> Threads:
@@ -118,7 +116,9 @@ def _share(cores: int) -> Threads:
     by_torchrun = "TORCHELASTIC_RUN_ID" in os.environ and os.environ.get("OMP_NUM_THREADS") == "1"
     if not by_torchrun or not ranks.isdigit() or not int(ranks):
         return Threads(1, "as many as torch uses")
-    why = f"{cores} cores by {ranks} processes here, since torchrun has set OMP_NUM_THREADS=1 for want of a choice"
+    why = (
+        f"share of the cores ({cores}) by processes here ({ranks}): torchrun has set OMP_NUM_THREADS=1, as nobody chose"
+    )
     return Threads(max(1, cores // int(ranks)), why)
 
 

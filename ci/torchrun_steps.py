@@ -42,7 +42,7 @@ def main() -> None:
     ratio = statistics.median(b / a for a, b in zip(*times.values(), strict=True))
     rank, count = os.environ.get("RANK", "0"), threads.explained()
     sys.stdout.write(
-        f"rank {rank}: torch has {torch.get_num_threads()} threads, a step {count.count} ({count.why}); "
+        f"rank {rank}: torch has {torch.get_num_threads()} threads, a step {count.number} ({count.why}); "
         f"adamops {ours:.1f} ms, torch fused {theirs:.1f} ms, {ratio:.2f} x adamops\n"
     )
 

@@ -19,8 +19,12 @@ def make(rule, device):
 """
 TRAIN = """
 import sys, warnings
+import os
 import torch
 import adamops
+
+if "WITHOUT_OP" in os.environ:
+    adamops.op_builder.get("cpu_adam").MODULE = "adamops._native.missing"
 
 def train(cls, device, **settings):
     param = torch.nn.Parameter(torch.ones(5000, device=device))
@@ -56,10 +60,13 @@ def test_a_plugin_brings_a_device_to_both_classes(tmp_path):
     assert run(environment, "meta", "cpu") == ["of_the_plugin 2 meta", "cpu_adam 2 cpu"] * 2
 
 
-def test_a_plugin_may_replace_the_op_of_a_device(tmp_path):
+@pytest.mark.parametrize("op", ["cpu_adam", "of_the_plugin"])
+def test_a_plugin_comes_after_the_op_of_a_device_and_before_pure_pytorch(tmp_path, op):
     code = META.replace('"meta"', '"cpu"')
     environment = offer(tmp_path, "other", code, "cpu_plugin:make", group=GROUP)
-    assert run(environment, "cpu") == ["of_the_plugin 2 cpu"] * 2
+    if op == "of_the_plugin":
+        environment |= {"WITHOUT_OP": "1", "PATH": "/nonexistent", "ADAMOPS_CACHE_DIR": str(tmp_path / "cache")}
+    assert run(environment, "cpu") == [f"{op} 2 cpu"] * 2
 
 
 def test_without_a_plugin_the_classes_do_as_before(tmp_path):
@@ -82,8 +89,9 @@ def test_without_a_plugin_the_classes_do_as_before(tmp_path):
 )
 def test_a_broken_plugin_costs_a_warning(tmp_path, code, error):
     environment = offer(tmp_path, "bad", code, "bad_plugin:make", group=GROUP)
-    trained, warning, *_ = run(environment, "cpu")
-    assert trained == "cpu_adam 2 cpu"
+    lines = run(environment, "meta", "cpu")
+    assert lines.count("cpu_adam 2 cpu") == 2 and "torch_adam 2 meta" in lines
+    (warning,) = {line for line in lines if "ignores" in line}
     assert warning.startswith(f"adamops ignores the backend 'bad' of fake-ops: {error}")
 
 

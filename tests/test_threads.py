@@ -75,7 +75,7 @@ def test_the_rule(monkeypatch, cores, torchs, variables, count, why):
     has(monkeypatch, cores, torchs, **variables)
     assert adamops.get_num_threads() == count
     found = threads.explained()
-    assert found.count == count and found.why == (why or found.why)
+    assert found.number == count and found.why == (why or found.why)
     adamops.set_num_threads(5)
     assert adamops.get_num_threads() == min(5, cores)
     assert threads.explained().why.startswith("set by adamops.set_num_threads()")
@@ -101,7 +101,7 @@ def test_a_bad_variable_is_an_error_before_anything_is_written(monkeypatch, valu
         optimizer.step()
     assert param.tolist() == [1, 1, 1] and not optimizer.state
     found = report.collect()
-    assert not found["ok"] and found["machine"]["step_threads"]["count"] is None
+    assert not found["ok"] and found["machine"]["step_threads"]["number"] is None
 
 
 @pytest.mark.parametrize(

@@ -1,7 +1,7 @@
-"""The backends by type of device, in one list: those of other packages, the compiled ops, and last pure PyTorch.
+"""The backends by type of device, in one list: the compiled ops, those of other packages, and last pure PyTorch.
 
-Another package brings a device, or another op for one, as an entry point of the group "adamops.backends": a function of
-a rule and a device that returns a Backend, or None where it has none for them. It raises OpUnavailableError, with the
+Another package brings a device that has no op here as an entry point of the group "adamops.backends": a function of a
+rule and a device that returns a Backend, or None where it has none for them. It raises OpUnavailableError, with the
 reason, if it should have one, but cannot work here. Must not know any one rule.
 """
 
@@ -12,7 +12,7 @@ import importlib.metadata
 import sys
 import warnings
 from collections.abc import Callable, Iterator
-from typing import Any, TypeAlias
+from typing import TYPE_CHECKING, Any, TypeAlias
 
 import torch
 
@@ -20,8 +20,9 @@ from ... import op_builder
 from ..rule import Rule, required
 from .base import Backend
 from .cpu import NativeBackend
-from .cuda import CudaBackend
-from .torch import TorchBackend
+
+if TYPE_CHECKING:
+    from .torch import TorchBackend
 
 ENTRY_POINT_GROUP = "adamops.backends"
 Factory: TypeAlias = Callable[[Rule, torch.device], Backend | None]
@@ -31,7 +32,7 @@ _MEMBERS = tuple(name for name in (*vars(Backend), *Backend.__annotations__) if 
 def load_backend(rule: Rule, device: torch.device) -> Backend:
     """The first backend of the list for the params of a rule on a device. The last one comes with a warning."""
     reasons: list[str] = []
-    backend = plugin_backend(rule, device, reasons) or _first((_on_cuda, _on_cpu), rule, device, reasons)
+    backend = _first((_on_cuda, _on_cpu), rule, device, reasons) or plugin_backend(rule, device, reasons)
     return backend or pure_pytorch("\n".join(reasons) or f"No op is compiled for params on {_words_of(device)}.")
 
 
@@ -55,6 +56,8 @@ def _first(factories: tuple[Factory, ...], rule: Rule, device: torch.device, rea
 def _on_cuda(rule: Rule, device: torch.device) -> Backend | None:
     if device.type != "cuda" or torch.version.hip or "cuda" not in rule.ops:
         return None
+    from .cuda import CudaBackend  # not at the top: most processes do not need it
+
     return CudaBackend(of_rule(_builder(rule.ops["cuda"]).load_for_device(device.index), rule), device)
 
 
@@ -91,6 +94,8 @@ def _words_of(device: torch.device) -> str:
 def pure_pytorch(why: str) -> TorchBackend:
     """The pure PyTorch fallback, with a warning that says why."""
     _warn(f"adamops falls back to pure PyTorch, which is slow. {why}")
+    from .torch import TorchBackend
+
     op_builder.get("torch_adam").load()
     return TorchBackend()
 
@@ -108,7 +113,10 @@ def _warn(message: str) -> None:
 
 @functools.cache
 def _plugins() -> tuple[Factory, ...]:
-    """What the entry points give. A broken one costs a warning."""
+    """What the entry points give. A broken one costs a warning.
+
+    Only looked for where a device has no op: that reads a file of each installed package.
+    """
     return tuple(_loaded_plugins())
 
 
