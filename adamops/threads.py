@@ -116,9 +116,7 @@ def _share(cores: int) -> Threads:
     by_torchrun = "TORCHELASTIC_RUN_ID" in os.environ and os.environ.get("OMP_NUM_THREADS") == "1"
     if not by_torchrun or not ranks.isdigit() or not int(ranks):
         return Threads(1, "as many as torch uses")
-    why = (
-        f"share of the cores ({cores}) by processes here ({ranks}): torchrun has set OMP_NUM_THREADS=1, as nobody chose"
-    )
+    why = f"share of the cores ({cores}) by processes here ({ranks}): torchrun set OMP_NUM_THREADS=1, as nobody chose"
     return Threads(max(1, cores // int(ranks)), why)
 
 

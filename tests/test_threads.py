@@ -13,7 +13,6 @@ from adamops import report, threads
 
 CORES = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else 1
 TORCHRUN = {"TORCHELASTIC_RUN_ID": "none", "OMP_NUM_THREADS": "1", "LOCAL_WORLD_SIZE": "1"}
-BY_TORCHRUN = "torchrun has set OMP_NUM_THREADS=1 for want of a choice"
 
 # Prints how many threads a step runs on, as the system counts them, and how many it is said to use.
 STEP = """
@@ -60,7 +59,7 @@ def has(monkeypatch, cores, torchs=1, **variables):
             1,
             TORCHRUN,
             8,
-            "8 cores by 1 processes here, since torchrun has set OMP_NUM_THREADS=1 for want of a choice",
+            "share of the cores (8) by processes here (1): torchrun set OMP_NUM_THREADS=1, as nobody chose",
         ),
         (8, 1, {**TORCHRUN, "LOCAL_WORLD_SIZE": "3"}, 2, None),
         (2, 1, {**TORCHRUN, "LOCAL_WORLD_SIZE": "8"}, 1, None),
