@@ -55,8 +55,8 @@ def _describe_builder(builder: Op) -> dict[str, Any]:
     entry.update(_usable(builder, bool(compatible), entry["prebuilt"]))
     if record and "architectures" in record:
         entry["gpus"] = {f"sm_{gpu}": coverage(record["architectures"], gpu)._asdict() for gpu in visible_gpus()}
-    if entry.get("openmp_runtime", "") is None and (count := torch_facts()["threads"]) and count > 1:
-        error = f"there is no OpenMP runtime in this process, so a step runs on one thread, where torch has {count}"
+    if entry.get("openmp_runtime", "") is None and (wanted := torch_facts()["step_threads"]) and wanted["number"] != 1:
+        error = f"there is no OpenMP runtime in this process, so a step runs on 1 thread instead of {wanted['number']}"
         entry.update(ok=False, error=error)
     if isinstance(builder, SituationalOp) and (reason := builder.not_applicable_reason()):
         entry["not_applicable_reason"] = reason

@@ -114,9 +114,9 @@ def _share(cores: int) -> Threads:
     """What to use where torch has one thread: more, if torchrun has said so without being asked."""
     ranks = os.environ.get("LOCAL_WORLD_SIZE", "")
     by_torchrun = "TORCHELASTIC_RUN_ID" in os.environ and os.environ.get("OMP_NUM_THREADS") == "1"
-    if not by_torchrun or not ranks.isdigit() or not int(ranks):
+    if not by_torchrun or not ranks.isdecimal() or not int(ranks):
         return Threads(1, "as many as torch uses")
-    why = f"share of the cores ({cores}) by processes here ({ranks}): torchrun set OMP_NUM_THREADS=1, as nobody chose"
+    why = f"share of the cores ({cores}) by processes here ({ranks}): OMP_NUM_THREADS=1 is taken for torchrun's own"
     return Threads(max(1, cores // int(ranks)), why)
 
 
@@ -128,10 +128,10 @@ def _cores() -> int:
 def _quotas() -> Iterator[float]:
     """The cores' worth of time that each cgroup around this process allows (cgroups(7), version 2 or 1)."""
     try:
-        memberships = [line.split(":", 2) for line in _MEMBERSHIP.read_text().splitlines()]
+        lines = _MEMBERSHIP.read_text(errors="surrogateescape").splitlines()
     except OSError:  # not Linux
         return
-    for _, controllers, path in memberships:
+    for _, controllers, path in (line.split(":", 2) for line in lines if line.count(":") > 1):
         if not controllers:
             root, read = _CGROUPS, _quota_of_version_2
         elif "cpu" in controllers.split(","):

@@ -47,7 +47,7 @@ class build_ext(setuptools_build_ext):
     def run(self) -> None:
         """Compiles the ops, after a look at all of them: a wrong setting stops the build before it has begun."""
         try:
-            environment.max_jobs()
+            environment.max_jobs(), environment.words("CXXFLAGS"), environment.words("LDFLAGS")
             for ext in self.extensions:
                 if isinstance(ext, OpExtension):
                     self._check(ext.builder)

@@ -9,6 +9,7 @@ import shutil
 import subprocess
 import tempfile
 from collections.abc import Sequence
+from pathlib import Path
 
 from . import environment
 from .python_extension import pybind11_headers, python_headers
@@ -65,9 +66,10 @@ class Compiler:
         return self._ask("-dumpmachine").strip().split("-")[0]
 
     def _ask(self, question: str) -> str:
-        result = subprocess.run([*self.command, question], capture_output=True, text=True, check=False)
+        result = _run([*self.command, question])
         if result.returncode or not result.stdout.strip():
-            raise BuildError(f"{environment.quoted(self.command)} {question} failed: {result.stderr.strip()}")
+            words = result.stderr.strip() or "it says nothing"
+            raise BuildError(f"{environment.quoted(self.command)} {question} failed: {words}")
         return result.stdout
 
     def accepts(self, flags: Sequence[str]) -> bool:
@@ -78,23 +80,32 @@ class Compiler:
     def problem(self) -> str:
         """Why it cannot compile even an empty file, in its own words; empty if it can."""
         with tempfile.TemporaryDirectory() as folder:
+            made = Path(folder) / "empty.o"
             try:
-                self.run([*self.COMMON_FLAGS, "-x", "c++", "-c", os.devnull, "-o", f"{folder}/empty.o"])
+                self.run([*self.COMMON_FLAGS, "-x", "c++", "-c", os.devnull, "-o", str(made)])
             except BuildError as error:
                 return str(error)
-        return ""
+            return "" if made.exists() else f"{environment.quoted(self.command)} makes no object file"
 
     def run(self, arguments: Sequence[str]) -> None:
         """Runs the compiler with these arguments. Raises BuildError with its output if it fails."""
         command = [*self.command, *arguments]
-        result = subprocess.run(command, capture_output=True, text=True, errors="replace", check=False)
+        result = _run(command)
         if result.returncode:
             raise BuildError(f"{environment.quoted(command)}\nfailed:\n{result.stderr or result.stdout}")
 
 
 @functools.cache
 def _compiles(command: tuple[str, ...]) -> bool:
-    return subprocess.run(command, capture_output=True, check=False).returncode == 0
+    return _run(command).returncode == 0
+
+
+def _run(command: Sequence[str]) -> subprocess.CompletedProcess[str]:
+    """Raises BuildError for what cannot be run, such as a file that is no program."""
+    try:
+        return subprocess.run(command, capture_output=True, text=True, errors="replace", check=False)
+    except OSError as error:
+        raise BuildError(f"{command[0]} cannot be run: {error.strerror}") from error
 
 
 def cannot_compile_extensions(what: str) -> str:
@@ -109,7 +120,7 @@ def cannot_compile_extensions(what: str) -> str:
     if compiler is None:
         return "no C++ compiler found (set CXX, or install g++ or clang++)"
     try:
-        if problem := (compiler.version and compiler.problem):
+        if problem := (compiler.version and compiler.machine and compiler.problem):
             return f"the compiler cannot compile: {problem}"
     except BuildError as error:  # what CXX names is no compiler
         return str(error)

@@ -75,8 +75,10 @@ def cpu_targets(valid: Sequence[str]) -> list[str] | str | None:
 _NAMED_ARCHITECTURES = {
     "Turing": ["7.5+PTX"],
     "Ampere": ["8.0", "8.6+PTX"],
+    "Ampere+Tegra": ["8.7"],
     "Ada": ["8.9+PTX"],
     "Hopper": ["9.0+PTX"],
+    "Blackwell+Tegra": ["11.0"],
     "Blackwell": ["10.0", "10.3", "12.0", "12.1+PTX"],
 }
 
@@ -89,7 +91,7 @@ def cuda_archs(valid: Sequence[str]) -> tuple[str, list[str]] | None:
     """
     for variable in ("ADAMOPS_CUDA_ARCHS", "TORCH_CUDA_ARCH_LIST"):
         value = os.environ.get(variable, "").strip()
-        if value:
+        if value.strip(";, "):
             break
     else:
         return None

@@ -161,6 +161,16 @@ def test_a_compiler_that_answers_and_cannot_compile_is_named_with_its_output(mon
     )
 
 
+@pytest.mark.parametrize("content", ["#!/bin/true\n", "no program", "#!/nonexistent\n", "#!/bin/sh\necho x86_64\n"])
+def test_what_is_no_compiler_is_no_reason_to_crash(monkeypatch, tmp_path, content):
+    compiler = tmp_path / "c++"
+    compiler.write_text(content)
+    compiler.chmod(0o755)
+    monkeypatch.setenv("CXX", str(compiler))
+    compatible = CPUAdamBuilder().compatibility()
+    assert not compatible and str(compiler) in compatible.reason
+
+
 def test_all_ops_are_looked_at_before_the_first_is_compiled(monkeypatch, tmp_path):
     class Impossible(Unbuilt):
         NAME = "impossible"

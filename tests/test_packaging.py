@@ -130,6 +130,7 @@ def test_an_op_that_must_be_built_and_cannot_fails_the_build(sources, tmp_path):
     [
         ({"CXX": "nonsense -m64"}, "CXX=nonsense -m64: there is no program 'nonsense'; name a C++ compiler"),
         ({"CXX": "g++ '"}, "CXX=\"g++ '\" is not valid: No closing quotation; quote it as for a shell"),
+        ({"LDFLAGS": "'x"}, "LDFLAGS=\"'x\" is not valid: No closing quotation; quote it as for a shell"),
         ({"MAX_JOBS": "many"}, "MAX_JOBS='many' is not valid; use a positive integer"),
         ({"ADAMOPS_CPU_TARGETS": "avx3"}, "ADAMOPS_CPU_TARGETS='avx3' names no target: avx3; use native, all"),
         ({"ADAMOPS_BUILD_OPS": "yes"}, "ADAMOPS_BUILD_OPS='yes' is not valid; use 0 (never build), 1 (must build) or"),

@@ -59,7 +59,7 @@ def has(monkeypatch, cores, torchs=1, **variables):
             1,
             TORCHRUN,
             8,
-            "share of the cores (8) by processes here (1): torchrun set OMP_NUM_THREADS=1, as nobody chose",
+            "share of the cores (8) by processes here (1): OMP_NUM_THREADS=1 is taken for torchrun's own",
         ),
         (8, 1, {**TORCHRUN, "LOCAL_WORLD_SIZE": "3"}, 2, None),
         (2, 1, {**TORCHRUN, "LOCAL_WORLD_SIZE": "8"}, 1, None),

@@ -131,8 +131,44 @@ def test_decoupled_weight_decay_is_an_argument_of_adam():
     twin = torch.optim.Adam([Parameter(value.clone())], decoupled_weight_decay=True)
     twin.load_state_dict(adamops.Adam([param], decoupled_weight_decay=True).state_dict())
     assert twin.param_groups[0]["decoupled_weight_decay"] is True
-    with pytest.raises(ValueError, match="param group 0 has decoupled_weight_decay=True"):
-        adamops.Adam([{"params": [param], "decoupled_weight_decay": True}])
+
+
+@pytest.mark.parametrize("name", CLASSES)
+@pytest.mark.parametrize("change", ["group", "later", "from Adam", "from AdamW", "from FusedAdam"])
+def test_each_group_decays_as_it_says(name, change):
+    """As in torch, where the setting of the group counts at each step, and AdamW sets it anew when it is loaded."""
+    ours, theirs = pair(name, weight_decay=0.5, lr=0.1)
+    if change == "group":
+        groups = [
+            [{"params": [p], "decoupled_weight_decay": i == 1} for i, p in enumerate(params_of(o))]
+            for o in (ours, theirs)
+        ]
+        ours, theirs = (
+            getattr(m, name)(g, weight_decay=0.5, lr=0.1) for m, g in zip((adamops, torch.optim), groups, strict=True)
+        )
+    elif change == "later":
+        for optimizer in (ours, theirs):
+            optimizer.param_groups[0]["decoupled_weight_decay"] = name == "Adam"
+    else:
+        step_both(ours, theirs)
+        if change == "from FusedAdam":  # which has no such setting in its groups
+            source = adamops.FusedAdam(params_of(ours), weight_decay=0.5, lr=0.1)
+            source.load_state_dict(ours.state_dict())
+        else:
+            source = getattr(adamops, change.split()[1])(params_of(ours), weight_decay=0.5, lr=0.1)
+            source.load_state_dict(
+                getattr(torch.optim, change.split()[1])(params_of(ours), weight_decay=0.5, lr=0.1).state_dict()
+            )
+        saved = copy.deepcopy(source.state_dict())
+        for group in saved["param_groups"] if change == "from FusedAdam" else ():
+            group.pop("decoupled_weight_decay", None)
+        saved["state"] = theirs.state_dict()["state"]
+        ours.load_state_dict(copy.deepcopy(saved))
+        theirs.load_state_dict(saved)
+    step_both(ours, theirs)
+    assert_near(ours, theirs, 5e-6)
+    for mine, of_torch in zip(ours.param_groups, theirs.param_groups, strict=True):
+        assert mine["decoupled_weight_decay"] == of_torch["decoupled_weight_decay"]
 
 
 @pytest.mark.parametrize("name", CLASSES)

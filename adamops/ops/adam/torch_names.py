@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any
 
 from torch import Tensor
 
-from ...optim.rule import Flag
+from ...optim.rule import Flag, Rule
 from .adam import AdamRule
 from .adam_optimizer import AdamOptimizer
 
@@ -44,12 +44,19 @@ class _TorchAdamRule(AdamRule):
         _Implementation("foreach"),
         _Implementation("fused"),
         _Differentiable("differentiable"),
-        Flag("decoupled_weight_decay"),
     )
     hyper_names = AdamRule.hyper_names
 
+    def __init__(self, adamw_mode: bool) -> None:
+        super().__init__(adamw_mode)
+        self.settings = (*type(self).settings, Flag("decoupled_weight_decay", adamw_mode))  # type: ignore[misc]
+
+    def hyper_of_group(self, group: Mapping[str, Any], where: str, to_number: Callable[..., Any]) -> tuple[Any, ...]:
+        *numbers, _ = super().hyper_of_group(group, where, to_number)
+        return (*numbers, 1.0 if group.get("decoupled_weight_decay", self._adamw_mode) else 0.0)
+
     def check_group(self, group: Mapping[str, Any], defaults: Mapping[str, Any], where: str) -> None:
-        super().check_group(group, defaults, where)
+        Rule.check_group(self, group, defaults, where)  # not AdamRule's: here groups may differ in their weight decay
         if all(group.get(name, defaults.get(name)) for name in ("foreach", "fused")):
             raise ValueError("`fused` and `foreach` cannot be `True` together" + (f" in {where}" if where else ""))
 
@@ -69,7 +76,7 @@ class Adam(AdamOptimizer):
         Params to optimize, named or not, or dicts of param groups. Each param is a dense tensor in float32, bfloat16 or
         float16. States are float32 for all of them, where torch's have the params' dtype.
     lr, betas, eps, weight_decay, amsgrad, maximize, decoupled_weight_decay
-        As in torch, numbers or tensors of one element. `decoupled_weight_decay` is the same for all param groups.
+        As in torch, numbers or tensors of one element.
     capturable
         Whether steps on CUDA devices are CUDA-graph capturable. Has no effect on the CPU.
     foreach, fused
@@ -77,7 +84,8 @@ class Adam(AdamOptimizer):
     differentiable
         Must be false: autograd does not record a step.
 
-    What goes beyond torch, as 8-bit states, master weights or stochastic rounding, is in FusedAdam.
+    What goes beyond torch, as 8-bit states, master weights or stochastic rounding, is in FusedAdam. Step counts in
+    ``state[param]["step"]`` are ints, where torch has tensors, unless steps are captured or scaled on a GPU.
 
     Raises
     ------
@@ -158,3 +166,8 @@ class AdamW(Adam):
             fused=fused,
             decoupled_weight_decay=True,
         )
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        super().__setstate__(state)
+        for group in self.param_groups:  # also those of a checkpoint of Adam, as in torch
+            group["decoupled_weight_decay"] = True
