@@ -121,8 +121,7 @@ def _share(cores: int) -> Threads:
 
 
 def _cores() -> int:
-    count = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-    return max(1, min([count, *map(math.ceil, _quotas())]))
+    return max(1, min([environment.cores(), *map(math.ceil, _quotas())]))
 
 
 def _quotas() -> Iterator[float]:

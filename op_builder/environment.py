@@ -154,8 +154,12 @@ def quoted(command: Iterable[str]) -> str:
 
 def max_jobs() -> int:
     """MAX_JOBS: how many compilers may run at once; the number of CPUs if unset."""
-    own = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-    return _positive("MAX_JOBS") or own
+    return _positive("MAX_JOBS") or cores()
+
+
+def cores() -> int:
+    """How many cores this process may run on: those of its affinity mask, where the system has such masks."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
 def _positive(name: str) -> int | None:

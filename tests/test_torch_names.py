@@ -81,12 +81,10 @@ def test_param_groups_have_settings_of_their_own(name):
         {"weight_decay": 0.5, "fused": True},
         {"amsgrad": True, "betas": (0.1, 0.2)},
     ]
-    for kind, optimizer in ((adamops, ours), (torch.optim, theirs)):
-        settled = [{"params": [p], **group} for p, group in zip(params_of(optimizer), groups, strict=True)]
-        if kind is adamops:
-            ours = getattr(adamops, name)(settled)
-        else:
-            theirs = getattr(torch.optim, name)(settled)
+    ours, theirs = (
+        getattr(module, name)([{"params": [p], **group} for p, group in zip(params_of(o), groups, strict=True)])
+        for module, o in ((adamops, ours), (torch.optim, theirs))
+    )
     step_both(ours, theirs)
     assert_near(ours, theirs)
     for mine, of_torch in zip(ours.param_groups, theirs.param_groups, strict=True):

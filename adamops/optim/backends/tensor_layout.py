@@ -7,7 +7,6 @@ layout, and tensors are checked through torch's Python API. Must not know of opt
 
 from __future__ import annotations
 
-import contextlib
 import ctypes
 from collections.abc import Iterable, Sequence
 
@@ -112,8 +111,8 @@ def _key_set(impls: Sequence[int], expected: Sequence[int]) -> tuple[list[list[i
     """
     for count in range(_LEAST_TENSOR_WORDS, _MOST_TENSOR_WORDS + 1):
         words = [_words(impl, count) for impl in impls]
-        with contextlib.suppress(_UnclearError):
-            return words, _place(words, expected)
+        if places := _places(words, expected):
+            return words, _only(places)
     raise _UnclearError
 
 
@@ -138,12 +137,17 @@ def _words(address: int, count: int) -> list[int]:
 
 def _place(objects: Sequence[Sequence[int]], expected: Sequence[int]) -> int:
     """The only index at which every object has its expected value."""
+    return _only(_places(objects, expected))
+
+
+def _places(objects: Sequence[Sequence[int]], expected: Sequence[int]) -> set[int]:
+    """The indices at which every object has its expected value."""
     if len(set(expected)) < 2:
         raise _UnclearError
     places = set(range(min(map(len, objects))))
     for words, value in zip(objects, expected, strict=True):
         places = {i for i in places if words[i] == value}
-    return _only(places)
+    return places
 
 
 def _only(found: Iterable[int]) -> int:
