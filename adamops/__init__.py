@@ -58,7 +58,18 @@ _HOMES = {
     "portable_state_dicts": "adamops.optim.checkpoint.saving",
     **dict.fromkeys(("get_num_threads", "set_num_threads"), "adamops.threads"),
 }
-_SUBMODULES = ("bench", "deepspeed", "in_backward", "op_builder", "ops", "optim", "plugin_process", "report", "threads")
+_SUBMODULES = (
+    "bench",
+    "deepspeed",
+    "functional",
+    "in_backward",
+    "op_builder",
+    "ops",
+    "optim",
+    "plugin_process",
+    "report",
+    "threads",
+)
 
 
 def __getattr__(name: str) -> Any:

@@ -35,7 +35,7 @@ from torch import Tensor
 from torch.nn import Parameter
 from torch.optim import Optimizer
 
-from . import __version__, op_builder
+from . import __version__, functional, op_builder
 from .ops.adam import DeepSpeedCPUAdam
 from .optim.state.precision import DTYPES
 from .report import cpu_name
@@ -396,6 +396,24 @@ def many_tensors(options: Options) -> Result:
     return time_work(f"1000 x {numel} fp32", work, options, rounds=50, shared=False)
 
 
+def functional_call(options: Options) -> Result:
+    """adamops.functional beside a step, on the same tensors: a thousand small ones."""
+    numel = max(1, min(4000, options.elements // 1000))
+    params = new_params([numel] * 1000, torch.float32)
+    optimizer = adamops_optimizer(params, torch.float32)
+    optimizer.step()
+    states = [[optimizer.state[param][name] for param in params] for name in ("exp_avg", "exp_avg_sq")]
+    grads = [param.grad for param in params]
+    settings = {name: HYPER[name] for name in ("lr", "eps", "weight_decay")}
+    ours, step = f"{OURS}.functional", f"{OURS} step"
+    calls = {
+        ours: functools.partial(functional.adamw_, params, grads, *states, step=2, **settings),
+        step: optimizer.step,
+    }
+    title = f"functional call, 1000 x {numel} fp32"
+    return Result(title, time_in_rounds(calls, options.repeat or 50), ours)
+
+
 def forced_avx2(options: Options) -> Result:
     """AVX2 on a CPU that supports more: one optimizer, with its SIMD target switched between steps."""
     module = op_builder.get("cpu_adam").load()
@@ -472,6 +490,7 @@ CASES: dict[str, Callable[[Options], Result]] = {
     "many-tensors": many_tensors,
     "8bit": eight_bit_states,
     "clip": clip_step_and_zero,
+    "functional": functional_call,
     "avx2": forced_avx2,
     "import": import_after_torch,
     "first-step": first_step,

@@ -69,12 +69,13 @@ class Batch:
 
     @property
     def has_all_defaults(self) -> bool:
-        """Whether the params and states alone describe the batch: the params are whole and the first of their group,
-        and neither copies nor step counts are written elsewhere.
+        """Whether the params and states alone describe the batch: the params are whole, have these grads, and are the
+        first of their group, and neither copies nor step counts are written elsewhere.
         """
         return (
             self.lowp_outs is None
             and not self.has_shards
+            and all(param.grad is grad for param, grad in zip(self.params, self.grads, strict=True))
             and self.indices == list(range(len(self.indices)))
             and all(owned is state for owned, state in zip(self.counted_states, self.states, strict=True))
         )
@@ -257,7 +258,7 @@ def check_states(batch: Batch) -> None:
         check_state(batch.needed_of(state, param), param, states, name)
         check_step(state["step"], name)
         if isinstance(state["step"], Tensor) and is_shared_count(state["step"]):
-            _check_counts_on(state["step"], name)
+            check_counts_on(state["step"], name)
         for key, dtype in batch.state_dtypes(param).items():
             if key != SCALES:
                 _check_state_for_kernel(state[key], key, dtype, param, name)
@@ -317,7 +318,7 @@ def check_step(step: Any, name: str) -> None:
         raise ValueError(f"{name} has the step count {count}; expected 0 or more, and less than {MOST_STEPS}")
 
 
-def _check_counts_on(step: Tensor, name: str) -> None:
+def check_counts_on(step: Tensor, name: str) -> None:
     """Raises for a step count that cannot be written, or whose dtype cannot hold the next count."""
     check_writable(step, f"{name}: its step count in shared memory")
     count = int(step) + 1

@@ -63,6 +63,8 @@ def _check_number_in_tensor(value: Tensor, name: str, where: str) -> None:
 def check_flags(flags: Mapping[str, Any], where: str = "", hint: str = "") -> None:
     """Raises TypeError for what is neither True nor False; `where` and `hint` end the message."""
     for name, value in flags.items():
+        if value is True or value is False:
+            continue
         is_flag = isinstance(value, bool) or (isinstance(value, int) and value in (0, 1))
         if is_flag or type(value).__name__ in ("bool", "bool_"):  # NumPy's
             continue

@@ -3,6 +3,7 @@
 
 #include <algorithm>
 #include <array>
+#include <iterator>
 #include <string>
 
 #include "formats/quantized_blocks.h"
@@ -67,6 +68,15 @@ Master master_of_number(int number) {
   if (number < kNoMaster || number > kRemainder16)
     throw py::value_error("unknown kind of master " + std::to_string(number));
   return static_cast<Master>(number);
+}
+
+// Whether spans, in order of their addresses, overlap.
+bool have_overlap(const std::vector<Table::Span>& sorted) {
+  for (size_t i = 1; i < sorted.size(); ++i) {
+    const auto& [begin, size] = sorted[i - 1];
+    if (sorted[i].first < begin + static_cast<uintptr_t>(size)) return true;
+  }
+  return false;
 }
 
 // A row of a table as Python gives it: fields by name, each of which must be read.
@@ -207,6 +217,7 @@ void Table::count_steps() const {
   if (counts_on_device()) return;
   std::vector<py::int_> counts(steps.begin(), steps.end());
   for (size_t row = 0; row < objects_.size(); ++row) {
+    if (!objects_[row].state) continue;  // a table of lists
     if (PyDict_SetItem(objects_[row].state.ptr(), names().step, counts[step_rows[row]].ptr()) != 0)
       throw py::error_already_set();
   }
@@ -220,25 +231,56 @@ void Table::count_writes(bool zero_grads) {
   grads_.clear();
 }
 
-std::vector<std::pair<uintptr_t, int64_t>> Table::spans() const {
-  std::vector<std::pair<uintptr_t, int64_t>> spans;
+std::vector<Table::Span> Table::spans_of(int column) const {
+  std::vector<Span> spans;
+  spans.reserve(tensors.size());
   // A null address counts too: the tensor's storage was freed before its address was read.
-  const auto add_span = [&spans](const void* address, int64_t size) {
+  const auto add = [&spans](const void* address, int64_t size) {
     if (size) spans.emplace_back(reinterpret_cast<uintptr_t>(address), size);
   };
   for (size_t i = 0; i < tensors.size(); ++i) {
     const Tensor& tensor = tensors[i];
     const Dtypes& own = dtypes[i];
-    add_span(tensor.param, tensor.numel * size_of(own.param));
-    add_span(tensor.grad, tensor.numel * size_of(own.grad));
-    for (int s = 0; s < state_count; ++s) add_span(tensor.states[s], tensor.numel * size_of(own.state));
-    if (own.master != kNoMaster)
-      add_span(tensor.master, tensor.numel * (own.master == kMasterFp32 ? 4 : own.master == kRemainder16 ? 2 : 1));
-    if (own.state == kQuantized) add_span(tensor.scales, blocks_of(tensor.numel) * state_count * 2);
-    if (tensor.lowp_out) add_span(tensor.lowp_out, tensor.numel * size_of(own.lowp_out));
+    if (column == kParam) {
+      add(tensor.param, tensor.numel * size_of(own.param));
+    } else if (column == kGrad) {
+      add(tensor.grad, tensor.numel * size_of(own.grad));
+    } else if (column == kMaster) {
+      if (own.master != kNoMaster)
+        add(tensor.master, tensor.numel * (own.master == kMasterFp32 ? 4 : own.master == kRemainder16 ? 2 : 1));
+    } else if (column == kScales) {
+      if (own.state == kQuantized) add(tensor.scales, blocks_of(tensor.numel) * state_count * 2);
+    } else if (column == kLowpOut) {
+      if (tensor.lowp_out) add(tensor.lowp_out, tensor.numel * size_of(own.lowp_out));
+    } else {
+      add(tensor.states[column - kFirstState], tensor.numel * size_of(own.state));
+    }
+  }
+  return spans;
+}
+
+std::vector<Table::Span> Table::spans() const {
+  std::vector<Span> spans;
+  for (int column = kParam; column < kFirstState + state_count; ++column) {
+    const std::vector<Span> own = spans_of(column);
+    spans.insert(spans.end(), own.begin(), own.end());
   }
   for (const float* const count : device_steps) spans.emplace_back(reinterpret_cast<uintptr_t>(count), sizeof *count);
   return spans;
+}
+
+bool Table::writes_overlap(bool zero_grads) const {
+  std::vector<Span> sorted;
+  for (int column = kParam; column < kFirstState + state_count; ++column) {
+    if (column == kGrad && !zero_grads) continue;
+    // Most columns are in order already, as they were allocated one after another.
+    std::vector<Span> own = spans_of(column), merged;
+    if (!std::is_sorted(own.begin(), own.end())) std::sort(own.begin(), own.end());
+    merged.reserve(sorted.size() + own.size());
+    std::merge(sorted.begin(), sorted.end(), own.begin(), own.end(), std::back_inserter(merged));
+    sorted.swap(merged);
+  }
+  return have_overlap(sorted);
 }
 
 py::list Table::borrowed() const {
@@ -252,6 +294,7 @@ py::list Table::borrowed() const {
     for (const py::object& state : row.states) append(state);
     append(row.scales);
     append(row.master);
+    append(row.lowp_out);
   }
   if (counts_on_device())
     for (const Objects& row : objects_) tensors.append(row.step);
@@ -265,92 +308,135 @@ void Table::add_state(py::object state) {
 
 bool Table::add(const TensorReader& reader, PyObject* param, py::object grad, PyObject* state, uint32_t rng_offset) {
   if (!state || !PyDict_Check(state)) return false;
-  const bool sharded = reader.is_sharded(param);
+  const bool is_sharded = reader.is_sharded(param);
   // The state's tensor of this name, or its local tensor if the param is sharded. Empty if there is none, or if only
   // one of the two is sharded.
   const auto state_tensor = [&](PyObject* name) {
     py::object tensor = owned_entry(state, name);
-    if (!tensor || reader.is_sharded(tensor.ptr()) != sharded) return py::object();
-    return sharded ? reader.local(tensor.ptr()) : tensor;
+    if (!tensor || reader.is_sharded(tensor.ptr()) != is_sharded) return py::object();
+    return is_sharded ? reader.local(tensor.ptr()) : tensor;
   };
-  TensorReader::View p, g, states[kMostStates] = {}, scales{}, master_view{};
-  Objects row;
-  row.param = py::reinterpret_borrow<py::object>(param);
-  if (reader.is_sharded(grad.ptr()) != sharded) return false;
-  if (sharded) {
+  Candidate row;
+  Objects& objects = row.objects;
+  objects.param = py::reinterpret_borrow<py::object>(param);
+  if (reader.is_sharded(grad.ptr()) != is_sharded) return false;
+  if (is_sharded) {
     if (!reader.sharded_alike(param, grad.ptr())) return false;
-    row.param = reader.local(param);
+    objects.param = reader.local(param);
     grad = reader.local(grad.ptr());
+    sharded = true;
   }
-  row.grad = std::move(grad);
-  row.state = py::reinterpret_borrow<py::object>(state);
-  row.step = owned_entry(state, names().step);
-  for (int i = 0; i < state_count; ++i) row.states[i] = state_tensor(rule_states.names[i]);
+  objects.grad = std::move(grad);
+  objects.state = py::reinterpret_borrow<py::object>(state);
+  objects.step = owned_entry(state, names().step);
+  for (int i = 0; i < state_count; ++i) objects.states[i] = state_tensor(rule_states.names[i]);
+  if (!read_states(reader, row)) return false;
 
-  const auto read = [&](const py::object& object, TensorReader::View& view) {
-    return object && reader.read(object.ptr(), view) && view.same_shape(p);
-  };
-  const auto read_integers = [&](const py::object& object, bool is_signed, int bits, TensorReader::View& view) {
-    return object && reader.read_integers(object.ptr(), is_signed, bits, view) && view.same_shape(p);
-  };
-  const auto read_states = [&](const auto& read_state) {
+  const Dtypes& own = row.dtypes;
+  if (own.state == kQuantized) {
+    objects.scales = owned_entry(state, names().scales);  // always plain: they belong to what this rank holds
+  } else {
+    // Scales next to floating-point states mean that someone took quantized states for plain numbers and cast them to
+    // floats. Only looked for if the state has more entries than the step needs.
+    const Py_ssize_t needed = 1 + state_count + (own.master != kNoMaster ? 1 : 0);
+    if (PyDict_Size(state) > needed && entry(state, names().scales)) return false;
+  }
+  // Of a param that was of 16 bits before. This step makes them stale, so the slow path drops them.
+  if (own.param == kFloat32 && master != kNoMaster && (entry(state, names().master) || entry(state, names().remainder)))
+    return false;
+  if (own.master != kNoMaster)
+    objects.master = state_tensor(own.master == kMasterFp32 ? names().master : names().remainder);
+  return add(reader, row, rng_offset);
+}
+
+bool Table::add(const TensorReader& reader, Objects objects, uint32_t rng_offset) {
+  Candidate row;
+  row.objects = std::move(objects);
+  if (!read_states(reader, row)) return false;
+  const bool needs_scales = row.dtypes.state == kQuantized, needs_master = row.dtypes.master != kNoMaster;
+  if (needs_scales != bool(row.objects.scales) || needs_master != bool(row.objects.master)) return false;
+  return add(reader, row, rng_offset);
+}
+
+bool Table::read_states(const TensorReader& reader, Candidate& row) const {
+  const Objects& objects = row.objects;
+  const auto has_shape = [&](const TensorReader::View& view) { return view.same_shape(row.param); };
+  const auto read_all = [&](const auto& read_state) {
     for (int i = 0; i < state_count; ++i)
-      if (!read_state(i)) return false;
+      if (!objects.states[i] || !read_state(i) || !has_shape(row.states[i])) return false;
     return true;
   };
 
-  if (!reader.read(row.param.ptr(), p) || !read(row.grad, g)) return false;
+  if (!reader.read(objects.param.ptr(), row.param)) return false;
+  if (!reader.read(objects.grad.ptr(), row.grad) || !has_shape(row.grad)) return false;
   Dtype state_dtype = kFloat32;  // without states, any that kernels take
-  if (read_states([&](int i) { return read(row.states[i], states[i]); })) {
-    if (state_count) state_dtype = states[0].dtype;
+  if (read_all([&](int i) { return reader.read(objects.states[i].ptr(), row.states[i]); })) {
+    if (state_count) state_dtype = row.states[0].dtype;
     for (int i = 0; i < state_count; ++i)
-      if (states[i].dtype != state_dtype) return false;
-    // Scales next to floating-point states mean that someone took quantized states for plain numbers and cast them to
-    // floats. Only looked for if the state has more entries than the step needs.
-    const Py_ssize_t needed = 1 + state_count + (p.dtype != kFloat32 && master != kNoMaster ? 1 : 0);
-    if (PyDict_Size(state) > needed && entry(state, names().scales)) return false;
+      if (row.states[i].dtype != state_dtype) return false;
   } else {
     const auto read_quantized = [&](int i) {
-      return read_integers(row.states[i], rule_states.specs[i].sign == kSigned, 8, states[i]);
+      return reader.read_integers(objects.states[i].ptr(), rule_states.specs[i].sign == kSigned, 8, row.states[i]);
     };
-    row.scales = owned_entry(state, names().scales);  // always plain: they belong to what this rank holds
-    if (!read_states(read_quantized) || !row.scales || !reader.read(row.scales.ptr(), scales)) return false;
-    if (scales.dtype != kBfloat16 || scales.tensor.ndim != 2) return false;
-    if (scales.tensor.shape[0] != blocks_of(p.numel) || scales.tensor.shape[1] != state_count) return false;
+    if (!read_all(read_quantized)) return false;
     state_dtype = kQuantized;
   }
+  row.dtypes = {row.param.dtype, row.grad.dtype, state_dtype, row.param.dtype == kFloat32 ? kNoMaster : master,
+                kFloat32};
+  return true;
+}
 
-  const Master own_master = p.dtype == kFloat32 ? kNoMaster : master;
-  // Of a param that was of 16 bits before. This step makes them stale, so the slow path drops them.
-  if (p.dtype == kFloat32 && master != kNoMaster && (entry(state, names().master) || entry(state, names().remainder)))
-    return false;
-  if (own_master == kMasterFp32) {
-    row.master = state_tensor(names().master);
-    if (!read(row.master, master_view) || master_view.dtype != kFloat32 || state_dtype != kFloat32) return false;
-  } else if (own_master != kNoMaster) {
-    row.master = state_tensor(names().remainder);
-    if (!read_integers(row.master, true, own_master == kRemainder8 ? 8 : 16, master_view)) return false;
+bool Table::add(const TensorReader& reader, Candidate& row, uint32_t rng_offset) {
+  const Objects& objects = row.objects;
+  const auto is_like_param = [&](const TensorReader::View& view) { return view.same_shape(row.param); };
+  Dtypes& own = row.dtypes;
+  if (own.state == kQuantized) {
+    if (!objects.scales || !reader.read(objects.scales.ptr(), row.scales)) return false;
+    if (row.scales.dtype != kBfloat16 || row.scales.tensor.ndim != 2) return false;
+    const int64_t* const shape = row.scales.tensor.shape;
+    if (shape[0] != blocks_of(row.param.numel) || shape[1] != state_count) return false;
   }
+  if (own.master != kNoMaster) {
+    if (!objects.master) return false;
+    PyObject* const found = objects.master.ptr();
+    const bool is_read = own.master == kMasterFp32
+                             ? reader.read(found, row.master) && row.master.dtype == kFloat32
+                             : reader.read_integers(found, true, own.master == kRemainder8 ? 8 : 16, row.master);
+    if (!is_read || !is_like_param(row.master)) return false;
+  }
+  if (objects.lowp_out) {
+    if (!reader.read(objects.lowp_out.ptr(), row.lowp_out) || !is_like_param(row.lowp_out)) return false;
+    own.lowp_out = row.lowp_out.dtype;
+    if (own.lowp_out == kFloat32) return false;
+  }
+  if (!is_supported(own) || !add_step(reader, objects.step)) return false;
 
-  const Dtypes own_dtypes = {p.dtype, g.dtype, state_dtype, own_master, kFloat32};
-  if (!is_supported(own_dtypes) || !add_step(reader, row.step)) return false;
   Tensor tensor = {};
-  tensor.param = p.address();
-  tensor.grad = g.address();
-  for (int i = 0; i < state_count; ++i) tensor.states[i] = states[i].address();
-  if (own_master != kNoMaster) tensor.master = master_view.address();
-  if (state_dtype == kQuantized) tensor.scales = static_cast<uint16_t*>(scales.address());
-  tensor.numel = p.numel;
+  tensor.param = row.param.address();
+  tensor.grad = row.grad.address();
+  written_.push_back(row.param.version);
+  for (int i = 0; i < state_count; ++i) {
+    tensor.states[i] = row.states[i].address();
+    written_.push_back(row.states[i].version);
+  }
+  if (own.state == kQuantized) {
+    tensor.scales = static_cast<uint16_t*>(row.scales.address());
+    written_.push_back(row.scales.version);
+  }
+  if (own.master != kNoMaster) {
+    tensor.master = row.master.address();
+    written_.push_back(row.master.version);
+  }
+  if (objects.lowp_out) {
+    tensor.lowp_out = row.lowp_out.address();
+    written_.push_back(row.lowp_out.version);
+  }
+  grads_.push_back(row.grad.version);
+  tensor.numel = row.param.numel;
   tensor.rng_offset = rng_offset;
   tensors.push_back(tensor);
-  dtypes.push_back(own_dtypes);
-  objects_.push_back(std::move(row));
-  written_.push_back(p.version);
-  for (int i = 0; i < state_count; ++i) written_.push_back(states[i].version);
-  if (state_dtype == kQuantized) written_.push_back(scales.version);
-  if (own_master != kNoMaster) written_.push_back(master_view.version);
-  grads_.push_back(g.version);
-  this->sharded |= sharded;
+  dtypes.push_back(own);
+  objects_.push_back(std::move(row.objects));
   return true;
 }
 
@@ -372,19 +458,13 @@ bool Table::add_step(const TensorReader& reader, const py::object& step) {
 }
 
 bool grads_overlap(const std::vector<const Table*>& tables) {
-  std::vector<std::pair<const char*, const char*>> spans;
+  std::vector<Table::Span> spans;
   for (const Table* const table : tables) {
-    spans.reserve(spans.size() + table->tensors.size());
-    for (size_t i = 0; i < table->tensors.size(); ++i) {
-      const Tensor& tensor = table->tensors[i];
-      const auto* const begin = static_cast<const char*>(tensor.grad);
-      if (tensor.numel) spans.emplace_back(begin, begin + tensor.numel * size_of(table->dtypes[i].grad));
-    }
+    const std::vector<Table::Span> own = table->spans_of(Table::kGrad);
+    spans.insert(spans.end(), own.begin(), own.end());
   }
   std::sort(spans.begin(), spans.end());
-  for (size_t i = 1; i < spans.size(); ++i)
-    if (spans[i].first < spans[i - 1].second) return true;
-  return false;
+  return have_overlap(spans);
 }
 
 std::unique_ptr<Table> table_of_params(const TensorReader& reader, const py::list& params, const py::dict& states,
@@ -403,6 +483,38 @@ std::unique_ptr<Table> table_of_params(const TensorReader& reader, const py::lis
     PyObject* const state = finder.find(param, first ? PyDict_Size(states.ptr()) + 1 : StateFinder::kReach);
     if (!table->add(reader, param, std::move(grad), state, rng_offset + static_cast<uint32_t>(i))) return nullptr;
     if (first) table->first_state = finder.found();
+  }
+  return table;
+}
+
+std::unique_ptr<Table> table_of_lists(const TensorReader& reader, const py::list& params, const py::list& grads,
+                                      const py::list& states, const py::object& step, const py::object& scales,
+                                      const py::object& masters, const py::object& lowp_outs, int master,
+                                      uint32_t rng_offset) {
+  const int state_count = rule_states.checked_count(static_cast<int>(states.size()));
+  auto table = std::make_unique<Table>(state_count, master_of_number(master));
+  table->reserve(params.size());
+  // A new reference to an entry of a list, empty for None and where there is no list.
+  const auto item = [&params](const py::handle list, size_t i) {
+    if (list.is_none()) return py::object();
+    if (!PyList_Check(list.ptr()) || PyList_GET_SIZE(list.ptr()) != static_cast<Py_ssize_t>(params.size()))
+      throw py::value_error("a table's lists are not lists of the same length");
+    PyObject* const value = PyList_GET_ITEM(list.ptr(), static_cast<Py_ssize_t>(i));
+    return value == Py_None ? py::object() : py::reinterpret_borrow<py::object>(value);
+  };
+  const bool has_one_count = PyLong_CheckExact(step.ptr());
+  for (size_t i = 0; i < params.size(); ++i) {
+    Table::Objects row;
+    row.param = item(params, i);
+    row.grad = item(grads, i);
+    if (!row.grad) continue;
+    if (!row.param) return nullptr;
+    for (int s = 0; s < state_count; ++s) row.states[s] = item(PyList_GET_ITEM(states.ptr(), s), i);
+    row.step = has_one_count ? step : item(step, i);
+    row.scales = item(scales, i);
+    row.master = item(masters, i);
+    row.lowp_out = item(lowp_outs, i);
+    if (!table->add(reader, std::move(row), rng_offset + static_cast<uint32_t>(i))) return nullptr;
   }
   return table;
 }
@@ -481,6 +593,8 @@ void bind_table(py::module_& module, const StateSpec (&states)[kMostStates], int
       .def_property_readonly("counts_on_device", &Table::counts_on_device, "Whether step counts are in tensors.")
       .def_property_readonly("borrowed", &Table::borrowed, "The tensors that the table was made from.")
       .def_property_readonly("spans", &Table::spans, "Of each tensor the address, and how many bytes are used.")
+      .def("writes_overlap", &Table::writes_overlap, py::arg("zero_grads"),
+           "Whether tensors that a step writes share memory with one another.")
       .def_readonly("sharded", &Table::sharded, "Whether there are DTensors among the params.")
       .def("count_writes", &Table::count_writes, py::arg("zero_grads"), "Bumps the versions of what a step writes.");
   module.def("grads_overlap", &grads_overlap, py::arg("tables"), "Whether grads share memory with one another.");
@@ -493,6 +607,12 @@ void bind_table(py::module_& module, const StateSpec (&states)[kMostStates], int
       "A table of the params that have a grad, kept alive with what belongs to them, or None if any of it is not "
       "eligible for the fast path. `state_count` is how many of the rule's states are in use. `first_state` is that of "
       "the group's last table: where to look for states first. `master` is a Master of csrc/tensor.h.");
+  module.def("table_of_lists", &table_of_lists, py::arg("reader"), py::arg("params"), py::arg("grads"),
+             py::arg("states"), py::arg("step"), py::arg("scales") = py::none(), py::arg("masters") = py::none(),
+             py::arg("lowp_outs") = py::none(), py::arg("master") = static_cast<int>(kNoMaster),
+             py::arg("rng_offset") = 0,
+             "A table of lists of tensors, as long as `params`, or None if any of it is not eligible for the fast "
+             "path. `states` has a list for each state in use. `step` is the count before this step, or a list.");
   module.def("table_of_rows", &table_of_rows, py::arg("rows"), py::arg("state_count"),
              py::arg("master") = static_cast<int>(kNoMaster), py::arg("counts_on_device") = false,
              "A table of rows, dicts with the fields that csrc/python/table.h names, all trusted.");

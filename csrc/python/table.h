@@ -1,6 +1,6 @@
 // The table of a step: the tensors of a param group as addresses, sizes and dtypes. It is built from a list of params
-// and their states, or from rows of addresses. Must not know of kernels, threads or hyper-parameters. The modules of
-// the CPU op and of the CUDA op both contain it.
+// and their states, from lists of tensors, or from rows of addresses. Must not know of kernels, threads or
+// hyper-parameters. The modules of the CPU op and of the CUDA op both contain it.
 #pragma once
 
 #include <pybind11/pybind11.h>
@@ -55,15 +55,34 @@ class Table {
   // All tensors whose memory the table borrows; for DTensors, the local ones.
   pybind11::list borrowed() const;
 
-  // For each tensor of each column, its address and the number of bytes that a step reads or writes.
-  std::vector<std::pair<uintptr_t, int64_t>> spans() const;
+  // Where a step reads or writes, and how many bytes.
+  using Span = std::pair<uintptr_t, int64_t>;
+
+  // The spans of all tensors of all columns.
+  std::vector<Span> spans() const;
+
+  // Those of the tensors in one column that have any bytes.
+  enum Column { kParam, kGrad, kMaster, kScales, kLowpOut, kFirstState };  // the other states follow
+  std::vector<Span> spans_of(int column) const;
+
+  // Whether any of the tensors that a step writes share memory: the threads of a step would race on it.
+  bool writes_overlap(bool zero_grads) const;
 
   // For a table made from rows: keeps the dict that a tensor's step count is written to.
   void add_state(pybind11::object state);
 
+  // The Python objects whose memory this table borrows, kept alive; one member per column. For DTensors, the local
+  // ones.
+  struct Objects {
+    pybind11::object param, grad, state, step, states[kMostStates], scales, master, lowp_out;
+  };
+
   // Adds one param with its grad and its state; for a DTensor, what this rank holds. Returns false if anything about
   // them is not eligible for the fast path.
   bool add(const TensorReader& reader, PyObject* param, pybind11::object grad, PyObject* state, uint32_t rng_offset);
+
+  // Adds one param with what belongs to it, which is in no dict. Returns false as above.
+  bool add(const TensorReader& reader, Objects objects, uint32_t rng_offset);
 
   // Releases the references to the tensors.
   void release() {
@@ -75,15 +94,23 @@ class Table {
   bool sharded = false;  // whether there are DTensors among the params
 
  private:
+  // A row while its tensors are proved: as Python objects, and as the reader sees them.
+  struct Candidate {
+    Objects objects;
+    TensorReader::View param, grad, states[kMostStates] = {}, scales{}, master{}, lowp_out{};
+    Dtypes dtypes;
+  };
+
+  // Reads the param, grad and states of a row, and sets its dtypes. Returns false if they do not belong together.
+  bool read_states(const TensorReader& reader, Candidate& row) const;
+
+  // Reads the other tensors of the row, and adds it.
+  bool add(const TensorReader& reader, Candidate& row, uint32_t rng_offset);
+
   // Records a step count as found in the state. Returns false if it is not eligible for the fast path, or if some
   // counts are numbers and others tensors.
   bool add_step(const TensorReader& reader, const pybind11::object& step);
 
-  // The Python objects whose memory this table borrows, kept alive; one member per column. For DTensors, the local
-  // ones.
-  struct Objects {
-    pybind11::object param, grad, state, step, states[kMostStates], scales, master;
-  };
   std::vector<Objects> objects_;
   std::vector<VersionCounter*> written_, grads_;       // of a table made from params; the objects keep them alive
   std::unordered_map<int64_t, uint32_t> row_of_step_;  // the index of each in `steps`
@@ -96,6 +123,15 @@ class Table {
 std::unique_ptr<Table> table_of_params(const TensorReader& reader, const pybind11::list& params,
                                        const pybind11::dict& states, int state_count, int master,
                                        Py_ssize_t first_state, uint32_t rng_offset);
+
+// The table of lists of tensors, as long as `params`: `states` has one list for each state in use. A param with None as
+// its grad is left out. `step` is the count before this step, or a list of them. Entries of the last three lists, or
+// the lists themselves, are None for what a param does not have. Null as above.
+std::unique_ptr<Table> table_of_lists(const TensorReader& reader, const pybind11::list& params,
+                                      const pybind11::list& grads, const pybind11::list& states,
+                                      const pybind11::object& step, const pybind11::object& scales,
+                                      const pybind11::object& masters, const pybind11::object& lowp_outs, int master,
+                                      uint32_t rng_offset);
 
 // The table of rows, dicts with named fields, whose addresses are trusted:
 //   param, grad, states               addresses; `states` are as many as state_count

@@ -69,6 +69,20 @@ class TableBackend:
         self._first_states[where] = table.first_state
         return self._update_of_params(table, settings)
 
+    def prepare_lists(
+        self, settings: StepSettings, params: list[Tensor], grads: list[Tensor | None], states: list[Any], *others: Any
+    ) -> Update | None:
+        """The update of lists of tensors, the fields of TensorLists in order. None if a tensor is not eligible for the
+        fast path, or if tensors to be written share memory.
+        """
+        if self._reader is None:
+            return None
+        master, offset = settings.precision.master, settings.rng_offset
+        table = self.module.table_of_lists(self._reader, params, grads, states, *others, master, offset)
+        if table is None or not self._counts_fit(table, settings) or table.writes_overlap(settings.zero_grads):
+            return None
+        return self._update_of_params(table, settings)
+
     def prepare(self, batch: Batch) -> Update:
         if batch.has_shards and self._reader is not None:
             self._reader.sharded_type = dtensor_class_for_op()  # from now on prepare_group() takes DTensors
