@@ -295,11 +295,17 @@ def time_work(title: str, work: Work, options: Options, rounds: int, shared: boo
             peer.step()
             share_states(ours, peer)
         calls[name] = peer.step
+    return time_beside_the_probe(title, ours, calls, skipped, options.repeat or rounds)
+
+
+def time_beside_the_probe(
+    title: str, ours: Optimizer, calls: dict[str, Callable[[], object]], skipped: dict[str, str], rounds: int
+) -> Result:
+    """Times calls, and the bandwidth probe on the tensors of our optimizer."""
     probe = BandwidthProbe(ours)
     probes = {f"{PROBE} {distance}": distance for distance in PREFETCH_BYTES}
     calls |= {name: functools.partial(probe, distance) for name, distance in probes.items()}
-
-    times = time_in_rounds(calls, options.repeat or rounds)
+    times = time_in_rounds(calls, rounds)
     by_distance = {distance: times.pop(name) for name, distance in probes.items()}
     times[PROBE] = min(by_distance.values(), key=statistics.median)
     return Result(title, times, skipped=skipped, probe=by_distance)
@@ -337,6 +343,37 @@ def one_bf16_tensor(options: Options) -> Result:
     """One large tensor, with bf16 params, grads and states."""
     work = Work([options.elements], torch.bfloat16, torch.bfloat16)
     return time_work(f"{human(options.elements)} bf16 everything", work, options, rounds=15)
+
+
+def fp32_params_with_bf16_grads(options: Options) -> Result:
+    """One large fp32 tensor with bf16 grads, which the others must widen first."""
+    title = f"{human(options.elements)} fp32, bf16 grads"
+    (param,) = new_params([options.elements], torch.float32)
+    if not hasattr(param, "grad_dtype"):
+        return Result(title, {}, skipped={OURS: "before torch 2.10 a float32 param takes no bfloat16 grad"})
+    grad, twin = param.grad, Parameter(param.detach())  # of the same memory
+    twin.grad, param.grad = grad, None
+    param.grad_dtype = torch.bfloat16
+    param.grad = torch.randn_like(param, dtype=torch.bfloat16)
+    ours = adamops_optimizer([param], torch.float32)
+    ours.step()
+    calls: dict[str, Callable[[], object]] = {OURS: ours.step}
+    skipped = {}
+    for name in chosen_implementations(options):
+        try:
+            other = OPTIMIZERS[name]([twin], torch.float32)
+        except Unavailable as reason:
+            skipped[name] = str(reason)
+            continue
+        other.step()
+        other.state[twin].update({key: ours.state[param][key] for key in ("exp_avg", "exp_avg_sq")})
+        calls[f"{name} after widening"] = functools.partial(_widen_and_step, param, twin, other)
+    return time_beside_the_probe(title, ours, calls, skipped, options.repeat or 15)
+
+
+def _widen_and_step(param: Parameter, twin: Parameter, optimizer: Optimizer) -> None:
+    twin.grad.copy_(param.grad)  # type: ignore[union-attr, arg-type]
+    optimizer.step()
 
 
 def eight_bit_states(options: Options) -> Result:
@@ -406,10 +443,8 @@ def functional_call(options: Options) -> Result:
     grads = [param.grad for param in params]
     settings = {name: HYPER[name] for name in ("lr", "eps", "weight_decay")}
     ours, step = f"{OURS}.functional", f"{OURS} step"
-    calls = {
-        ours: functools.partial(functional.adamw_, params, grads, *states, step=2, **settings),
-        step: optimizer.step,
-    }
+    call = functools.partial(functional.adamw_, params, grads, *states, step=2, **settings)
+    calls: dict[str, Callable[[], object]] = {ours: call, step: optimizer.step}
     title = f"functional call, 1000 x {numel} fp32"
     return Result(title, time_in_rounds(calls, options.repeat or 50), ours)
 
@@ -487,6 +522,7 @@ CASES: dict[str, Callable[[Options], Result]] = {
     "fp32": one_fp32_tensor,
     "bf16-params": one_bf16_tensor_with_fp32_states,
     "bf16": one_bf16_tensor,
+    "bf16-grads": fp32_params_with_bf16_grads,
     "many-tensors": many_tensors,
     "8bit": eight_bit_states,
     "clip": clip_step_and_zero,

@@ -11,7 +11,19 @@ from plugins import python_path
 
 from adamops import bench, op_builder
 
-CASES = ["fp32", "bf16-params", "bf16", "many-tensors", "8bit", "clip", "functional", "avx2", "import", "first-step"]
+CASES = [
+    "fp32",
+    "bf16-params",
+    "bf16",
+    "bf16-grads",
+    "many-tensors",
+    "8bit",
+    "clip",
+    "functional",
+    "avx2",
+    "import",
+    "first-step",
+]
 TORCH = ["torch fused", "torch foreach"]
 
 
@@ -59,6 +71,8 @@ def test_every_implementation_is_timed(small_run):
     for name in ("fp32", "bf16", "many-tensors"):
         assert list(cases[name]["implementations"]) == ["adamops", *TORCH, "bandwidth probe"]
     assert list(cases["bf16-params"]["implementations"]) == ["adamops", "bandwidth probe"]
+    widening = ["adamops after widening", "torch fused after widening", "torch foreach after widening"]
+    assert list(cases["bf16-grads"]["implementations"]) == ["adamops", *widening, "bandwidth probe"]
     assert list(cases["import"]["implementations"]) == ["adamops", "torch fused"]
     assert list(cases["functional"]["implementations"]) == ["adamops.functional", "adamops step"]
     assert list(cases["first-step"]["implementations"]) == ["adamops", *TORCH]

@@ -32,13 +32,14 @@ def assert_same_bits(ours, theirs):
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
-@pytest.mark.parametrize("options", [{}, {"state_dtype": "8bit"}, {"state_dtype": torch.bfloat16}, {"amsgrad": True}])
+@pytest.mark.parametrize("state_dtype", [torch.float32, torch.bfloat16, "8bit"])
+@pytest.mark.parametrize("amsgrad", [False, True])
 @pytest.mark.parametrize("adamw_mode", [True, False])
-def test_grads_of_16_bits_have_the_bits_of_widened_ones(Adam, dtype, options, adamw_mode, seed):
+def test_grads_of_16_bits_have_the_bits_of_widened_ones(PathAdam, dtype, state_dtype, amsgrad, adamw_mode, seed):
     params = params_of(SIZES)
     twins = [torch.nn.Parameter(param.detach().clone()) for param in params]
-    options = {"lr": 0.01, "weight_decay": 0.1, "adamw_mode": adamw_mode, **options}
-    ours, theirs = Adam(params, **options), Adam(twins, **options)
+    options = {"lr": 0.01, "weight_decay": 0.1, "adamw_mode": adamw_mode, "state_dtype": state_dtype}
+    ours, theirs = (PathAdam(of, amsgrad=amsgrad, **options) for of in (params, twins))
     for step in range(4):
         set_grads(params, twins, dtype)
         assert torch.equal(ours.clip_grad_norm_(1.0), theirs.clip_grad_norm_(1.0))

@@ -113,7 +113,7 @@ void probe_range(const Tensor& tensor, int64_t begin, int64_t end, int prefetch_
     for (int s = 0; s < kLeastStates; ++s) prefetch_block(at<State>(tensor.states[s], i), prefetch_bytes);
     Word* __restrict p = reinterpret_cast<Word*>(param);
     const Word* __restrict g = reinterpret_cast<const Word*>(grad);
-    for (int64_t w = 0; w < kParamWords; ++w) p[w] ^= g[w] & zero;
+    for (int64_t w = 0; w < kParamWords; ++w) p[w] ^= w < kGradWords ? g[w] & zero : zero;
     for (int64_t w = kParamWords; w < kGradWords; ++w) p[w - kParamWords] ^= g[w] & zero;
     for (int s = 0; s < kLeastStates; ++s) {
       Word* __restrict state = reinterpret_cast<Word*>(at<State>(tensor.states[s], i));
@@ -156,6 +156,8 @@ StepRange choose_step_range(Dtypes dtypes, StepOptions options, bool in_blocks) 
 }
 
 ProbeRange choose_probe_range(Dtypes dtypes) {
+  const bool widens = dtypes.param == kFloat32 && dtypes.grad != kFloat32;  // 16 bits are 16 bits
+  if (widens && dtypes.state == kFloat32) return probe_range<float, bf16, float>;
   return choose_types<ProbeRange>(
       dtypes, [](auto p, auto g, auto s) -> ProbeRange { return probe_range<decltype(p), decltype(g), decltype(s)>; });
 }
