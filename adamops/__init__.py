@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from .offload import OffloadedAdam
     from .ops.adam import Adam, AdamW, CPUAdam, DeepSpeedCPUAdam, FusedAdam
     from .optim.backward import step_in_backward
     from .optim.checkpoint.saving import portable_state_dicts
@@ -28,6 +29,7 @@ __all__ = [
     "CPUAdam",
     "DeepSpeedCPUAdam",
     "FusedAdam",
+    "OffloadedAdam",
     "__version__",
     "get_num_threads",
     "portable_state_dicts",
@@ -54,6 +56,7 @@ if not (_checkout / "adamops" / "op_builder").is_dir() and (_checkout / "op_buil
 # Imported on first access.
 _HOMES = {
     **dict.fromkeys(("Adam", "AdamW", "CPUAdam", "DeepSpeedCPUAdam", "FusedAdam"), "adamops.ops.adam"),
+    "OffloadedAdam": "adamops.offload",
     "step_in_backward": "adamops.optim.backward",
     "portable_state_dicts": "adamops.optim.checkpoint.saving",
     **dict.fromkeys(("get_num_threads", "set_num_threads"), "adamops.threads"),
@@ -63,6 +66,7 @@ _SUBMODULES = (
     "deepspeed",
     "functional",
     "in_backward",
+    "offload",
     "op_builder",
     "ops",
     "optim",

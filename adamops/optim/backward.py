@@ -192,7 +192,7 @@ class InBackward:
             self._forget(self._names.keys() - names.keys())
             self._names.update(names)
         for param in self._names:
-            hook = None if param in self._hooks else _register_hook(param, functools.partial(_on_grad, ref))
+            hook = None if param in self._hooks else register_hook(param, functools.partial(_on_grad, ref))
             if hook is not None:
                 self._hooks[param] = hook
                 setattr(param, _ANCHOR, _Anchor(self))
@@ -283,7 +283,7 @@ def _ids_of_params(optimizer: RuleOptimizer) -> list[int]:
     return [id(param) for group in optimizer.param_groups for param in group["params"]]
 
 
-def _register_hook(param: Tensor, hook: Any) -> Any:
+def register_hook(param: Tensor, hook: Any) -> Any:
     """Registers the hook and returns its handle; None for a frozen param that can never be unfrozen."""
     if param.requires_grad:
         return param.register_post_accumulate_grad_hook(hook)

@@ -295,14 +295,21 @@ class RuleOptimizer(CheckpointedOptimizer):
     @torch.no_grad()
     def step_param(self, group_index: int, index: int) -> None:
         """Updates the param at `index` of a group, as step() would; for adamops.step_in_backward()."""
-        group, where = self.param_groups[group_index], f"param group {group_index}"
-        own = {**group, "params": group["params"][index : index + 1]}
+        where = f"param group {group_index}"
         try:
-            settings = self._step_settings(group, where, rng_offset=index)
-            step = prepare_group(self, GroupToStep(where, own, settings), {})
-        except (TypeError, ValueError) as error:  # it is param 0 of `own`, and the message says so
+            self._step_params(group_index, index, index + 1)
+        except (TypeError, ValueError) as error:  # it is param 0 there, and the message says so
             raise type(error)(str(error).replace(f"{where}, param 0", f"{where}, param {index}")) from None
-        commit(self.state, [step])
+
+    @torch.no_grad()
+    def _step_params(
+        self, group_index: int, begin: int, end: int, factor: float | Tensor | None = None, threads: int | None = None
+    ) -> None:
+        """Updates params next to each other in a group, as step() would, with their grads multiplied by a factor."""
+        group, where = self.param_groups[group_index], f"param group {group_index}"
+        own = {**group, "params": group["params"][begin:end]}
+        settings = self._step_settings(group, where, grad_factor=factor, rng_offset=begin, threads=threads)
+        commit(self.state, [prepare_group(self, GroupToStep(where, own, settings), {})])
 
     def _steps_in_backward(self) -> bool:
         """Whether adamops.step_in_backward() updates all params, so that step() has nothing to do."""
