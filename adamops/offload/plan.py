@@ -8,13 +8,14 @@ from __future__ import annotations
 import dataclasses
 import time
 from collections.abc import Callable
+from typing import Any
 
 import torch
 
 from ..ops.adam import DeepSpeedCPUAdam
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
-STATES = {"fp32": torch.float32, "bf16": torch.bfloat16, "8bit": "8bit"}
+STATES: dict[str, Any] = {"fp32": torch.float32, "bf16": torch.bfloat16, "8bit": "8bit"}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -39,7 +40,7 @@ class Precision:
     @property
     def ordinary(self) -> float:
         """Bytes of other host memory for a param: two states, what completes master weights, sums of grads."""
-        states = 2 * (1 + 2 / 256) if self.state_dtype == "8bit" else 2 * STATES[self.state_dtype].itemsize  # type: ignore[union-attr]
+        states = 2 * (1 + 2 / 256) if self.state_dtype == "8bit" else 2 * STATES[self.state_dtype].itemsize
         remainder = {None: 0, 24: 1, 32: 2}[self.masters] if self.param == 2 else 0
         return states + remainder + (4 if self.accumulate > 1 else 0)
 
