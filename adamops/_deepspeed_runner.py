@@ -68,7 +68,7 @@ def main(arguments: list[str], patch: Callable[[], object]) -> None:
         sys.exit(None if asked else USAGE)
     path = None if command.is_module else _script(command.target)
     when_imported("deepspeed", patch)
-    PatchedChildren("adamops.deepspeed", shm_comm=None).enable()  # even if only the children import DeepSpeed
+    PatchedChildren("adamops.deepspeed", shm_comm=False).enable()  # even if only the children import DeepSpeed
     sys.argv = [path or command.target, *command.arguments]
     if path is None:
         with _converting() if command.target == _CONVERTER else contextlib.nullcontext():

@@ -24,7 +24,8 @@ from .optim.state.quantization import QUANTIZATION_BLOCK
 from .optim.state.quantized_states import dequantized_states, is_quantized, quantized_states
 
 _ELASTIC = (
-    'with "elastic_checkpoint" DeepSpeed cuts states by name and would lose the scales of 8-bit states. Leave it out: '
+    'with "elastic_checkpoint" DeepSpeed could not load this again: it wants a step count in param groups, which only '
+    "its own FusedAdam has, and would lose the scales of 8-bit states. Leave it out: "
     "python -m adamops.deepspeed -m deepspeed.checkpoint.ds_to_universal converts checkpoints for any world size"
 )
 _SWAPPED = "8-bit states that DeepSpeed keeps on NVMe cannot be read or written from outside; use float32 states"
@@ -268,7 +269,7 @@ def _refuse_elastic_checkpoints(states: tuple[State, ...]) -> None:
 
     def check(original: Callable[..., Any]) -> Callable[..., Any]:
         def checked(self: Any, *arguments: Any, **named: Any) -> Any:
-            if any(is_quantized(state, states) for state in self.optimizer.state.values() if isinstance(state, dict)):
+            if isinstance(self.optimizer, RuleOptimizer):
                 raise NotImplementedError(_ELASTIC)
             return original(self, *arguments, **named)
 

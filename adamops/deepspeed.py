@@ -12,8 +12,6 @@ noise, as everywhere in adamops (csrc/formats/average_rounding.h).
 from __future__ import annotations
 
 import functools
-import os
-import shutil
 import sys
 from collections.abc import Callable, Sequence
 from typing import Any
@@ -249,14 +247,15 @@ class Patch:
 _patch: Patch | None = None
 
 
-def patch(*, shm_comm: bool | None = None) -> Patch:
+def patch(*, shm_comm: bool = False) -> Patch:
     """Makes DeepSpeed's DeepSpeedCPUAdam and FusedAdam use the ops of adamops, in this process, until unpatch().
 
     They remain DeepSpeed's classes, so its engine, its config and its checkpoints work as before. They no longer need a
     compiler. If params are on GPUs, FusedAdam keeps DeepSpeed's op unless the CUDA op is available.
 
     ZeRO accepts the classes of adamops as client optimizers, offloaded or not, whatever the config says about untested
-    optimizers. Accelerate does not replace them.
+    optimizers. Accelerate does not replace them. A config whose optimizer has one of adamops' settings among its params
+    (``"state_dtype": "8bit"``) gets the class of adamops instead of DeepSpeed's.
 
     A second call changes nothing, and neither does undoing its result. Call it in each process that trains, before
     ``deepspeed.initialize()``. Processes that multiprocessing spawns afterwards, such as SuperOffload's, are patched
@@ -265,8 +264,8 @@ def patch(*, shm_comm: bool | None = None) -> Patch:
     Parameters
     ----------
     shm_comm
-        Whether DeepSpeed may compile its op for shared-memory reductions, as it does when it starts on CPUs. Only
-        inference uses it. None: only if a compiler and ninja are found; without them DeepSpeed could not start.
+        Whether DeepSpeed may compile its op for shared-memory reductions, as it does when it starts on CPUs. Only its
+        inference_all_reduce() uses it, and torch's all-reduce otherwise.
 
     Raises
     ------
@@ -301,10 +300,11 @@ def patch(*, shm_comm: bool | None = None) -> Patch:
         else:
             new.left[fused_builder.NAME] = reason
         _accept_as_client_optimizers(new)
+        _read_settings_of_configs(new)
         _keep_under_accelerate(new)
         _convert_quantized_states(new)
         new.enable(PatchedChildren("adamops.deepspeed", shm_comm=shm_comm))
-        if device_type == "cpu" and not (_can_compile() if shm_comm is None else shm_comm):
+        if device_type == "cpu" and not shm_comm:
             new.set_entry(deepspeed.ops.__compatible_ops__, SHM_COMM, False)
     except BaseException:
         new.undo()
@@ -369,10 +369,6 @@ def _backends(host: Backend) -> Callable[[torch.device], Backend]:
     return backend_of
 
 
-def _can_compile() -> bool:
-    return bool(shutil.which(os.environ.get("CXX", "c++")) and shutil.which("ninja"))
-
-
 def _accept_as_client_optimizers(new: Patch) -> None:
     """Makes ZeRO accept our classes, offloaded or not, without settings in the config."""
     from deepspeed.runtime.engine import DeepSpeedEngine
@@ -388,6 +384,44 @@ def _accept_as_client_optimizers(new: Patch) -> None:
 
     if hasattr(DeepSpeedEngine, "zero_force_ds_cpu_optimizer"):
         forces = new.set_attribute(DeepSpeedEngine, "zero_force_ds_cpu_optimizer", zero_force_ds_cpu_optimizer)
+
+
+# Settings of a config's optimizer that DeepSpeed's classes do not have, with which ours are created instead.
+_OF_STATES = ("state_dtype", "amsgrad")
+_OF_16_BIT_PARAMS = ("master_weight_bits", "stochastic_rounding", "stochastic_rounding_seed")
+_DTYPES = {"float32": torch.float32, "fp32": torch.float32, "bfloat16": torch.bfloat16, "bf16": torch.bfloat16}
+
+
+def _read_settings_of_configs(new: Patch) -> None:
+    """Makes the engine create our classes where a config has settings of theirs."""
+    from deepspeed.runtime.engine import DeepSpeedEngine
+
+    def get_optimizer_configuration(
+        engine: Any, parameters: dict[str, Any], adam_w_mode: bool, *arguments: Any, **named: Any
+    ) -> tuple[Any, dict[str, Any]]:
+        ours = {name: parameters.pop(name) for name in (*_OF_STATES, *_OF_16_BIT_PARAMS) if name in parameters}
+        theirs, settings = original(engine, parameters, adam_w_mode, *arguments, **named)
+        if not ours or theirs is None or issubclass(theirs, (torch.optim.Adam, torch.optim.AdamW)):
+            return theirs, settings | ours
+        cls = {"DeepSpeedCPUAdam": DeepSpeedCPUAdam, "FusedAdam": FusedAdam}.get(theirs.__name__)
+        if cls is None:
+            raise ValueError(f"The config's optimizer has {_listed(ours)}, which {theirs.__name__} does not have")
+        unused = [name for name in _OF_16_BIT_PARAMS if ours.get(name)]
+        if unused and (engine.zero_optimization() or engine.fp16_enabled() or engine.bfloat16_enabled()):
+            raise ValueError(
+                f"The config's optimizer has {_listed(unused)}, for 16-bit params; here it gets DeepSpeed's own "
+                "float32 master weights; leave it out"
+            )
+        if isinstance(ours.get("state_dtype"), str):
+            ours["state_dtype"] = _DTYPES.get(ours["state_dtype"].removeprefix("torch."), ours["state_dtype"])
+        return cls, settings | ours
+
+    if hasattr(DeepSpeedEngine, "get_optimizer_configuration"):
+        original = new.set_attribute(DeepSpeedEngine, "get_optimizer_configuration", get_optimizer_configuration)
+
+
+def _listed(names: Any) -> str:
+    return ", ".join(map(repr, names))
 
 
 def _keep_under_accelerate(new: Patch) -> None:

@@ -90,7 +90,7 @@ def test_children_of_children_inherit_the_patch(tmp_path, method):
 def test_no_child_inherits_what_is_disabled():
     settings = multiprocessing.current_process()._config
     before = dict(settings)
-    patches = PatchedChildren("adamops.deepspeed", shm_comm=None)
+    patches = PatchedChildren("adamops.deepspeed", shm_comm=False)
     patches.enable()
     assert settings != before
     patches.disable()
@@ -106,7 +106,7 @@ def test_a_child_that_cannot_be_patched_says_so_and_goes_on(monkeypatch):
     monkeypatch.setattr(sys.modules["adamops.deepspeed"], "patch", fails, raising=False)
     monkeypatch.setattr(adamops, "deepspeed", sys.modules["adamops.deepspeed"], raising=False)
     with pytest.warns(UserWarning, match="cannot patch DeepSpeed in this child process: no op here"):
-        pickle.loads(pickle.dumps(PatchedChildren("adamops.deepspeed", shm_comm=None)))
+        pickle.loads(pickle.dumps(PatchedChildren("adamops.deepspeed", shm_comm=False)))
 
 
 # The optimizers -----------------------------------------------------------------------------------------------------

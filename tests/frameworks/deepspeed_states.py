@@ -130,10 +130,10 @@ def moved_states(rank: int, world_size: int, stage: int, cls: str, folder: str) 
     return found
 
 
-def elastic_checkpoint(rank: int, world_size: int, cls: str, folder: str) -> str:
+def elastic_checkpoint(rank: int, world_size: int, cls: str, state_dtype: Any, folder: str) -> str:
     """What is said where DeepSpeed would cut states by name."""
     settings = config(2, cls == "DeepSpeedCPUAdam", "bf16", elastic_checkpoint=True)
-    engine = engine_of(settings, cls, state_dtype="8bit")
+    engine = engine_of(settings, cls, state_dtype=state_dtype)
     train(engine, rank, range(1))
     try:
         engine.save_checkpoint(folder, tag="elastic")

@@ -208,14 +208,29 @@ def refusals(rank: int, world_size: int) -> dict[str, str]:
 
 
 def eight_bit_curves(rank: int, world_size: int, folder: str) -> dict[int, tuple[list[float], ...]]:
-    """As resumed_curves(), with 8-bit states, by ZeRO stage; and the losses with float32 states."""
+    """As resumed_curves(), with 8-bit states, by ZeRO stage; the losses with float32 states; and those of the engine
+    that a patched DeepSpeed makes of a config with 8-bit states."""
     deepspeed = quiet_deepspeed()
+    import adamops.deepspeed
+
+    def new_model() -> torch.nn.Module:
+        torch.manual_seed(7)
+        return torch.nn.Sequential(torch.nn.Linear(WIDTH, 300), torch.nn.GELU(), torch.nn.Linear(300, WIDTH))
 
     def engine_of(stage: int, **precision: Any) -> Any:
-        torch.manual_seed(7)
-        model = torch.nn.Sequential(torch.nn.Linear(WIDTH, 300), torch.nn.GELU(), torch.nn.Linear(300, WIDTH))
+        model = new_model()
         client = adamops.DeepSpeedCPUAdam(model.parameters(), **HYPER, **precision)
         return deepspeed.initialize(model=model, optimizer=client, config=config(stage, True, "bf16"))[0]
+
+    def losses_of_config(stage: int) -> list[float]:
+        model = new_model()
+        optimizer = {"type": "AdamW", "params": HYPER | {"state_dtype": "8bit"}}
+        settings = config(stage, True, "bf16") | {"optimizer": optimizer}
+        with adamops.deepspeed.patch():
+            engine = deepspeed.initialize(model=model, model_parameters=model.parameters(), config=settings)[0]
+            losses = train(engine, rank, range(8))
+        assert type(engine.basic_optimizer) is adamops.DeepSpeedCPUAdam
+        return losses
 
     found = {}
     for stage in (2, 3):
@@ -228,7 +243,8 @@ def eight_bit_curves(rank: int, world_size: int, folder: str) -> dict[int, tuple
         dtypes = {state["exp_avg"].dtype for state in second.basic_optimizer.state.values()}
         assert dtypes == {torch.int8}, dtypes
         resumed = train(second, rank, range(4, 8))
-        found[stage] = start + unbroken, resumed, train(engine_of(stage), rank, range(8))
+        plain = train(engine_of(stage), rank, range(8))
+        found[stage] = start + unbroken, resumed, plain, losses_of_config(stage)
     return found
 
 

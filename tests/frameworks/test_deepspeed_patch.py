@@ -13,6 +13,7 @@ os.environ["DS_ACCELERATOR"] = os.environ.get("DS_ACCELERATOR", "cpu")
 pytest.importorskip("deepspeed")
 
 import deepspeed
+import torch
 from deepspeed.checkpoint import ds_to_universal
 from deepspeed.ops.op_builder import CPUAdamBuilder, FusedAdamBuilder
 from deepspeed.runtime.engine import DeepSpeedEngine
@@ -43,6 +44,7 @@ def everything():
         dict(CPUAdamBuilder._loaded_ops),
         list(ZERO_SUPPORTED_OPTIMIZERS),
         DeepSpeedEngine.zero_force_ds_cpu_optimizer,
+        DeepSpeedEngine.get_optimizer_configuration,
         ds_to_universal.main,
         dict(multiprocessing.current_process()._config).keys(),
         dict(deepspeed.ops.__compatible_ops__),
@@ -90,18 +92,72 @@ def test_zero_knows_our_classes(ours):
         assert ours in ZERO_SUPPORTED_OPTIMIZERS
 
 
-@pytest.mark.parametrize(("shm_comm", "left"), [(True, True), (False, False)])
-def test_the_op_for_shared_memory_is_compiled_only_if_wanted(monkeypatch, shm_comm, left):
+@pytest.mark.parametrize(("arguments", "left"), [({"shm_comm": True}, True), ({}, False)])
+def test_the_op_for_shared_memory_is_compiled_only_if_wanted(monkeypatch, arguments, left):
     monkeypatch.setitem(deepspeed.ops.__compatible_ops__, "deepspeed_shm_comm", True)
-    with patch(shm_comm=shm_comm):
+    with patch(**arguments):
         assert deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] is left
 
 
-def test_the_op_for_shared_memory_is_left_out_where_there_is_no_compiler(monkeypatch, tmp_path):
-    monkeypatch.setitem(deepspeed.ops.__compatible_ops__, "deepspeed_shm_comm", True)
-    monkeypatch.setenv("PATH", str(tmp_path))
+class Engine:
+    """What get_optimizer_configuration() asks of an engine."""
+
+    zenflow = False
+
+    def __init__(self, offloaded=True, zero=False, bf16=False):
+        self.offloaded, self.zero, self.bf16 = offloaded, zero, bf16
+
+    def zero_use_cpu_optimizer(self):
+        return self.offloaded
+
+    def zero_optimization(self):
+        return self.zero
+
+    def bfloat16_enabled(self):
+        return self.bf16
+
+    def fp16_enabled(self):
+        return False
+
+    def bf16_optimizer_states(self):
+        return False
+
+
+def configured(engine, **parameters):
+    """The optimizer that an engine makes of the params of a config's optimizer."""
+    cls, settings = DeepSpeedEngine.get_optimizer_configuration(engine, parameters, True)
+    return cls([torch.nn.Parameter(torch.ones(5000))], **parameters, **settings)
+
+
+@pytest.mark.parametrize("offloaded, cls", [(True, adamops.DeepSpeedCPUAdam), (False, adamops.FusedAdam)])
+@pytest.mark.parametrize("state_dtype", ["8bit", "bfloat16", "torch.bfloat16", "fp32"])
+def test_a_config_with_our_settings_makes_our_classes(offloaded, cls, state_dtype):
     with patch():
-        assert not deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"]
+        optimizer = configured(Engine(offloaded), lr=0.1, state_dtype=state_dtype, weight_decay=0.5)
+        assert type(optimizer) is cls and optimizer.adam_w_mode
+        assert optimizer.defaults["lr"] == 0.1 and optimizer.defaults["weight_decay"] == 0.5
+        (param,) = optimizer.param_groups[0]["params"]
+        param.grad = torch.ones(5000)
+        optimizer.step()
+        expected = {"8bit": torch.int8, "fp32": torch.float32}.get(state_dtype, torch.bfloat16)
+        assert optimizer.state[param]["exp_avg"].dtype == expected
+        assert type(configured(Engine(offloaded), lr=0.1)).__module__.startswith("deepspeed.")
+        assert configured(Engine(offloaded), master_weight_bits=24)._precision.master.dtype == torch.int8
+
+
+def test_settings_without_effect_or_without_sense_are_refused():
+    with patch():
+        for engine in (Engine(zero=True), Engine(bf16=True)):
+            with pytest.raises(ValueError, match="'master_weight_bits', for 16-bit params, .* leave it out"):
+                configured(engine, master_weight_bits=24)
+            configured(engine, state_dtype="8bit", stochastic_rounding=False)
+        with pytest.raises(ValueError, match="Invalid state_dtype: float8; expected"):
+            configured(Engine(), state_dtype="float8")
+
+
+def test_a_config_that_asks_for_torchs_class_gets_it():
+    with patch():
+        assert type(configured(Engine(), torch_adam=True, amsgrad=True)) is torch.optim.AdamW
 
 
 def test_functions_that_we_lack_are_those_of_deepspeeds_op(monkeypatch):

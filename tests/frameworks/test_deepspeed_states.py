@@ -155,6 +155,7 @@ def test_states_can_be_moved(tmp_path, stage, cls):
 
 @pytest.mark.slow
 @classes
-def test_elastic_checkpoints_of_8_bit_states_are_refused(tmp_path, cls):
-    (message,) = run_on_ranks(elastic_checkpoint, 1, cls, str(tmp_path))
+@pytest.mark.parametrize("state_dtype", ["8bit", torch.float32])
+def test_elastic_checkpoints_are_refused(tmp_path, cls, state_dtype):
+    (message,) = run_on_ranks(elastic_checkpoint, 1, cls, state_dtype, str(tmp_path))
     assert '"elastic_checkpoint"' in message and "ds_to_universal" in message
