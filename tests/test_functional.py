@@ -1,5 +1,6 @@
 """adamops.functional: a call on lists of tensors does what a step of an optimizer does, bit-identically."""
 
+import contextlib
 import functools
 import inspect
 import random
@@ -238,7 +239,7 @@ BAD = {
     "no count": ({"step": None}, TypeError, "step and state_steps: give one of them"),
     "two counts": ({"state_steps": [torch.ones(())] * 3}, TypeError, "step and state_steps: give one of them"),
     "step 0": ({"step": 0}, ValueError, "Invalid step: 0; expected 1 for the first step"),
-    "a fractional step": ({"step": 1.5}, TypeError, "Invalid step: 1.5, a float"),
+    "a fractional step": ({"step": 1.5}, TypeError, "Invalid step: 1.5; expected an int of 1 or more"),
     "counts that are numbers": (
         {"step": None, "state_steps": [1, 2, 3]},
         TypeError,
@@ -354,6 +355,211 @@ def test_bad_arguments_raise_before_anything_is_written(path, name):
     with pytest.raises(error, match=message):
         adamw_(**given)
     assert_equal(dense, before)
+
+
+def one_param(n=5000, **changed):
+    """Arguments for one param of ones."""
+    own = {"params": [torch.ones(n)], "grads": [torch.ones(n)], "exp_avgs": [torch.zeros(n)]}
+    return {**own, "exp_avg_sqs": [torch.zeros(n)], **({} if "state_steps" in changed else {"step": 1}), **changed}
+
+
+def assert_refused(arguments, error, match):
+    tensors = [t for column in arguments.values() if isinstance(column, list) for t in column]
+    dense = [
+        t for t in tensors if isinstance(t, torch.Tensor) and t.layout == torch.strided and t.untyped_storage().nbytes()
+    ]
+    before = clones(dense)
+    with pytest.raises(error, match=match):
+        adamw_(**arguments)
+    assert_equal(dense, before)
+
+
+@pytest.mark.parametrize(
+    "count, error",
+    [
+        (torch.tensor(1, dtype=torch.uint16), TypeError),
+        (torch.tensor(1.0).to(torch.float8_e5m2), (TypeError, ValueError)),
+        (torch.tensor([1.0]).to_sparse(), (TypeError, ValueError, RuntimeError)),
+        (torch.tensor(2.5), ValueError),
+    ],
+    ids=["uint16", "float8", "sparse", "2.5"],
+)
+def test_counts_that_cannot_go_up_are_refused(path, count, error):
+    assert_refused(one_param(state_steps=[count]), error, "step count|not supported|sparse")
+
+
+def test_a_count_that_only_a_transform_refuses_to_write_is_refused(seed):
+    count, arguments = torch.tensor(1.0), one_param(state_steps=[torch.tensor(1.0)])
+    arguments["state_steps"] = [count]
+    with pytest.raises(TypeError, match="has a step count that cannot be written"):
+        torch.func.grad(lambda x: (adamw_(**arguments), x.sum())[1])(torch.ones(3))
+    assert torch.equal(arguments["params"][0], torch.ones(5000))
+
+
+def test_counts_share_no_memory(path):
+    count = torch.tensor(1.0)
+    two = {
+        name: values * 2 if name == "state_steps" else [*values, values[0].clone()]
+        for name, values in one_param(state_steps=[count]).items()
+    }
+    assert_refused(two, ValueError, "the step count of param 0 and the step count of param 1 share memory")
+    arguments = one_param(1, state_steps=[None])
+    arguments["state_steps"] = [arguments["params"][0]]
+    assert_refused(
+        arguments, ValueError, "param 0 and the step count of param 0 share memory|step count of param 0 and"
+    )
+
+
+def test_zeroing_touches_the_grad_alone(path, seed):
+    """Grads between the elements of others, expanded ones, one grad of two params, and one without memory."""
+    memory = torch.ones(400)
+    strided = one_param(100, params=[memory[100:200]], grads=[memory[0:200:2]], zero_grads=True)
+    assert_refused(strided, ValueError, "the grad of param 0 and param 0 share memory")
+    columns = torch.ones(100, 2)
+    arguments = {name: [torch.zeros(100), torch.zeros(100)] for name in ("params", "exp_avgs", "exp_avg_sqs")}
+    for grads in (list(columns.unbind(1)), [torch.ones(100)] * 2, [torch._efficientzerotensor(100), torch.ones(100)]):
+        adamw_(**arguments, grads=grads, step=1, zero_grads=True)
+        assert not any(grad.any() for grad in grads)
+    expanded = torch.ones(1).expand(100)
+    with contextlib.suppress(RuntimeError):  # torch zeroes no expanded tensor
+        adamw_(**one_param(100, grads=[expanded]), zero_grads=True)
+
+
+def test_a_grad_of_inference_mode_is_not_zeroed(seed):
+    with torch.inference_mode():
+        grad = torch.ones(200)[::2]
+    assert_refused(one_param(100, grads=[grad], zero_grads=True), ValueError, "is a tensor of inference mode")
+
+
+def test_grads_are_apart_from_what_others_write(path, seed):
+    """They may lie where their own param or copy does, element by element."""
+    n = 5000
+    grad = torch.ones(n)
+    assert_refused(
+        one_param(n, grads=[grad], lowp_outs=[grad.view(torch.bfloat16)[:n]]),
+        ValueError,
+        "the grad of param 0 and the lowp_out of param 0 share memory; use a copy of the grad",
+    )
+    params = params_of([n, n])
+    states = {name: [torch.zeros(n), torch.zeros(n)] for name in ("exp_avgs", "exp_avg_sqs")}
+    crossed = {"params": params, "grads": [torch.ones(n), params[0]], **states, "step": 1}
+    assert_refused(crossed, ValueError, "the grad of param 1 and param 0 share memory")
+    half, alone = torch.randn(n).bfloat16(), one_param(n, params=[torch.ones(n).bfloat16()])
+    expected = half.clone()
+    arguments = one_param(n, params=[torch.ones(n).bfloat16()], grads=[half], lowp_outs=[half])
+    adamw_(**arguments)
+    adamw_(**{**alone, "grads": [expected]})
+    assert torch.equal(arguments["params"][0], alone["params"][0]) and torch.equal(half, alone["params"][0])
+
+
+def test_an_optimizers_copies_are_apart_from_grads(seed):
+    param = torch.nn.Parameter(torch.ones(5000))
+    param.grad = torch.ones(5000)
+    with pytest.raises(ValueError, match="the grad of param group 0, param 0 and the lowp_out of"):
+        FusedAdam([param]).step(lowp_out=[param.grad.view(torch.bfloat16)[:5000]])
+    assert torch.equal(param.detach(), torch.ones(5000))
+
+
+def test_wide_scales_that_two_params_share(path, seed):
+    """Such as were left from AMSGrad."""
+    n, scales = 512, torch.zeros(2, 3, dtype=torch.bfloat16)
+    arguments = {"params": params_of([n, n]), "grads": params_of([n, n]), "block_scales": [scales, scales], "step": 1}
+    arguments |= {"exp_avgs": [torch.zeros(n, dtype=torch.int8) for _ in range(2)]}
+    arguments |= {"exp_avg_sqs": [torch.zeros(n, dtype=torch.uint8) for _ in range(2)]}
+    assert_refused(arguments, ValueError, "'block_scales' of param 0 and 'block_scales' of param 1 share memory")
+
+
+@pytest.mark.parametrize("remainders", [[None], []])
+def test_remainders_that_are_not_there_are_missed(path, remainders):
+    half = {"params": [torch.ones(50).bfloat16()], "grads": [torch.ones(50)]}
+    match = (
+        "param_remainders has 0 entries" if not remainders else "param 0, of torch.bfloat16, has no 'param_remainder'"
+    )
+    assert_refused(one_param(50, **half, param_remainders=remainders), ValueError, match)
+
+
+def test_a_skipped_step_zeroes_grads_and_writes_copies(path, seed):
+    """As that of an optimizer does, or the next step would add to infinities."""
+    if isinstance(path, EmulatedBackend):
+        pytest.skip("the kernels do it on the device: test_gpu.py")
+    out, grads = torch.zeros(50, dtype=torch.bfloat16), [torch.full((50,), float("inf"))]
+    arguments = one_param(50, grads=grads, zero_grads=True, lowp_outs=[out], found_inf=1.0)
+    adamw_(**arguments)
+    assert not grads[0].any() and torch.equal(out, torch.ones(50).bfloat16())
+    assert torch.equal(arguments["params"][0], torch.ones(50)) and not arguments["exp_avgs"][0].any()
+
+
+def test_torchs_way_to_say_that_there_are_no_maxima(path):
+    arguments = one_param(50, max_exp_avg_sqs=[])
+    adamw_(**arguments)
+    assert not torch.equal(arguments["params"][0], torch.ones(50))
+
+
+def freeing(victim, count):
+    """A tensor subclass that frees a tensor when torch has run its Python code this often."""
+    calls = []
+
+    class Freeing(torch.Tensor):
+        @classmethod
+        def __torch_function__(cls, function, types, args=(), kwargs=None):
+            calls.append(function)
+            if len(calls) == count:
+                victim.untyped_storage().resize_(0)
+            with torch._C.DisableTorchFunctionSubclass():
+                return function(*args, **(kwargs or {}))
+
+    return Freeing, calls
+
+
+@pytest.mark.parametrize("count", range(1, 80, 3))
+def test_memory_that_a_grads_code_frees_is_not_touched(count, seed):
+    n = 50_000
+    param = torch.randn(n)
+    cls, calls = freeing(param, count)
+    grad = torch.randn(2 * n)[::2].as_subclass(cls)
+    calls.clear()
+    with contextlib.suppress(ValueError, RuntimeError, TypeError):
+        adamw_([param], [grad], [torch.zeros(n)], [torch.zeros(n)], step=1, zero_grads=True)
+
+
+class Number:
+    """An object that is a number, as of another library, and frees a tensor when it is read again."""
+
+    device = "cuda"
+
+    def __init__(self, victim):
+        self.victim, self.reads = victim, 0
+
+    def __float__(self):
+        self.reads += 1
+        if self.reads > 2:
+            self.victim.untyped_storage().resize_(0)
+        return 1.0
+
+
+@pytest.mark.parametrize("name", ["grad_scale", "lr", "eps", "weight_decay"])
+def test_numbers_are_read_before_addresses(name, seed):
+    n = 2_000_000
+    param = torch.ones(n)
+    arguments = one_param(n, params=[param])
+    with contextlib.suppress(ValueError, RuntimeError):
+        adamw_(**{**arguments, name: Number(param)})
+
+
+def test_messages_do_not_read_tensors():
+    freed, seed = torch.ones(1), torch.ones(1, dtype=torch.int64)
+    for tensor in (freed, seed):
+        tensor.untyped_storage().resize_(0)
+    for arguments, match in (
+        ({"step": freed}, "Invalid step: a Tensor; expected an int of 1 or more, or tensors as state_steps"),
+        ({"maximize": freed}, "Invalid maximize: a Tensor; expected True or False"),
+        ({"stochastic_rounding": True, "stochastic_rounding_seed": seed}, "Invalid stochastic_rounding_seed"),
+        ({"params": (x for x in [1.0])}, "param 0 is a float"),
+        ({"params": 3}, "params is a int; expected a list of tensors"),
+        ({"param_remainders": 5}, "param_remainders is a int; expected a list of tensors"),
+    ):
+        with pytest.raises(TypeError, match=match):
+            adamw_(**one_param(2, **arguments))
 
 
 def test_dtensors_are_refused(mesh):

@@ -5,6 +5,7 @@ Everything a user can get wrong about a tensor is found here, before anything is
 
 from __future__ import annotations
 
+import bisect
 import dataclasses
 import numbers
 from collections.abc import Mapping, Sequence
@@ -14,7 +15,7 @@ import torch
 from torch import Tensor
 
 from .layout import is_dense, like_param, same_layout
-from .memory import check_memory, check_readable, check_writable, in_memory
+from .memory import check_memory, check_readable, check_writable, in_memory, span_of
 from .rule import State, required
 from .state.precision import (
     GRAD_DTYPES,
@@ -218,15 +219,38 @@ def _one_of(dtypes: Sequence[torch.dtype]) -> str:
 
 
 def check_no_overlap(params: Mapping[str, Tensor]) -> None:
-    """Raises ValueError if two params, given by name, share memory: the threads of a step would race on it."""
+    """Raises ValueError if two params, or other tensors, given by name, share memory: the threads of a step would race
+    on it.
+    """
     spans = sorted(
-        (str(param.device), param.data_ptr(), param.data_ptr() + param.numel() * param.element_size(), name)
-        for name, param in params.items()
-        if param.numel() and param.data_ptr()  # meta tensors have no memory
+        (str(param.device), *span, name) for name, param in params.items() for span in [span_of(param)] if span[0]
     )
     for (device, _, end, first), (other_device, start, _, second) in zip(spans, spans[1:], strict=False):
         if device == other_device and start < end:
             raise ValueError(f"{first} and {second} share memory; pass each piece of memory once, as one param")
+
+
+def check_grads_apart(
+    grads: Sequence[tuple[str, Tensor, tuple[Tensor | None, ...]]], written: Mapping[str, Tensor]
+) -> None:
+    """Raises ValueError if a grad shares memory with a tensor that a step writes. These are apart from one another.
+
+    Each grad comes with the name of its param and the tensors that it may share memory with, element by element: they
+    are written after it is read.
+    """
+    spans = sorted((str(t.device), *span_of(t), name) for name, t in written.items() if span_of(t)[0])
+    for name, grad, own in grads:
+        begin, end = span_of(grad)
+        place = bisect.bisect_right(spans, (str(grad.device), begin)) - 1
+        for device, other_begin, other_end, other in spans[max(place, 0) :]:
+            if (device, other_begin) >= (str(grad.device), end):
+                break
+            if device != str(grad.device) or other_end <= begin:
+                continue
+            tensor = written[other]
+            is_own = any(tensor is one for one in own) and tensor.element_size() == grad.element_size()
+            if not (is_own and other_begin == begin):
+                raise ValueError(f"the grad of {name} and {other} share memory; use a copy of the grad")
 
 
 def check_lowp_out(out: Tensor, param: Tensor, name: str) -> None:
@@ -312,8 +336,11 @@ def check_step(step: Any, name: str) -> None:
         raise TypeError(f"{name} has a {type(step).__name__} as step count; expected an int")
     try:
         count = int(step)
+        is_integer = count == step
     except (TypeError, ValueError, OverflowError, RuntimeError) as error:  # NaN, infinity, a tensor without a value
         raise ValueError(f"{name} has the step count {step}, which is not an integer ({error})") from error
+    if not is_integer:
+        raise ValueError(f"{name} has the step count {step}, which is not an integer")
     if not 0 <= count < MOST_STEPS:
         raise ValueError(f"{name} has the step count {count}; expected 0 or more, and less than {MOST_STEPS}")
 

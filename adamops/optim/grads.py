@@ -33,10 +33,15 @@ def local_grads(group: dict[str, Any], where: str) -> list[Tensor]:
 
 def zeroable_grads(group: dict[str, Any], where: str) -> list[Tensor]:
     """The local grads of a group that have memory to zero."""
-    grads = [grad for grad in local_grads(group, where) if not is_zero_tensor(grad)]
+    return zeroable(local_grads(group, where), f"{where}: a grad")
+
+
+def zeroable(grads: Sequence[Tensor], what: str) -> list[Tensor]:
+    """Those grads that have memory to zero. Raises for one that torch cannot zero; `what` begins the message."""
+    grads = [grad for grad in grads if not is_zero_tensor(grad)]
     for grad in grads:
-        check_writable(grad, f"{where}: a grad")
-        check_not_quantized(grad, f"{where}: a grad")
+        check_writable(grad, what)
+        check_not_quantized(grad, what)
     return grads
 
 

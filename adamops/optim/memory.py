@@ -213,6 +213,14 @@ def _place(tensor: Tensor, storage: torch.UntypedStorage) -> tuple[int, int, int
     return tensor.data_ptr(), storage.data_ptr(), storage.nbytes()
 
 
+def span_of(tensor: Tensor) -> tuple[int, int]:
+    """Where a tensor's elements begin and end in memory; both 0 if it has none, or no memory."""
+    if tensor.layout != torch.strided or tensor.device.type == "meta" or is_zero_tensor(tensor):
+        return 0, 0
+    begin = tensor.data_ptr()
+    return begin, begin + _bytes_spanned(tensor)
+
+
 def _bytes_spanned(tensor: Tensor) -> int:
     """The bytes from the start of the first element to the end of the last; 0 if there are no elements."""
     if not tensor.numel():

@@ -18,8 +18,9 @@ def checked_seed(seed: Any, where: str) -> int:
     """The seed of stochastic rounding as an int, 0 for None. Raises TypeError; `where` ends the message."""
     try:
         return 0 if seed is None else operator.index(seed)
-    except TypeError:
-        raise TypeError(f"Invalid stochastic_rounding_seed: {seed!r}{where}; expected an int, or None for 0") from None
+    except (TypeError, RuntimeError):
+        message = f"Invalid stochastic_rounding_seed: {shown(seed)}{where}; expected an int, or None for 0"
+        raise TypeError(message) from None
 
 
 def to_number(value: Any, name: str, where: str = "") -> Any:
@@ -30,8 +31,7 @@ def to_number(value: Any, name: str, where: str = "") -> Any:
     if type(value) is float:
         return value
     check_number(value, name, where)
-    device = getattr(value, "device", "cpu")  # torch.device of a tensor, string of NumPy's arrays and scalars
-    return float(value) if getattr(device, "type", device) == "cpu" else value
+    return value if isinstance(value, Tensor) and value.device.type != "cpu" else float(value)
 
 
 def check_number(value: Any, name: str, where: str) -> None:
@@ -68,4 +68,9 @@ def check_flags(flags: Mapping[str, Any], where: str = "", hint: str = "") -> No
         is_flag = isinstance(value, bool) or (isinstance(value, int) and value in (0, 1))
         if is_flag or type(value).__name__ in ("bool", "bool_"):  # NumPy's
             continue
-        raise TypeError(f"Invalid {name}: {value!r}{where}; expected True or False{hint}")
+        raise TypeError(f"Invalid {name}: {shown(value)}{where}; expected True or False{hint}")
+
+
+def shown(value: Any) -> str:
+    """A value in a message. Elements of tensors are not shown: they may have no memory."""
+    return f"a {type(value).__name__}" if isinstance(value, Tensor) else repr(value)

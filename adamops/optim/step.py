@@ -15,7 +15,7 @@ from torch import Tensor
 
 from . import dtensor
 from .backends.base import Backend, Update
-from .batch import Batch, check_lowp_out, check_no_overlap, check_params_and_grads
+from .batch import Batch, check_grads_apart, check_lowp_out, check_no_overlap, check_params_and_grads
 from .completion import complete_states, is_complete
 from .fp32_params import checked_master, fp32_param
 from .grads import sharded_grads, with_grads, zeroable_grads
@@ -187,6 +187,8 @@ def checked_lowp_outs(
     names = {f"the lowp_out of {name}": outs[param] for name, param in named if param in outs}
     written = {name: dtensor.local(p) for name, p in named if p.grad is not None or p in outs}
     check_no_overlap({**written, **names})
+    grads = [(name, dtensor.local(p.grad), (outs.get(p), dtensor.local(p))) for name, p in named if p.grad is not None]
+    check_grads_apart(grads, names)
     return outs
 
 

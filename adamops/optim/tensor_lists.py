@@ -4,8 +4,9 @@ rule.
 
 from __future__ import annotations
 
+import dataclasses
 import functools
-from collections.abc import Sequence
+from collections.abc import Callable, Iterable
 from typing import Any, NamedTuple
 
 import torch
@@ -15,9 +16,10 @@ from . import dtensor
 from .backends.base import Backend
 from .backends.loading import load_backend
 from .backends.table import TableBackend
-from .batch import Batch, check_counts_on, check_lowp_out, check_no_overlap, check_step
+from .batch import Batch, check_counts_on, check_grads_apart, check_lowp_out, check_no_overlap, check_step
 from .commit import commit
-from .fp32_params import fp32_param
+from .fp32_params import checked_master, fp32_param
+from .grads import zeroable
 from .memory import PLAIN_TYPES, check_torch_computes, check_writable
 from .rule import Rule
 from .state.precision import SCALES, Precision
@@ -33,10 +35,25 @@ class TensorLists(NamedTuple):
     params: list[Tensor]
     grads: list[Tensor | None]
     states: list[list[Tensor]]  # of each state in use
-    step: int | list[Any]  # the counts before this step: one number, or numbers and tensors of one element
+    step: int | list[Any]  # the counts before this step: one number, or tensors of one element
     scales: list[Tensor | None] | None = None
     masters: list[Tensor | None] | None = None  # or remainders
     lowp_outs: list[Tensor | None] | None = None
+
+
+class _Row(NamedTuple):
+    """A param that has a grad, with what belongs to it."""
+
+    position: int  # in the lists
+    param: Tensor
+    grad: Tensor
+    state: dict[str, Any]  # by the names that it has in the state of an optimizer, with the step count
+    lowp_out: Tensor | None
+
+    @property
+    def name(self) -> str:
+        """For messages."""
+        return f"param {self.position}"
 
 
 def step_on_lists(settings: StepSettings, lists: TensorLists) -> None:
@@ -47,21 +64,19 @@ def step_on_lists(settings: StepSettings, lists: TensorLists) -> None:
     TypeError, ValueError
         As a step of an optimizer, before anything is written. Messages name params by their positions.
     """
-    if not lists.params:
-        return
-    check_tensor(lists.params[0], "param 0")
-    backend = _backend(settings.rule, lists.params[0].device)
-    if isinstance(lists.step, int) and (step := _fast_step(backend, settings, lists)):
+    if isinstance(lists.step, int) and (step := _fast_step(settings, lists)):
         commit({}, [step])
         return
     with torch.no_grad():
-        on_host: list[Tensor] = []
+        rows = _rows_of(settings, lists)
+        counts: list[Tensor] = []  # on the host
         if not isinstance(lists.step, int):
-            counts, on_host = _read_counts(lists, settings)
-            lists = lists._replace(step=counts)
-        step = _fast_step(backend, settings, lists) or _checked_step(settings, lists)
-        if on_host and not settings.overflowed:
-            step.after += [functools.partial(count.add_, 1) for count in on_host]
+            lists, counts = _with_read_counts(settings, lists, rows)
+            rows = _rows_of(settings, lists)
+        step = _fast_step(settings, lists) or _checked_step(settings, rows)
+        if counts and not settings.overflowed:
+            step.ran_python |= _any_runs_python(counts)
+            step.after += [functools.partial(Tensor.add_, count, 1) for count in counts]
         commit({}, [step])
 
 
@@ -73,102 +88,42 @@ def check_tensor(value: Any, name: str) -> None:
         raise TypeError(f"{name} is a DTensor; pass what this process holds, its to_local()")
 
 
-def _read_counts(lists: TensorLists, settings: StepSettings) -> tuple[list[Any], list[Tensor]]:
-    """The counts, in numbers where they are on the CPU, and the tensors of these. Raises for what is no step count."""
-    counts: list[Any] = []
-    on_host = []
-    for i, (param, grad, count) in enumerate(zip(lists.params, lists.grads, lists.step, strict=True)):  # type: ignore[arg-type]
-        name = f"param {i}"
-        if grad is None:
-            counts.append(0)
-            continue
-        check_tensor(param, name)
-        check_tensor(count, f"the step count of {name}")
-        check_step(count, name)
-        if _is_on_host(count):
-            check_counts_on(count, name)
-            if isinstance(settings.found_inf, Tensor):
-                raise ValueError(
-                    f"{name} has a step count on the CPU, which cannot tell whether found_inf, on "
-                    f"{settings.found_inf.device}, skips the step; keep the counts on that device"
-                )
-            counts.append(int(count))
-            on_host.append(count)
-        elif count.dtype != torch.float32 or count.device != param.device:
-            raise TypeError(
-                f"{name} has a step count of {count.dtype} on {count.device}; expected torch.float32 on the device of "
-                f"the param, {param.device}, or any on the CPU"
-            )
-        else:
-            counts.append(count)
-    return counts, on_host
-
-
-def _is_on_host(count: Tensor) -> bool:
-    return count.device.type == "cpu"
-
-
 @functools.cache
 def _backend(rule: Rule, device: torch.device) -> Backend:
     return load_backend(rule, device)
 
 
-def _fast_step(backend: Backend, settings: StepSettings, lists: TensorLists) -> GroupStep | None:
-    if backend.skips(settings) or not isinstance(backend, TableBackend):
+def _fast_step(settings: StepSettings, lists: TensorLists) -> GroupStep | None:
+    """The step on lists of plain tensors; None if they are not, or are to be skipped."""
+    first = next((param for param, grad in zip(lists.params, lists.grads, strict=True) if grad is not None), None)
+    if type(first) not in PLAIN_TYPES:
+        return None
+    backend = _backend(settings.rule, first.device)  # type: ignore[union-attr]
+    if not isinstance(backend, TableBackend) or backend.skips(settings):
         return None
     update = backend.prepare_lists(settings, *lists)
     return GroupStep([(backend, update)]) if update else None
 
 
-def _checked_step(settings: StepSettings, lists: TensorLists) -> GroupStep:
-    """The step on lists of any tensors, or the error that names the offending one."""
-    check_torch_computes()
-    step = GroupStep([])
-    written: dict[str, Tensor] = {}
-    for backend, batch in _batches_of(settings, lists):
-        grads, copies = list(batch.grads), []
-        if batch.lowp_outs and not backend.writes_copies:
-            copies = list(zip(batch.lowp_outs, batch.params, batch.states, strict=True))
-            batch.lowp_outs = None
-        update = backend.prepare(batch)
-        step.ran_python |= any(type(tensor) not in PLAIN_TYPES for tensor in update.borrowed())
-        step.updates.append((backend, update))
-        if settings.zero_grads:  # of those that were copied to be read
-            step.after += [grad.zero_ for grad, read in zip(grads, batch.grads, strict=True) if grad is not read]
-        for out, param, state in copies:
-            if out is not None:
-                check_writable(out, "a lowp_out")
-                step.after.append(functools.partial(_write_copy, out, param, state, settings.precision))
-        written |= _written_by_name(batch, grads, [out for out, *_ in copies] or batch.lowp_outs)
-    check_no_overlap(written)
-    return step
-
-
-def _batches_of(settings: StepSettings, lists: TensorLists) -> list[tuple[Backend, Batch]]:
-    """The params that have a grad, in a batch for each backend that does not skip this step."""
-    batches: dict[torch.device, tuple[Backend, Batch]] = {}
+def _rows_of(settings: StepSettings, lists: TensorLists) -> list[_Row]:
+    """The params that have a grad. Raises TypeError or ValueError for what is no tensor, or does not belong to one."""
+    rows = []
     outs = lists.lowp_outs or [None] * len(lists.params)
     for i, (param, grad, out) in enumerate(zip(lists.params, lists.grads, outs, strict=True)):
         if grad is None:
             continue
-        name, state = f"param {i}", _state_of(settings, lists, i)
-        named = {name: param, f"the grad of {name}": grad, **{f"{key!r} of {name}": state[key] for key in state}}
-        named.pop(f"'step' of {name}")
-        for what, tensor in named.items():
-            check_tensor(tensor, what)
-        _check_has_master(settings, param, state, name)
-        if out is not None:
-            check_lowp_out(out, param, name)
-        if param.device not in batches:
-            batches[param.device] = _backend(settings.rule, param.device), Batch([], settings, [], [], [], lowp_outs=[])
-        batch = batches[param.device][1]
-        batch.append(i, name, param, grad, state, param)
-        batch.lowp_outs.append(out)  # type: ignore[union-attr]
-    return [(backend, batch) for backend, batch in batches.values() if not backend.skips(settings)]
+        row = _Row(i, param, grad, _state_of(settings, lists, i), out)
+        name = row.name
+        tensors = {name: param, f"the grad of {name}": grad, f"the lowp_out of {name}": out, **_tensors_of(row)}
+        for what, tensor in tensors.items():
+            if tensor is not None or what != f"the lowp_out of {name}":
+                check_tensor(tensor, what)
+        _check_has_master(settings, row)
+        rows.append(row)
+    return rows
 
 
 def _state_of(settings: StepSettings, lists: TensorLists, i: int) -> dict[str, Any]:
-    """What belongs to a param, by the names that it has in the state of an optimizer."""
     state: dict[str, Any] = {kind.name: own[i] for kind, own in zip(settings.states, lists.states, strict=True)}
     state["step"] = lists.step if isinstance(lists.step, int) else lists.step[i]
     for name, values in ((SCALES, lists.scales), (settings.precision.master.key, lists.masters)):
@@ -177,24 +132,130 @@ def _state_of(settings: StepSettings, lists: TensorLists, i: int) -> dict[str, A
     return state
 
 
-def _check_has_master(settings: StepSettings, param: Tensor, state: dict[str, Any], name: str) -> None:
+def _tensors_of(row: _Row) -> dict[str, Tensor]:
+    """The tensors of a row's state, by names for messages."""
+    return {f"{key!r} of {row.name}": value for key, value in row.state.items() if key != "step"}
+
+
+def _check_has_master(settings: StepSettings, row: _Row) -> None:
     """Raises ValueError for a float32 param with master weights, or a 16-bit one without those of the others."""
-    key, needed = settings.precision.master.key, bool(settings.precision.master_of(param))
-    if settings.precision.master and (key in state) != needed:
-        found, expected = ("has", "none, as it is as wide") if key in state else ("has no", "one, or no list of them")
-        raise ValueError(f"{name}, of {param.dtype}, {found} {key!r}; expected {expected}")
+    key, needed = settings.precision.master.key, bool(settings.precision.master_of(row.param))
+    if settings.precision.master and (key in row.state) != needed:
+        found = ("has", "none, as it is as wide") if key in row.state else ("has no", "one, or no list of them")
+        raise ValueError(f"{row.name}, of {row.param.dtype}, {found[0]} {key!r}; expected {found[1]}")
 
 
-def _written_by_name(batch: Batch, grads: Sequence[Tensor], outs: Sequence[Tensor | None] | None) -> dict[str, Tensor]:
-    """The tensors that a step of a batch writes, with names for messages."""
-    named: dict[str, Tensor | None] = {}
-    for i, (name, param, state) in enumerate(zip(batch.names, batch.params, batch.states, strict=True)):
-        named[name] = param
-        named |= {f"{key!r} of {name}": value for key, value in state.items() if key != "step"}
-        named[f"the lowp_out of {name}"] = outs[i] if outs else None
-        named[f"the grad of {name}"] = grads[i] if batch.settings.zero_grads else None
-    return {name: tensor for name, tensor in named.items() if tensor is not None}
+# Step counts ------------------------------------------------------------------------------------------------------
+
+
+def _with_read_counts(settings: StepSettings, lists: TensorLists, rows: list[_Row]) -> tuple[TensorLists, list[Tensor]]:
+    """The lists with numbers for those step counts that are on the host, and the tensors of these.
+
+    Counts in float32 on the device of their params stay there: the op reads and writes them.
+    """
+    counts: list[Any] = [0] * len(lists.params)
+    on_host = []
+    written: dict[str, Tensor] = {}
+    for row in rows:
+        count = row.state["step"]
+        name = f"the step count of {row.name}"
+        check_tensor(count, name)
+        check_step(count, row.name)
+        if _is_on_host(count):
+            _check_host_count(settings, count, row)
+            on_host.append(count)
+        elif count.dtype != torch.float32 or count.device != row.param.device:
+            raise TypeError(
+                f"{row.name} has a step count of {count.dtype} on {count.device}; expected torch.float32 on the device "
+                f"of the param, {row.param.device}, or any on the CPU"
+            )
+        counts[row.position] = int(count) if _is_on_host(count) else count
+        written |= {name: count, row.name: row.param, **_tensors_of(row)}
+    check_no_overlap(written)
+    return lists._replace(step=counts), on_host
+
+
+def _is_on_host(count: Tensor) -> bool:
+    return count.device.type == "cpu"
+
+
+def _check_host_count(settings: StepSettings, count: Tensor, row: _Row) -> None:
+    """Raises for a count on the CPU that cannot be read now, or written after the step."""
+    check_counts_on(count, row.name)
+    if isinstance(settings.found_inf, Tensor):
+        raise ValueError(
+            f"{row.name} has a step count on the CPU, which cannot tell whether found_inf, on "
+            f"{settings.found_inf.device}, skips the step; keep the counts on that device"
+        )
+    try:
+        count.add_(0)  # what fails must fail now
+    except (RuntimeError, TypeError, NotImplementedError) as error:
+        raise TypeError(f"{row.name} has a step count that cannot be written: {error}") from error
+
+
+# Any tensors ------------------------------------------------------------------------------------------------------
+
+
+def _checked_step(settings: StepSettings, rows: list[_Row]) -> GroupStep:
+    """The step on any tensors, or the error that names the offending one. Grads are set to zero afterwards."""
+    check_torch_computes()
+    step = GroupStep([])
+    copied = dataclasses.replace(settings, zero_grads=False)
+    left = {row.position: row for row in rows if row.lowp_out is not None}  # whose copies no op writes
+    for row in left.values():
+        check_lowp_out(row.lowp_out, row.param, row.name)  # type: ignore[arg-type]
+    for backend, batch in _batches_of(copied, rows):
+        if backend.skips(settings):
+            continue
+        if backend.writes_copies:
+            batch.lowp_outs = [left.pop(i).lowp_out if i in left else None for i in batch.indices]
+        update = backend.prepare(batch)
+        step.updates.append((backend, update))
+        step.ran_python |= _any_runs_python(update.borrowed())
+    step.ran_python |= _any_runs_python(tensor for row in rows for tensor in (row.grad, row.lowp_out))
+    if settings.zero_grads:
+        step.after += [grad.zero_ for grad in zeroable([row.grad for row in rows], "a grad")]
+    step.after += [_writer_of_copy(row, settings.precision) for row in left.values()]
+    _check_overlap(settings, rows)
+    return step
+
+
+def _batches_of(settings: StepSettings, rows: list[_Row]) -> list[tuple[Backend, Batch]]:
+    """The rows in a batch for each device."""
+    batches: dict[torch.device, tuple[Backend, Batch]] = {}
+    for row in rows:
+        device = row.param.device
+        if device not in batches:
+            batches[device] = _backend(settings.rule, device), Batch([], settings, [], [], [], lowp_outs=[])
+        batches[device][1].append(row.position, row.name, row.param, row.grad, dict(row.state), row.param)
+    for _, batch in batches.values():
+        batch.lowp_outs = [None] * len(batch.params)
+    return list(batches.values())
+
+
+def _any_runs_python(tensors: Iterable[Tensor | None]) -> bool:
+    """Whether there are tensors of subclasses, whose Python code may change others."""
+    return any(tensor is not None and type(tensor) not in PLAIN_TYPES for tensor in tensors)
+
+
+def _writer_of_copy(row: _Row, precision: Precision) -> Callable[[], object]:
+    """Writes the param to its lowp_out once it is updated. What could fail is checked now."""
+    assert row.lowp_out is not None
+    check_writable(row.lowp_out, f"the lowp_out of {row.name}")
+    checked_master(row.param, row.state, precision, row.name)
+    return functools.partial(_write_copy, row.lowp_out, row.param, row.state, precision)
 
 
 def _write_copy(out: Tensor, param: Tensor, state: dict[str, Any], precision: Precision) -> None:
     out.copy_(fp32_param(param, state, precision))
+
+
+def _check_overlap(settings: StepSettings, rows: list[_Row]) -> None:
+    """Raises ValueError if tensors that a step writes share memory with one another, or with a grad."""
+    written: dict[str, Tensor] = {}
+    for row in rows:
+        written |= {row.name: row.param, **_tensors_of(row)}
+        if row.lowp_out is not None:
+            written[f"the lowp_out of {row.name}"] = row.lowp_out
+    check_no_overlap(written)
+    check_grads_apart([(r.name, r.grad, () if settings.zero_grads else (r.param, r.lowp_out)) for r in rows], written)

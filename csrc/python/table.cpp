@@ -280,7 +280,16 @@ bool Table::writes_overlap(bool zero_grads) const {
     std::merge(sorted.begin(), sorted.end(), own.begin(), own.end(), std::back_inserter(merged));
     sorted.swap(merged);
   }
-  return have_overlap(sorted);
+  if (have_overlap(sorted)) return true;
+  if (zero_grads) return false;
+  std::vector<Span> grads = spans_of(kGrad);  // may overlap one another, as nobody writes them
+  if (!std::is_sorted(grads.begin(), grads.end())) std::sort(grads.begin(), grads.end());
+  auto written = sorted.begin();
+  for (const auto& [begin, size] : grads) {
+    while (written != sorted.end() && written->first + static_cast<uintptr_t>(written->second) <= begin) ++written;
+    if (written != sorted.end() && written->first < begin + static_cast<uintptr_t>(size)) return true;
+  }
+  return false;
 }
 
 py::list Table::borrowed() const {

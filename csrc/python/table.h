@@ -65,7 +65,8 @@ class Table {
   enum Column { kParam, kGrad, kMaster, kScales, kLowpOut, kFirstState };  // the other states follow
   std::vector<Span> spans_of(int column) const;
 
-  // Whether any of the tensors that a step writes share memory: the threads of a step would race on it.
+  // Whether any of the tensors that a step writes share memory with one another or with a grad: the threads of a step
+  // would race on it. Counts on the device are not looked at.
   bool writes_overlap(bool zero_grads) const;
 
   // For a table made from rows: keeps the dict that a tensor's step count is written to.

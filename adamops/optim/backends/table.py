@@ -17,7 +17,7 @@ from torch import Tensor
 from ..._torch_compat import dlpack_exchange_table, dtensor_class_for_op, without_torch_function
 from ..batch import Batch, check_params_and_grads, check_states
 from ..layout import dense
-from ..memory import PLAIN_TYPES, addresses, in_memory
+from ..memory import PLAIN_TYPES, addresses, check_writable, in_memory
 from ..state.precision import DTYPES, GRAD_DTYPES, SCALES
 from ..step_settings import StepSettings
 from . import tensor_layout
@@ -231,6 +231,7 @@ def replace_unused_scales(batch: Batch) -> list[tuple[Tensor, Tensor]]:
     aside = []
     for i, scales in enumerate(batch.scales):
         if scales is not None and scales.shape[1] > columns:
+            check_writable(scales, f"{batch.names[i]}: its {SCALES}")
             narrow = scales[:, :columns].contiguous()
             aside.append((scales, narrow))
             if batch.owned_states is None:  # steps are counted in the optimizer's dicts, not in copies
