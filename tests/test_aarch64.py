@@ -31,7 +31,8 @@ from kernel_check import (
 
 HERE = Path(__file__).resolve().parent
 CSRC = HERE.parent / "csrc"
-CROSS, QEMU = "aarch64-linux-gnu-g++", "qemu-aarch64"
+COMPILERS = ("aarch64-linux-gnu-g++", "clang++ --target=aarch64-linux-gnu")
+QEMU = "qemu-aarch64"
 SIZES = (0, 1, 7, 31, 32, 33, 64, 130, 1000)
 CHUNK = 32768  # kNormChunk of csrc/grad_norm.h
 
@@ -105,11 +106,15 @@ def test_targets_are_those_of_the_architecture_that_is_built_for(monkeypatch):
 
 @pytest.mark.slow
 @pytest.mark.skipif(
-    not (shutil.which(CROSS) and shutil.which(QEMU)),
-    reason=f"needs {CROSS} and {QEMU} (Debian packages g++-aarch64-linux-gnu and qemu-user)",
+    not (shutil.which(COMPILERS[0]) and shutil.which(QEMU)),
+    reason=f"needs {COMPILERS[0]}, whose libraries Clang takes too, and {QEMU} (Debian packages g++-aarch64-linux-gnu "
+    "and qemu-user)",
 )
-def test_neon_has_the_bits_of_this_machine(monkeypatch, cpu_adam, seed):
-    monkeypatch.setenv("CXX", CROSS)
+@pytest.mark.parametrize("command", COMPILERS)
+def test_neon_has_the_bits_of_this_machine(command, monkeypatch, cpu_adam, seed):
+    if not shutil.which(command.split()[0]):
+        pytest.skip("needs clang++")
+    monkeypatch.setenv("CXX", command)
     monkeypatch.delenv("ADAMOPS_CPU_TARGETS", raising=False)
     compiler = Compiler.find()
     assert compiler.machine == "aarch64"
