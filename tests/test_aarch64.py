@@ -6,10 +6,12 @@ import itertools
 import math
 import os
 import random
+import re
 import shlex
 import shutil
 import struct
 import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -156,6 +158,29 @@ def test_neon_has_the_bits_of_this_machine(command, monkeypatch, cpu_adam, seed)
         cpu_adam.step_with_scalars(tensor.table(cpu_adam, 1), [scalars_of(1, False, False)], 0, 1, *modes)
         assert there.bits() == tensor.bits(), vars(tensor)
     assert not theirs.read()
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(
+    not shutil.which(COMPILERS[0]), reason=f"needs {COMPILERS[0]} (Debian package g++-aarch64-linux-gnu)"
+)
+def test_what_old_glibc_py_links_for_aarch64_runs_on_glibc_2_17(tmp_path):
+    """The unit with the most of libc: threads, dlsym and exceptions. Without the script it needs glibc 2.34."""
+    prefix = COMPILERS[0].removesuffix("g++")
+    script = [sys.executable, str(HERE.parent / "ci" / "old_glibc.py"), str(tmp_path / "stubs"), prefix]
+    stubs = subprocess.run(script, capture_output=True, text=True, check=True).stdout.split()
+
+    def newest_glibc(*ldflags):
+        output = str(tmp_path / "linked.so")
+        source = str(CSRC / "runtime" / "parallel.cpp")
+        Compiler(COMPILERS[:1]).run(
+            ["-std=c++17", "-fPIC", "-shared", "-Wl,--exclude-libs,ALL", f"-I{CSRC}", source, *ldflags, "-o", output]
+        )
+        tables = subprocess.run(["readelf", "--wide", "--version-info", output], capture_output=True, text=True).stdout
+        return max(tuple(map(int, found.split("."))) for found in re.findall(r"Name: GLIBC_([\d.]+)", tables))
+
+    assert newest_glibc() >= (2, 34)
+    assert newest_glibc(*stubs) == (2, 17)
 
 
 def packed_case(kind, offset, dtypes, scalars, arrays):
