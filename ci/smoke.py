@@ -108,7 +108,7 @@ def main() -> None:
     check("cpu_adam in use", ops["cpu_adam"]["in_use"], "prebuilt extension")
     maps = Path("/proc/self/maps").read_text()
     runtimes = sorted(set(re.findall(r"\S*lib(?:g|i)?omp\S*", maps)))
-    check("OpenMP runtimes in the process", runtimes, [op.openmp_runtime()])
+    check("OpenMP runtimes in the process", runtimes, [str(Path(op.openmp_runtime()).resolve())])
 
     tag = next(
         line.split()[1]
@@ -117,7 +117,7 @@ def main() -> None:
     )
     name = f"adamops {adamops.__version__} {tag}"
     cpu = sys.argv[1] if len(sys.argv) > 1 else report.cpu_name()
-    print(f"| {name} | {platform.python_version()} | {torch.__version__} | {cpu} | {targets[0]} | yes |")
+    print(f"| {name} | {platform.python_version()} | {torch.__version__} | {cpu} | {targets[0]} | training, kernels |")
 
 
 if __name__ == "__main__":

@@ -82,6 +82,6 @@ for python in ${PYTHONS:-python3}; do
     for cpu in ${cpus[$machine]}; do
         found=$(QEMU_CPU=$cpu "${emulator[@]}" "${check[@]}" 2>"$work/log") || { cat "$work/log" >&2; exit 1; }
         target=$(tail -n 1 <<<"$found" | cut -d' ' -f1)
-        echo "| $name | $version | none | $cpu (QEMU) | $target | yes |" | tee -a "$out/runs.md"
+        echo "| $name | $version | none | $cpu (QEMU) | $target | kernels |" | tee -a "$out/runs.md"
     done
 done
