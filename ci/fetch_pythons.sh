@@ -7,12 +7,15 @@
 # FOLDER (default: pythons) receives a system root for each, such as arm64-3.14, whose usr/bin/python3.14 runs as if it
 # were installed. By default these are all that this script knows. Needs apt-get, dpkg, Debian's keyring, a python3 with
 # pip, and qemu-aarch64.
+#   DEBIAN_MIRROR  where Debian's packages are (default: where this machine has its own from)
 set -euo pipefail
 mkdir -p "${1:-pythons}"
 out=$(cd "${1:-pythons}" && pwd)
 shift || true
 # Where Debian has them; 3.10 and 3.12 are in no release of it.
 declare -A suites=([3.11]=bookworm [3.13]=trixie [3.14]=forky [3.15]=forky)
+mirror=${DEBIAN_MIRROR:-$(apt-get indextargets --format '$(REPO_URI)' 'Label: Debian' | sed -n 1p)}
+[[ $mirror ]] || { echo "this is no Debian; set DEBIAN_MIRROR" >&2; exit 1; }
 roots=("$@")
 ((${#roots[@]})) || roots=({amd64,arm64}-3.{11,13,14,15})
 work=$(mktemp -d)
@@ -23,8 +26,7 @@ apt() {
     local state=$work/$1-$2
     if [[ ! -d $state ]]; then
         mkdir -p "$state"/{lists,archives}/partial
-        echo "deb [signed-by=/usr/share/keyrings/debian-archive-keyring.gpg] http://deb.debian.org/debian $2 main" \
-            >"$state/sources.list"
+        echo "deb [signed-by=/usr/share/keyrings/debian-archive-keyring.gpg] $mirror $2 main" >"$state/sources.list"
         apt "$1" "$2" update
     fi
     apt-get -qq -o "APT::Architecture=$1" -o "APT::Architectures::=$1" -o "Dir::State=$state" -o Dir::State::status=/dev/null \
