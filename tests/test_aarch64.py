@@ -6,10 +6,12 @@ import itertools
 import math
 import os
 import random
+import re
 import shlex
 import shutil
 import struct
 import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -31,7 +33,8 @@ from kernel_check import (
 
 HERE = Path(__file__).resolve().parent
 CSRC = HERE.parent / "csrc"
-CROSS, QEMU = "aarch64-linux-gnu-g++", "qemu-aarch64"
+COMPILERS = ("aarch64-linux-gnu-g++", "clang++ --target=aarch64-linux-gnu")
+QEMU = "qemu-aarch64"
 SIZES = (0, 1, 7, 31, 32, 33, 64, 130, 1000)
 CHUNK = 32768  # kNormChunk of csrc/grad_norm.h
 
@@ -105,11 +108,15 @@ def test_targets_are_those_of_the_architecture_that_is_built_for(monkeypatch):
 
 @pytest.mark.slow
 @pytest.mark.skipif(
-    not (shutil.which(CROSS) and shutil.which(QEMU)),
-    reason=f"needs {CROSS} and {QEMU} (Debian packages g++-aarch64-linux-gnu and qemu-user)",
+    not (shutil.which(COMPILERS[0]) and shutil.which(QEMU)),
+    reason=f"needs {COMPILERS[0]}, whose libraries Clang takes too, and {QEMU} (Debian packages g++-aarch64-linux-gnu "
+    "and qemu-user)",
 )
-def test_neon_has_the_bits_of_this_machine(monkeypatch, cpu_adam, seed):
-    monkeypatch.setenv("CXX", CROSS)
+@pytest.mark.parametrize("command", COMPILERS)
+def test_neon_has_the_bits_of_this_machine(command, monkeypatch, cpu_adam, seed):
+    if not shutil.which(command.split()[0]):
+        pytest.skip("needs clang++")
+    monkeypatch.setenv("CXX", command)
     monkeypatch.delenv("ADAMOPS_CPU_TARGETS", raising=False)
     compiler = Compiler.find()
     assert compiler.machine == "aarch64"
@@ -151,6 +158,29 @@ def test_neon_has_the_bits_of_this_machine(monkeypatch, cpu_adam, seed):
         cpu_adam.step_with_scalars(tensor.table(cpu_adam, 1), [scalars_of(1, False, False)], 0, 1, *modes)
         assert there.bits() == tensor.bits(), vars(tensor)
     assert not theirs.read()
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(
+    not shutil.which(COMPILERS[0]), reason=f"needs {COMPILERS[0]} (Debian package g++-aarch64-linux-gnu)"
+)
+def test_what_old_glibc_py_links_for_aarch64_runs_on_glibc_2_17(tmp_path):
+    """The unit with the most of libc: threads, dlsym and exceptions. Without the script it needs glibc 2.34."""
+    prefix = COMPILERS[0].removesuffix("g++")
+    script = [sys.executable, str(HERE.parent / "ci" / "old_glibc.py"), str(tmp_path / "stubs"), prefix]
+    stubs = subprocess.run(script, capture_output=True, text=True, check=True).stdout.split()
+
+    def newest_glibc(*ldflags):
+        output = str(tmp_path / "linked.so")
+        source = str(CSRC / "runtime" / "parallel.cpp")
+        Compiler(COMPILERS[:1]).run(
+            ["-std=c++17", "-fPIC", "-shared", "-Wl,--exclude-libs,ALL", f"-I{CSRC}", source, *ldflags, "-o", output]
+        )
+        tables = subprocess.run(["readelf", "--wide", "--version-info", output], capture_output=True, text=True).stdout
+        return max(tuple(map(int, found.split("."))) for found in re.findall(r"Name: GLIBC_([\d.]+)", tables))
+
+    assert newest_glibc() >= (2, 34)
+    assert newest_glibc(*stubs) == (2, 17)
 
 
 def packed_case(kind, offset, dtypes, scalars, arrays):

@@ -7,6 +7,7 @@ import textwrap
 
 import pytest
 import torch
+from adamops.op_builder.compiler import Compiler
 
 
 def run_python(code, tmp_path, timeout=120, **environment):
@@ -25,14 +26,14 @@ def run_python(code, tmp_path, timeout=120, **environment):
 
 def test_one_openmp_runtime_in_the_process(tmp_path, cpu_adam):
     code = """
-        import re, torch
+        import os, re, torch
         from adamops import DeepSpeedCPUAdam, op_builder
         param = torch.nn.Parameter(torch.randn(1_000_000))
         param.grad = torch.randn(1_000_000)
         DeepSpeedCPUAdam([param]).step()
         maps = open("/proc/self/maps").read()
         print(sorted(set(re.findall(r"\\S*lib(?:g|i)?omp\\S*", maps))))
-        print([op_builder.get("cpu_adam").load().openmp_runtime()])
+        print([os.path.realpath(op_builder.get("cpu_adam").load().openmp_runtime())])
     """
     found, used = run_python(code, tmp_path).splitlines()
     assert found == used
@@ -223,6 +224,22 @@ def test_the_first_steps_do_not_import_the_compiler_of_torch(tmp_path):
         print(len(optimizer.param_groups))
     """
     assert run_python(code, tmp_path) == "False\n2\n"
+
+
+def test_an_openmp_runtime_without_global_visibility_is_found(tmp_path):
+    """As torch's wheels for AArch64 load it: with torch's library, here an empty one of that name."""
+    library = tmp_path / "libtorch_cpu.so"
+    linking = ["-shared", f"-Wl,-soname,{library.name}", "-Wl,--no-as-needed", "-lgomp", "-o", str(library)]
+    Compiler.find().run(["-x", "c++", os.devnull, "-x", "none", *linking])
+    code = f"""
+        import ctypes, sys
+        from adamops import op_builder
+        module = op_builder.get("cpu_adam").load()
+        print([module.openmp_runtime()])
+        ctypes.CDLL({str(library)!r})
+        print("libgomp" in module.openmp_runtime(), "torch" in sys.modules)
+    """
+    assert run_python(code, tmp_path) == "['']\nTrue False\n"
 
 
 def test_the_module_works_before_torch_is_imported(tmp_path):

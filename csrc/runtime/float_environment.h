@@ -24,8 +24,10 @@ inline uint64_t set_float_control([[maybe_unused]] uint64_t value) {
   _mm_setcsr(static_cast<unsigned>(value));
   return before;
 #elif defined(__aarch64__)
-  const auto before = __builtin_aarch64_get_fpcr();
-  __builtin_aarch64_set_fpcr(static_cast<unsigned>(value));
+  // Not GCC's __builtin_aarch64_get_fpcr, which Clang does not have.
+  uint64_t before;
+  asm volatile("mrs %0, fpcr" : "=r"(before));
+  asm volatile("msr fpcr, %0" : : "r"(value));
   return before;
 #else
   return 0;

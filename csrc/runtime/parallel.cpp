@@ -31,19 +31,30 @@ struct OpenMp {
   explicit operator bool() const { return parallel && thread_num && num_threads; }
 };
 
-// A function of the process, looked up by name until it is found. Takes no lock, which a fork could leave locked.
+// A function of the process, as torch's own calls find it: with global visibility, else in what torch's library was
+// linked with. torch's wheels for AArch64 load their OpenMP runtime without global visibility.
+void* function_of_process(const char* name) {
+  if (void* const found = dlsym(RTLD_DEFAULT, name)) return found;
+  void* const torch = dlopen("libtorch_cpu.so", RTLD_LAZY | RTLD_NOLOAD);
+  if (!torch) return nullptr;
+  void* const found = dlsym(torch, name);
+  dlclose(torch);
+  return found;
+}
+
+// The same, looked up until it is found. Takes no lock, which a fork could leave locked.
 template <class Function>
 Function symbol(std::atomic<Function>& kept, const char* name) {
   Function found = kept.load(std::memory_order_relaxed);
   if (!found) {
-    found = reinterpret_cast<Function>(dlsym(RTLD_DEFAULT, name));
+    found = reinterpret_cast<Function>(function_of_process(name));
     kept.store(found, std::memory_order_relaxed);
   }
   return found;
 }
 
-// torch loads its runtime with global visibility, under a file name that differs between releases, so look it up by
-// symbol. Repeat until it is found, since this code may be loaded before torch.
+// The file name of torch's runtime differs between releases, so look it up by symbol. Repeat until it is found, since
+// this code may be loaded before torch.
 OpenMp find_openmp() {
   static std::atomic<decltype(OpenMp::parallel)> parallel;
   static std::atomic<decltype(OpenMp::thread_num)> thread_num;
