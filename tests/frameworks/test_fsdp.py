@@ -6,7 +6,8 @@ import math
 
 import pytest
 import torch
-from frameworks.processes import Ranks
+from frameworks import other_backend
+from frameworks.processes import Ranks, run_on_ranks
 from torch import nn
 
 from adamops import DeepSpeedCPUAdam, FusedAdam, step_in_backward
@@ -518,3 +519,16 @@ def test_memory_does_not_grow_over_a_thousand_steps(ranks):
         # The process grows at times without an optimizer too. A DTensor that stays takes 1000 bytes or more a step.
         assert min(grown for grown, _ in growth) < 250 * 500
         assert max(objects for _, objects in growth) < 250 / 2
+
+
+def test_clipping_on_the_cpu_under_a_mesh_of_another_backend():
+    """As with CPUOffloadPolicy and NCCL: torch reduces norms on the CPU, and fails; ours on the mesh's device."""
+    every = run_on_ranks(other_backend.clipped, 2)
+    for found in every:
+        assert "No backend type associated with device type cpu" in found["torch"]
+        for norm_type in (2.0, float("inf"), 3.0):
+            norm, params = found["other", norm_type]
+            expected_norm, expected = found["cpu", norm_type]
+            assert torch.equal(norm, expected_norm) and torch.equal(norm, every[0]["other", norm_type][0])
+            assert norm > 0.5
+            assert all(torch.equal(a, b) for a, b in zip(params, expected, strict=True))
