@@ -11,6 +11,7 @@ noise, as everywhere in adamops (csrc/formats/average_rounding.h).
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import sys
 from collections.abc import Callable, Sequence
@@ -68,13 +69,12 @@ def _update(
 ) -> None:
     """Updates params with Adam, in place. The states hold the step counts from before the step."""
     batch = Batch(names, settings, list(params), list(grads), states, list(range(len(names))))
-    try:
+    # torch refuses a wrong shape or device, or a float32 grad for a 16-bit param; batch.grads is used then.
+    with contextlib.suppress(RuntimeError):
         for i, (param, grad) in enumerate(zip(params, grads, strict=True)):
             if param.grad is not grad:  # the op reads grads from param.grad
                 batch.params[i] = alias = param.detach()
                 alias.grad = grad
-    except RuntimeError:  # torch refuses a wrong shape or device, or a float32 grad for a 16-bit param
-        batch.lowp_outs = [None] * len(names)  # no longer has_all_defaults: batch.grads is used
     backend.prepare(batch)()
 
 

@@ -22,7 +22,7 @@ def blocks_of(model: nn.Module) -> list[nn.Module]:
 
 def params_by_block(model: nn.Module) -> dict[nn.Module, list[Tensor]]:
     """The params of each block that are in no other block, nor outside of all blocks."""
-    blocks = list(blocks_of(model))
+    blocks = blocks_of(model)
     inside = [set(block.modules()) for block in blocks]
     owners: Counter[Tensor] = Counter()
     for modules in inside:

@@ -77,9 +77,7 @@ class Entry:
         if not self.has_grad:
             self.host.grad = None
         elif self.host.grad is None or dtensor.local(self.host.grad) is not self.total:
-            if hasattr(
-                self.host, "grad_dtype"
-            ):  # since torch 2.10 only a param with this takes a grad of another dtype
+            if hasattr(self.host, "grad_dtype"):  # since torch 2.10, without it a grad has the param's dtype
                 self.host.grad = None
                 self.host.grad_dtype = self.total.dtype
             self.host.grad = dtensor.like_param_placed(self.total, self.host)

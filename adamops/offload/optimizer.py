@@ -162,7 +162,7 @@ class OffloadedOptimizer(Optimizer):
     def _give_settings(self) -> None:
         """Gives the inner optimizer the groups' settings, and what GradScaler has set for a step."""
         for group, own in zip(self.param_groups, self._inner.param_groups, strict=True):
-            own.update({name: value for name, value in group.items() if name != "params"})
+            own.update(_settings_of(group))
         for name in ("grad_scale", "found_inf"):
             if hasattr(self, name):
                 setattr(self._inner, name, getattr(self, name))
@@ -172,7 +172,7 @@ class OffloadedOptimizer(Optimizer):
     def _take_settings(self, first: int = 0) -> None:
         """Takes over what the inner optimizer has completed or loaded, in groups from this index on."""
         for group, own in list(zip(self.param_groups, self._inner.param_groups, strict=False))[first:]:
-            group.update({name: value for name, value in own.items() if name != "params"})
+            group.update(_settings_of(own))
 
     # Grads ------------------------------------------------------------------------------------------------------------
 
@@ -361,6 +361,10 @@ def _as_groups(params: Any) -> list[dict[str, Any]]:
         raise ValueError("optimizer got an empty parameter list")
     groups = given if isinstance(given[0], dict) else [{"params": given}]
     return [{**group, "params": _params_of(group)} for group in groups]
+
+
+def _settings_of(group: Mapping[str, Any]) -> dict[str, Any]:
+    return {name: value for name, value in group.items() if name != "params"}
 
 
 def _params_of(group: Mapping[str, Any]) -> list[Tensor]:

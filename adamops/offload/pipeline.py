@@ -81,8 +81,7 @@ class Pipeline:
         with self.lock, deferred_signals():
             for chunk in chunks:
                 self.update(chunk, update)
-            self.in_flight |= self.updating
-            self.updating = {}
+            self._begin_flight()
 
     def finish(self, chunks: Iterable[Chunk]) -> None:
         """Waits for those of the chunks that are in flight, and has the current stream wait for their params.
@@ -109,9 +108,12 @@ class Pipeline:
     def settle(self) -> None:
         """finish() for everything."""
         with self.lock:
-            self.in_flight |= self.updating
-            self.updating = {}
+            self._begin_flight()
             self.finish(list(self.in_flight))
+
+    def _begin_flight(self) -> None:
+        self.in_flight |= self.updating
+        self.updating = {}
 
     def drop_grads(self, chunks: Iterable[Chunk], to_zero: bool) -> None:
         """Drops the grads of chunks that are not being updated, or sets them to zero."""

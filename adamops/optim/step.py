@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import dataclasses
 import functools
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any, NamedTuple, Protocol
 
 import torch
@@ -107,7 +107,7 @@ def prepare_group(optimizer: Steppable, to_step: GroupToStep, outs: dict[Tensor,
         state = optimizer.state.get(param) or {}
         checked_master(param, state, settings.precision, f"{where}: a param with a lowp_out")
         check_writable(out, f"{where}: a lowp_out")
-        step.after.append(functools.partial(_write_copy, optimizer, param, out, settings.precision))
+        step.after.append(functools.partial(write_copy, optimizer.state, param, out, settings.precision))
     return step
 
 
@@ -145,13 +145,19 @@ def add_batch(optimizer: Steppable, step: GroupStep, backend: Backend, batch: Ba
         step.new_states += zip(batch.owners, batch.owned_states, strict=True)
     step.has_new_params |= not complete
     update = backend.prepare(batch)
-    step.ran_python |= any(type(tensor) not in PLAIN_TYPES for tensor in update.borrowed())
+    step.ran_python |= any_run_python(update.borrowed())
     step.updates.append((backend, update))
     step.sharded += [owner for owner in batch.owners if dtensor.is_sharded(owner)]
 
 
-def _write_copy(optimizer: Steppable, param: Tensor, out: Tensor, precision: Precision) -> None:
-    out.copy_(dtensor.local(fp32_param(param, optimizer.state.get(param) or {}, precision)))
+def any_run_python(tensors: Iterable[Tensor | None]) -> bool:
+    """Whether there are tensors of subclasses, whose Python code may change others."""
+    return any(tensor is not None and type(tensor) not in PLAIN_TYPES for tensor in tensors)
+
+
+def write_copy(states: Mapping[Any, Any], param: Tensor, out: Tensor, precision: Precision) -> None:
+    """Writes an updated param, from its master weights if it has any, to its 16-bit copy."""
+    out.copy_(dtensor.local(fp32_param(param, states.get(param) or {}, precision)))
 
 
 def _grads_overlap(steps: list[GroupStep]) -> bool:

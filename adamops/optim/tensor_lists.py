@@ -6,7 +6,7 @@ from __future__ import annotations
 
 import dataclasses
 import functools
-from collections.abc import Callable, Iterable
+from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import torch
@@ -18,12 +18,12 @@ from .backends.loading import load_backend
 from .backends.table import TableBackend
 from .batch import Batch, check_counts_on, check_grads_apart, check_lowp_out, check_no_overlap, check_step
 from .commit import commit
-from .fp32_params import checked_master, fp32_param
+from .fp32_params import checked_master
 from .grads import zeroable
 from .memory import PLAIN_TYPES, check_torch_computes, check_writable
 from .rule import Rule
 from .state.precision import SCALES, Precision
-from .step import GroupStep
+from .step import GroupStep, any_run_python, write_copy
 from .step_settings import StepSettings
 
 
@@ -72,10 +72,9 @@ def step_on_lists(settings: StepSettings, lists: TensorLists) -> None:
         counts: list[Tensor] = []  # on the host
         if not isinstance(lists.step, int):
             lists, counts = _with_read_counts(settings, lists, rows)
-            rows = _rows_of(settings, lists)
         step = _fast_step(settings, lists) or _checked_step(settings, rows)
         if counts and not settings.overflowed:
-            step.ran_python |= _any_runs_python(counts)
+            step.ran_python |= any_run_python(counts)
             step.after += [functools.partial(Tensor.add_, count, 1) for count in counts]
         commit({}, [step])
 
@@ -149,7 +148,7 @@ def _check_has_master(settings: StepSettings, row: _Row) -> None:
 
 
 def _with_read_counts(settings: StepSettings, lists: TensorLists, rows: list[_Row]) -> tuple[TensorLists, list[Tensor]]:
-    """The lists with numbers for those step counts that are on the host, and the tensors of these.
+    """The lists, and the rows, with numbers for those step counts that are on the host; and the tensors of these.
 
     Counts in float32 on the device of their params stay there: the op reads and writes them.
     """
@@ -169,7 +168,7 @@ def _with_read_counts(settings: StepSettings, lists: TensorLists, rows: list[_Ro
                 f"{row.name} has a step count of {count.dtype} on {count.device}; expected torch.float32 on the device "
                 f"of the param, {row.param.device}, or any on the CPU"
             )
-        counts[row.position] = int(count) if _is_on_host(count) else count
+        counts[row.position] = row.state["step"] = int(count) if _is_on_host(count) else count
         written |= {name: count, row.name: row.param, **_tensors_of(row)}
     check_no_overlap(written)
     return lists._replace(step=counts), on_host
@@ -207,12 +206,12 @@ def _checked_step(settings: StepSettings, rows: list[_Row]) -> GroupStep:
     for backend, batch in _batches_of(copied, rows):
         if backend.skips(settings):
             continue
-        if backend.writes_copies:
-            batch.lowp_outs = [left.pop(i).lowp_out if i in left else None for i in batch.indices]
+        written = left if backend.writes_copies else {}
+        batch.lowp_outs = [written.pop(i).lowp_out if i in written else None for i in batch.indices]
         update = backend.prepare(batch)
         step.updates.append((backend, update))
-        step.ran_python |= _any_runs_python(update.borrowed())
-    step.ran_python |= _any_runs_python(tensor for row in rows for tensor in (row.grad, row.lowp_out))
+        step.ran_python |= any_run_python(update.borrowed())
+    step.ran_python |= any_run_python(tensor for row in rows for tensor in (row.grad, row.lowp_out))
     if settings.zero_grads:
         step.after += [grad.zero_ for grad in zeroable([row.grad for row in rows], "a grad")]
     step.after += [_writer_of_copy(row, settings.precision) for row in left.values()]
@@ -226,16 +225,9 @@ def _batches_of(settings: StepSettings, rows: list[_Row]) -> list[tuple[Backend,
     for row in rows:
         device = row.param.device
         if device not in batches:
-            batches[device] = _backend(settings.rule, device), Batch([], settings, [], [], [], lowp_outs=[])
+            batches[device] = _backend(settings.rule, device), Batch([], settings, [], [], [])
         batches[device][1].append(row.position, row.name, row.param, row.grad, dict(row.state), row.param)
-    for _, batch in batches.values():
-        batch.lowp_outs = [None] * len(batch.params)
     return list(batches.values())
-
-
-def _any_runs_python(tensors: Iterable[Tensor | None]) -> bool:
-    """Whether there are tensors of subclasses, whose Python code may change others."""
-    return any(tensor is not None and type(tensor) not in PLAIN_TYPES for tensor in tensors)
 
 
 def _writer_of_copy(row: _Row, precision: Precision) -> Callable[[], object]:
@@ -243,11 +235,7 @@ def _writer_of_copy(row: _Row, precision: Precision) -> Callable[[], object]:
     assert row.lowp_out is not None
     check_writable(row.lowp_out, f"the lowp_out of {row.name}")
     checked_master(row.param, row.state, precision, row.name)
-    return functools.partial(_write_copy, row.lowp_out, row.param, row.state, precision)
-
-
-def _write_copy(out: Tensor, param: Tensor, state: dict[str, Any], precision: Precision) -> None:
-    out.copy_(fp32_param(param, state, precision))
+    return functools.partial(write_copy, {row.param: row.state}, row.param, row.lowp_out, precision)
 
 
 def _check_overlap(settings: StepSettings, rows: list[_Row]) -> None:
