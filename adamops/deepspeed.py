@@ -409,8 +409,8 @@ def _read_settings_of_configs(new: Patch) -> None:
         unused = [name for name in _OF_16_BIT_PARAMS if ours.get(name)]
         if unused and (engine.zero_optimization() or engine.fp16_enabled() or engine.bfloat16_enabled()):
             raise ValueError(
-                f"The config's optimizer has {_listed(unused)}, for 16-bit params; here it gets DeepSpeed's own "
-                "float32 master weights; leave it out"
+                f"The config's optimizer has {_listed(unused)}, for 16-bit params, which get DeepSpeed's own "
+                "float32 master weights here; leave it out"
             )
         if isinstance(ours.get("state_dtype"), str):
             ours["state_dtype"] = _DTYPES.get(ours["state_dtype"].removeprefix("torch."), ours["state_dtype"])
