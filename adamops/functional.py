@@ -130,7 +130,7 @@ def adamw_(
         loss_scale=1.0 if grad_scale is None else to_number(grad_scale, "grad_scale"),
         found_inf=None if found_inf is None else to_number(found_inf, "found_inf"),
         zero_grads=bool(zero_grads),
-        rng_offset=rng_offset(seed, "param group 0", 0) if stochastic_rounding else 0,
+        rng_offset=rng_offset(seed, "param group 0") if stochastic_rounding else 0,
     )
     of_kind = lists["master_params" if kind is Master.FP32 else "param_remainders"]
     count = _count_before(step, lists["state_steps"])

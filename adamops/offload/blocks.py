@@ -5,10 +5,15 @@ Blocks are the elements of a model's outermost nn.ModuleList, nn.ModuleDict and 
 
 from __future__ import annotations
 
+import weakref
 from collections import Counter
 from collections.abc import Callable
+from typing import Any
 
 from torch import Tensor, nn
+from torch.utils.hooks import RemovableHandle
+
+from ..optim.dynamo_disabled import dynamo_disabled
 
 _CONTAINERS = (nn.ModuleList, nn.ModuleDict, nn.Sequential)
 
@@ -32,8 +37,38 @@ def params_by_block(model: nn.Module) -> dict[nn.Module, list[Tensor]]:
     return {block: [param for param in block.parameters() if owners[param] == 1] for block in blocks}
 
 
-def before_reading(block: nn.Module, call: Callable[[], None]) -> None:
-    """Calls `call` before the forward pass and the state dict of a block, or of any module in it."""
+class _Call:
+    """A hook that calls a method, as long as its object lives. A copy or pickle does nothing."""
+
+    def __init__(self, method: Callable[..., None], *arguments: Any) -> None:
+        self._method = weakref.WeakMethod(method)
+        self._arguments = arguments
+
+    @dynamo_disabled
+    def __call__(self, *_: Any) -> None:
+        method = self._method()
+        if method is not None:
+            method(*self._arguments)
+
+    def __reduce__(self) -> Any:
+        return _Nothing, ()
+
+
+class _Nothing:
+    """What is left of a hook in a copy of its module."""
+
+    def __call__(self, *_: Any) -> None:
+        pass
+
+
+def before_access(block: nn.Module, method: Callable[..., None], *arguments: Any) -> list[RemovableHandle]:
+    """Calls a method before the forward pass of a block, or of any module in it, and before saving and loading it.
+
+    The hooks do not keep the method's object alive.
+    """
+    call, handles = _Call(method, *arguments), []
     for module in block.modules():
-        module.register_forward_pre_hook(lambda *_: call())
-        module.register_state_dict_pre_hook(lambda *_: call())
+        handles += [module.register_forward_pre_hook(call, prepend=True), module.register_state_dict_pre_hook(call)]
+        if hasattr(module, "register_load_state_dict_pre_hook"):  # since torch 2.5; without it, a write is an error
+            handles.append(module.register_load_state_dict_pre_hook(call))
+    return handles

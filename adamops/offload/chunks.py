@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Sequence
+from concurrent.futures import Future
 from typing import Any
 
 import torch
@@ -12,9 +13,11 @@ from torch.nn import Parameter
 
 from .._torch_compat import version_of
 from ..optim import dtensor
+from ..optim.step_settings import StepSettings
 from .device import Device
+from .pinned import pinned_like
 
-_ALIGNMENT = 64  # bytes: a cache line, so that no two params share one
+_PIECE = 2**17  # elements that are added at once: torch widens 16-bit ones in memory of its own, here in the cache
 
 
 @dataclasses.dataclass(eq=False, slots=True)
@@ -22,17 +25,18 @@ class Entry:
     """A param on the device, with what belongs to it on the host; for DTensors, what this process holds.
 
     `sent` is where grads arrive, in pinned memory. `total` is their sum since the last step: the same memory, as long
-    as there is one grad.
+    as there is one grad. Both are None for a frozen param until it gets a grad.
     """
 
     param: Tensor
     host: Parameter  # the param of the inner optimizer, in pinned memory
-    sent: Tensor
-    total: Tensor
     accumulates: bool  # whether `total` always has memory of its own
-    has_grad: bool = False
+    sent: Tensor | None = None
+    total: Tensor | None = None
+    has_grad: bool = False  # in `total`, or on its way there
     arrivals: int = 0  # grads since the last step
-    on_its_way: Any = None  # the event of a grad that is not yet in `total`
+    on_its_way: Any = None  # the event of a grad's arrival in `sent`, if that is `total`
+    adding: Future[None] | None = None  # of a grad that is added to `total` once it has arrived
     known: Any = None  # which() of the param when it and its copy were last the same
 
     def which(self) -> tuple[Any, ...]:
@@ -40,43 +44,54 @@ class Entry:
         held = dtensor.local(self.param)
         return version_of(held), held.data_ptr()
 
-    def add_arrived(self, device: Device) -> None:
-        """Waits for the grad on its way, if there is one, and adds it to the sum."""
-        if self.on_its_way is None:
-            return
-        device.synchronize(self.on_its_way)
-        self.on_its_way = None
-        if self.total is self.sent:
-            return
-        if self.has_grad:
-            self.total.add_(self.sent)
-        else:
-            self.total.copy_(self.sent)
-        self.has_grad = True
+    def check_param(self) -> None:
+        """Raises ValueError if the param is no longer like its copy."""
+        held, own = dtensor.local(self.param), dtensor.local(self.host)
+        if held.shape != own.shape or held.dtype != own.dtype:
+            raise ValueError(
+                f"A param of shape {tuple(own.shape)} and {own.dtype} was given to the optimizer, and is now of shape "
+                f"{tuple(held.shape)} and {held.dtype}; make the optimizer after changing the model"
+            )
 
-    def make_room(self, device: Device) -> None:
-        """Makes `sent` free for another grad."""
-        self.add_arrived(device)
-        if self.total is self.sent and self.has_grad:
-            self.total = self.sent.clone()
+    def give_memory(self, host: Tensor, sent: Tensor) -> None:
+        """Has the param's copy in `host`, of any content yet, and its grads arrive in `sent`."""
+        dtensor.local(self.host).data = host
+        self.sent, self.known = sent, None
+        self.total = torch.empty_like(sent, dtype=torch.float32) if self.accumulates else sent
 
-    def send(self, grad: Tensor, device: Device, stream: Any) -> None:
+    def send(self, grad: Tensor, device: Device, stream: Any, submit: Callable[..., Future[None]]) -> None:
         """Sends a grad, which may be dropped afterwards."""
-        self.make_room(device)
+        self.arrive(device)
+        assert self.sent is not None and self.total is not None
+        if self.has_grad and self.total is self.sent:
+            self.total = self.sent.clone()
         device.wait(stream, device.record(device.current_stream()))
         device.download(self.sent, grad, stream, "grad")
         device.keep(grad, stream)
-        self.on_its_way = device.record(stream)
-        self.arrivals += 1
+        arrival = device.record(stream)
         if self.total is self.sent:
-            self.has_grad = True
+            self.on_its_way = arrival
+        else:
+            self.adding = submit(_add, device, arrival, self.total, self.sent, not self.has_grad)
+        self.arrivals += 1
+        self.has_grad = True
+
+    def arrive(self, device: Device) -> None:
+        """Waits until all grads are in `total`."""
+        adding, self.adding = self.adding, None
+        if adding is not None:
+            adding.result()
+        if self.on_its_way is not None:
+            device.synchronize(self.on_its_way)
+            self.on_its_way = None
 
     def give_grad(self, device: Device) -> None:
         """Waits for the grads, and gives their sum to the inner optimizer's param."""
-        self.add_arrived(device)
+        self.arrive(device)
         if not self.has_grad:
             self.host.grad = None
         elif self.host.grad is None or dtensor.local(self.host.grad) is not self.total:
+            assert self.total is not None
             if hasattr(self.host, "grad_dtype"):  # since torch 2.10, without it a grad has the param's dtype
                 self.host.grad = None
                 self.host.grad_dtype = self.total.dtype
@@ -84,9 +99,10 @@ class Entry:
 
     def drop_grads(self, device: Device, to_zero: bool = False) -> None:
         """Forgets all grads; or sets them to zero, if there are any."""
-        self.add_arrived(device)
+        self.arrive(device)
         self.arrivals = 0
         if to_zero and self.has_grad:
+            assert self.total is not None
             self.total.zero_()
             return
         self.has_grad, self.host.grad = False, None
@@ -101,54 +117,69 @@ class Chunk:
     group_index: int
     begin: int  # position of the first one in the group
     entries: list[Entry]
+    settings: StepSettings | None = None  # of the step that has been asked for, and is not done
 
     @property
     def has_grads(self) -> bool:
         """Whether there is anything to update."""
-        return any(entry.has_grad or entry.on_its_way is not None for entry in self.entries)
+        return any(entry.has_grad for entry in self.entries)
 
     def is_complete(self, arrivals: int) -> bool:
         """Whether as many grads as that have arrived for all params that get any."""
         return all(entry.arrivals == arrivals or not entry.param.requires_grad for entry in self.entries)
 
+    def drop_grads(self, device: Device, to_zero: bool = False) -> None:
+        """Forgets all grads, or sets them to zero, and with them an unfinished step."""
+        self.settings = None
+        for entry in self.entries:
+            entry.drop_grads(device, to_zero)
+
 
 def chunks_of(
     group_index: int, params: Sequence[Tensor], most_bytes: int, device: Device, accumulates: bool
-) -> Iterator[Chunk]:
+) -> list[Chunk]:
     """The chunks of a param group, in new pinned memory that holds the params' values.
 
-    A chunk has params of one dtype, of at most `most_bytes` together unless it is a single one.
+    A chunk has at most `most_bytes` of params, unless it is a single one. Frozen params take no memory.
     """
-    begin, size = 0, 0
-    for i, param in enumerate(params):
-        own = dtensor.local(param).numel() * param.element_size()
-        if i > begin and (size + own > most_bytes or param.dtype != params[begin].dtype):
-            yield Chunk(group_index, begin, _new_entries(params[begin:i], device, accumulates))
-            begin, size = i, 0
+    entries = [_new_entry(param, accumulates) for param in params]
+    trained = [entry for entry in entries if entry.param.requires_grad]
+    give_memory(trained, device)
+    for entry in trained:
+        dtensor.local(entry.host.detach()).copy_(dtensor.local(entry.param.detach()))
+        entry.known = entry.which()
+    chunks: list[Chunk] = []
+    size = 0
+    for i, entry in enumerate(entries):
+        own = 0 if entry.sent is None else entry.sent.numel() * entry.sent.element_size()
+        if not chunks or (size and own and size + own > most_bytes):
+            chunks.append(Chunk(group_index, i, []))
+            size = 0
+        chunks[-1].entries.append(entry)
         size += own
-    if params:
-        yield Chunk(group_index, begin, _new_entries(params[begin:], device, accumulates))
+    return chunks
 
 
-def _new_entries(params: Sequence[Tensor], device: Device, accumulates: bool) -> list[Entry]:
-    locals_ = [dtensor.local(param.detach()) for param in params]
-    hosts, sent = (_pinned_like(locals_, device) for _ in range(2))
-    entries = []
-    for param, held, host, grad in zip(params, locals_, hosts, sent, strict=True):
-        host.copy_(held)
-        total = torch.empty(held.shape, dtype=torch.float32, device="cpu") if accumulates else grad
-        own = Parameter(dtensor.like_param_placed(host, param), requires_grad=param.requires_grad)
-        entries.append(Entry(param, own, grad, total, accumulates))
-        entries[-1].known = entries[-1].which()
-    return entries
+def give_memory(entries: Sequence[Entry], device: Device) -> None:
+    """Gives params pinned memory for their copies and grads."""
+    held = [dtensor.local(entry.param.detach()) for entry in entries]
+    memory = pinned_like([*held, *held], device)
+    for entry, host, sent in zip(entries, memory, memory[len(entries) :], strict=False):
+        entry.give_memory(host, sent)
 
 
-def _pinned_like(tensors: Sequence[Tensor], device: Device) -> list[Tensor]:
-    """New pinned memory for tensors of one dtype, next to each other."""
-    dtype = tensors[0].dtype
-    step = _ALIGNMENT // dtype.itemsize
-    offsets = [0]
-    for tensor in tensors:
-        offsets.append(offsets[-1] + -(-tensor.numel() // step) * step)
-    memory = device.pinned(offsets[-1], dtype)
-    return [memory[begin : begin + t.numel()].view(t.shape) for t, begin in zip(tensors, offsets, strict=False)]
+def _new_entry(param: Tensor, accumulates: bool) -> Entry:
+    """An entry without memory: its host param has one element, which stands for all."""
+    held = dtensor.local(param.detach())
+    dtype = held.dtype if held.dtype.is_floating_point else torch.float32  # others are never updated
+    nothing = torch.zeros((), dtype=dtype).expand(held.shape)
+    return Entry(param, Parameter(dtensor.like_param_placed(nothing, param), param.requires_grad), accumulates)
+
+
+def _add(device: Device, arrival: Any, total: Tensor, sent: Tensor, is_first: bool) -> None:
+    """Adds a grad to the sum of others, once it has arrived."""
+    device.synchronize(arrival)
+    flat, new = (tensor.as_strided((tensor.numel(),), (1,)) for tensor in (total, sent))  # they have the same strides
+    for begin in range(0, len(flat), _PIECE):
+        piece, added = flat[begin : begin + _PIECE], new[begin : begin + _PIECE]
+        piece.copy_(added) if is_first else piece.add_(added)

@@ -38,8 +38,8 @@ class Device(Protocol):
     def keep(self, device: Tensor, stream: Any) -> None:
         """Keeps the memory of a tensor that is dropped its own until what has been enqueued on the stream is done."""
 
-    def pinned(self, numel: int, dtype: torch.dtype) -> Tensor:
-        """New memory on the host that copies can use, of any content."""
+    def pinned(self, size: int) -> Tensor:
+        """New memory on the host that copies can use: so many bytes, of any content."""
 
 
 class CudaDevice:
@@ -73,5 +73,5 @@ class CudaDevice:
     def keep(self, device: Tensor, stream: torch.cuda.Stream) -> None:
         device.record_stream(stream)
 
-    def pinned(self, numel: int, dtype: torch.dtype) -> Tensor:
-        return torch.empty(numel, dtype=dtype, pin_memory=True)
+    def pinned(self, size: int) -> Tensor:
+        return torch.empty(size, dtype=torch.uint8, pin_memory=True)

@@ -6,13 +6,12 @@ is a thread, which takes its time. Must not know of params, grads or optimizers.
 
 from __future__ import annotations
 
-import functools
-import queue
 import random
 import threading
 import time
 import weakref
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 
 import torch
 from torch import Tensor
@@ -22,20 +21,11 @@ class _Stream:
     """Runs what is enqueued, one after another, in a thread that ends when nobody has the stream any more."""
 
     def __init__(self, name: str) -> None:
-        self.work: queue.SimpleQueue[Callable[[], None] | None] = queue.SimpleQueue()
-        threading.Thread(target=_run, args=(self.work,), name=name, daemon=True).start()
         self.name = name
-        self._end = weakref.finalize(self, self.work.put, None)
+        self._thread = ThreadPoolExecutor(1, name)  # Python waits for it before it ends
 
-
-def _run(work: queue.SimpleQueue[Callable[[], None] | None]) -> None:
-    while (task := work.get()) is not None:
-        task()
-        del task  # it refers to tensors
-
-
-def _wait(event: threading.Event) -> None:
-    event.wait()
+    def enqueue(self, task: Callable[..., object], *arguments: object) -> None:
+        self._thread.submit(task, *arguments)
 
 
 def _drop(_: Tensor) -> None:
@@ -77,33 +67,37 @@ class HostStandIn:
         if stream is None:
             event.set()
         else:
-            stream.work.put(event.set)
+            stream.enqueue(event.set)
         return event
 
     def wait(self, stream: _Stream | None, event: threading.Event) -> None:
         if stream is None:
             event.wait()
         else:
-            stream.work.put(functools.partial(_wait, event))
+            stream.enqueue(event.wait)
 
     def synchronize(self, event: threading.Event) -> None:
         event.wait()
 
     def download(self, host: Tensor, device: Tensor, stream: _Stream, label: str) -> None:
-        there = weakref.ref(device)
-        stream.work.put(lambda: self._copy(host, there(), label, stream.name))
+        stream.enqueue(self._copy, lambda: host, weakref.ref(device), label, stream.name)
 
     def upload(self, device: Tensor, host: Tensor, stream: _Stream, label: str) -> None:
         torch.autograd.graph.increment_version(device)  # as a copy of torch does when it is enqueued
-        there = weakref.ref(device)
-        stream.work.put(lambda: self._copy(there(), host, label, stream.name))
+        stream.enqueue(self._copy, weakref.ref(device), lambda: host, label, stream.name)
 
-    def _copy(self, target: Tensor | None, source: Tensor | None, label: str, stream: str) -> None:
+    def _copy(
+        self, target_now: Callable[[], Tensor | None], source_now: Callable[[], Tensor | None], label: str, stream: str
+    ) -> None:
         begin = time.perf_counter()
         if self._delay is not None:
             time.sleep(self._delay())
+        target, source = target_now(), source_now()
         if target is None or source is None:  # an accelerator would copy whatever is there now
             self.faults.append(f"{label}: the tensor was dropped before its copy ran, and not kept")
+            return
+        if target.shape != source.shape or target.dtype != source.dtype:
+            self.faults.append(f"{label}: a copy between tensors of different shapes or dtypes")
             return
         target.data.copy_(source.data)
         if self._bytes_per_second is not None:
@@ -112,8 +106,8 @@ class HostStandIn:
         self.trace.append((stream, label, begin, time.perf_counter()))
 
     def keep(self, device: Tensor, stream: _Stream) -> None:
-        stream.work.put(functools.partial(_drop, device))
+        stream.enqueue(_drop, device)
 
-    def pinned(self, numel: int, dtype: torch.dtype) -> Tensor:
-        self.pinned_bytes += numel * dtype.itemsize
-        return torch.empty(numel, dtype=dtype)
+    def pinned(self, size: int) -> Tensor:
+        self.pinned_bytes += size
+        return torch.empty(size, dtype=torch.uint8)

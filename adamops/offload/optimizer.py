@@ -9,27 +9,39 @@ from __future__ import annotations
 import functools
 import sys
 import weakref
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Mapping
+from types import FrameType
 from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.optim import Optimizer
+from torch.utils.hooks import RemovableHandle
 
 from ..ops.adam import DeepSpeedCPUAdam
 from ..optim import dtensor
 from ..optim.backward import register_hook
 from ..optim.optimizer import RuleOptimizer
-from .blocks import before_reading, params_by_block
-from .chunks import Chunk, Entry, chunks_of
+from ..optim.step_settings import StepSettings
+from .blocks import before_access, params_by_block
+from .checkpointed import CheckpointedOffload
+from .chunks import Chunk, Entry, chunks_of, give_memory
 from .device import CudaDevice, Device
+from .given import (
+    check_arguments,
+    check_params,
+    check_trained,
+    group_of,
+    groups_of,
+    offloadable_device,
+    params_of,
+    take_ownership,
+)
 from .pipeline import Pipeline
 
 _MEGABYTE = 2**20
-_GRAD_SCALER = "torch.amp.grad_scaler"
 
 
-class OffloadedOptimizer(Optimizer):
+class OffloadedOptimizer(CheckpointedOffload):
     """Steps an optimizer of adamops on the host, for params on an accelerator.
 
     The backward pass sends each grad to the host as soon as it is there, and frees it on the device: afterwards
@@ -87,23 +99,28 @@ class OffloadedOptimizer(Optimizer):
         device: Device | None = None,
         **settings: Any,
     ) -> None:
-        for name, value in (("accumulate", accumulate), ("threads", 1 if threads is None else threads)):
-            if not isinstance(value, int) or value < 1:
-                raise ValueError(f"Invalid {name}: {value!r}; expected an int of 1 or more")
-        if not chunk_mb > 0:
-            raise ValueError(f"Invalid chunk_mb: {chunk_mb!r}; expected more than 0")
-        groups = _as_groups(params)
-        self._pipeline = Pipeline(device or CudaDevice(_device_of(groups)))
+        check_arguments(optimizer, accumulate, chunk_mb, threads, model)
+        groups = groups_of(params)
+        place = check_params(groups)
+        self._pipeline = Pipeline(device or CudaDevice(offloadable_device(place)))
         self._accumulate = accumulate
         self._most_bytes = int(chunk_mb * _MEGABYTE)
         self._threads = threads
-        self._in_backward = update_in_backward
+        self._in_backward = bool(update_in_backward)
         self._chunks: list[Chunk] = []
         self._entries: dict[Tensor, tuple[Entry, Chunk]] = {}
         self._deferred: set[Chunk] = set()  # that step() need not wait for
-        self._inner = optimizer([self._host_group(i, group) for i, group in enumerate(groups)], **settings)
+        self._blocks: list[list[Chunk]] = []  # what each block of the model waits for
+        self._early: set[Chunk] = set()  # updated in a backward pass, before step()
+        self._early_settings: list[StepSettings] | None = None
+        self._hooks: list[RemovableHandle] = []
+        weakref.finalize(self, _remove, self._hooks).atexit = False
+        chunks = [self._new_chunks(i, group) for i, group in enumerate(groups)]
+        self._inner = optimizer([_on_host(*pair) for pair in zip(groups, chunks, strict=True)], **settings)
         super().__init__(groups, self._inner.defaults)
         self._take_settings()
+        for new in chunks:
+            self._take_chunks(new)
         if model is not None:
             self._wait_by_block(model)
 
@@ -113,12 +130,11 @@ class OffloadedOptimizer(Optimizer):
     def param_groups(self) -> list[dict[str, Any]]:
         """The param groups, whose params are those on the device."""
         groups: list[dict[str, Any]] = self.__dict__["param_groups"]
-        if sys._getframe(1).f_globals.get("__name__") != _GRAD_SCALER:
+        if not _is_grad_scaler(sys._getframe(1)):
             return groups
         # It looks for grads that overflowed, and these are on the host.
         self._refuse_in_backward("torch.amp.GradScaler")
-        self.wait()
-        self._collect()
+        self._begin_anew()
         return self._inner.param_groups
 
     @param_groups.setter
@@ -128,24 +144,37 @@ class OffloadedOptimizer(Optimizer):
     def add_param_group(self, param_group: dict[str, Any]) -> None:
         """Adds a param group, as torch.optim.Optimizer does."""
         index = len(self.param_groups)
-        if index == len(self._inner.param_groups):  # else it is one of the constructor's
-            self.wait()
-            param_group["params"] = _params_of(param_group)
-            _check_devices([*self._entries, *param_group["params"]])
-            self._inner.add_param_group(self._host_group(index, param_group))
-        super().add_param_group(param_group)
+        if index < len(self._inner.param_groups):  # one of the constructor's
+            super().add_param_group(param_group)
+            return
+        self.wait()
+        checked = group_of(param_group, f"param group {index}")
+        check_params([checked], self._entries.keys(), index)
+        param_group["params"] = checked["params"]
+        chunks = self._new_chunks(index, checked)
+        self._inner.add_param_group(_on_host(checked, chunks))
+        try:
+            super().add_param_group(param_group)
+        except BaseException:
+            del self._inner.param_groups[index]
+            raise
         self._take_settings(index)
+        self._take_chunks(chunks)
 
-    def _host_group(self, index: int, group: dict[str, Any]) -> dict[str, Any]:
-        """The group of the inner optimizer, whose params are copies on the host. Has grads sent there."""
-        hosts = []
-        for chunk in chunks_of(index, group["params"], self._most_bytes, self._pipeline.device, self._accumulate > 1):
-            self._chunks.append(chunk)
+    def _new_chunks(self, index: int, group: Mapping[str, Any]) -> list[Chunk]:
+        device, accumulates = self._pipeline.device, self._accumulate > 1
+        return chunks_of(index, params_of(group), self._most_bytes, device, accumulates)
+
+    def _take_chunks(self, chunks: list[Chunk]) -> None:
+        """Has the grads of chunks sent to the host."""
+        hook = functools.partial(_on_grad, weakref.ref(self))
+        for chunk in chunks:
             for entry in chunk.entries:
+                handle = register_hook(entry.param, hook)
+                self._hooks += [] if handle is None else [handle]
+                take_ownership(entry.param, self)
                 self._entries[entry.param] = entry, chunk
-                register_hook(entry.param, functools.partial(_on_grad, weakref.ref(self)))
-                hosts.append(entry.host)
-        return {**group, "params": hosts}
+        self._chunks += chunks
 
     def _wait_by_block(self, model: nn.Module) -> None:
         """Has each block of a model wait for its params, and step() for the others."""
@@ -153,57 +182,64 @@ class OffloadedOptimizer(Optimizer):
             raise ValueError("model= cannot be given for DTensors, which fully_shard() may read ahead of their block")
         self._deferred = set(self._chunks)
         of_blocks = set()
-        for block, params in params_by_block(model).items():
-            chunks = list(dict.fromkeys(self._entries[param][1] for param in params if param in self._entries))
-            before_reading(block, functools.partial(_finish, weakref.ref(self), chunks))
+        for i, (block, params) in enumerate(params_by_block(model).items()):
+            self._blocks.append(list(dict.fromkeys(self._entries[p][1] for p in params if p in self._entries)))
+            self._hooks += before_access(block, self._finish_block, i)
             of_blocks.update(params)
         self._deferred.difference_update(chunk for param, (_, chunk) in self._entries.items() if param not in of_blocks)
 
-    def _give_settings(self) -> None:
-        """Gives the inner optimizer the groups' settings, and what GradScaler has set for a step."""
-        for group, own in zip(self.param_groups, self._inner.param_groups, strict=True):
-            own.update(_settings_of(group))
-        for name in ("grad_scale", "found_inf"):
-            if hasattr(self, name):
-                setattr(self._inner, name, getattr(self, name))
-            else:
-                vars(self._inner).pop(name, None)
+    def _finish_block(self, index: int) -> None:
+        """What a block calls before its params are read."""
+        self._pipeline.finish(self._blocks[index])
 
-    def _take_settings(self, first: int = 0) -> None:
-        """Takes over what the inner optimizer has completed or loaded, in groups from this index on."""
-        for group, own in list(zip(self.param_groups, self._inner.param_groups, strict=False))[first:]:
-            group.update(_settings_of(own))
+    def _checked_settings(self, factor: float | Tensor = 1.0) -> list[StepSettings]:
+        """The settings of a step of each group as they are now. Raises what step() raises for them."""
+        self._give_settings()
+        inner = self._inner
+        return [
+            inner._step_settings(group, f"param group {i}", grad_factor=factor, threads=self._threads).as_numbers()
+            for i, group in enumerate(inner.param_groups)
+        ]
 
     # Grads ------------------------------------------------------------------------------------------------------------
 
+    @torch.no_grad()
     def _on_grad(self, param: Tensor) -> None:
         """Sends a grad to the host, and drops it here."""
-        self._pipeline.check_process()
+        pipeline = self._pipeline
+        pipeline.check_process()
         entry, chunk = self._entries[param]
         if param.grad is None:
             return
-        grad = dtensor.local(dtensor.grad_like(param, param.grad, "a param"))
-        if grad.layout != torch.strided or grad.shape != entry.sent.shape or grad.dtype != entry.sent.dtype:
+        entry.check_param()
+        grad = dtensor.local(dtensor.grad_like(param, param.grad, "a param").detach())
+        held = dtensor.local(param)
+        if grad.layout != torch.strided or grad.shape != held.shape or grad.dtype != held.dtype:
             raise TypeError(
                 f"A param of shape {tuple(param.shape)} and {param.dtype} has a grad of shape {tuple(grad.shape)}, "
                 f"{grad.dtype} and {grad.layout}; expected a dense one of the param's shape and dtype"
             )
-        with self._pipeline.lock:
-            self._pipeline.finish([chunk])
-            if chunk in self._pipeline.updating:
+        with pipeline.lock:
+            if chunk in self._early:
                 raise RuntimeError(
                     "A grad has arrived for a param that is already updated: with update_in_backward=True, call step() "
                     f"after each {self._accumulate} backward passes, as `accumulate` says"
                 )
-            self._pipeline.send(entry, chunk, grad)
+            pipeline.finish([chunk])
+            if entry.sent is None:
+                others = [other for other, (known, _) in self._entries.items() if known.sent is not None]
+                check_trained({"a param that was frozen": param}, others)
+                give_memory([entry], pipeline.device)
+            pipeline.send(entry, chunk, grad)
             if self._in_backward and chunk.is_complete(self._accumulate):
-                self._give_settings()
-                self._pipeline.update(chunk, self._update)
+                self._early_settings = self._early_settings or self._checked_settings()
+                pipeline.update([chunk], self._early_settings, self._update)
+                self._early.add(chunk)
 
     def _send_others(self) -> None:
         """Sends the grads that no hook has seen, such as those that the caller has set."""
         for param, (_, chunk) in self._entries.items():
-            if param.grad is not None and chunk not in self._pipeline.updating:
+            if param.grad is not None and chunk not in self._early:
                 self._on_grad(param)
 
     def _collect(self) -> None:
@@ -212,15 +248,25 @@ class OffloadedOptimizer(Optimizer):
         for entry, _ in self._entries.values():
             entry.give_grad(self._pipeline.device)
 
+    def _begin_anew(self) -> None:
+        """Waits for everything, and has steps that failed be done as the next step() says."""
+        self.wait()
+        self._collect()
+        for chunk in self._chunks:
+            chunk.settings = None
+
     @torch.no_grad()
     def zero_grad(self, set_to_none: bool = True) -> None:
         """Drops all grads, those on the host as well, or sets them to zero. step() has dropped those that it used."""
-        if not set_to_none:
-            self._send_others()
-        for param in self._entries:
-            param.grad = None
-        self._pipeline.drop_grads(self._chunks, to_zero=not set_to_none)
-        self._inner._clipped = None
+        self._pipeline.check_process()
+        with self._pipeline.lock:
+            if not set_to_none:
+                self._send_others()
+            for param in self._entries:
+                param.grad = None
+            self._pipeline.drop_grads(self._chunks, to_zero=not set_to_none)
+            self._inner._clipped = None
+            self._early, self._early_settings = set(), None
 
     @torch.no_grad()
     def clip_grad_norm_(self, max_norm: float, norm_type: float = 2.0, error_if_nonfinite: bool = False) -> Tensor:
@@ -229,8 +275,8 @@ class OffloadedOptimizer(Optimizer):
         Returns the norm before clipping, on the host.
         """
         self._refuse_in_backward("clip_grad_norm_()")
-        self.wait()
-        self._collect()
+        self._pipeline.check_process()
+        self._begin_anew()
         self._give_settings()
         return self._inner.clip_grad_norm_(max_norm, norm_type, error_if_nonfinite)
 
@@ -256,68 +302,40 @@ class OffloadedOptimizer(Optimizer):
         TypeError
             For a closure, which would have to compute grads again.
         TypeError, ValueError
-            For settings, before anything is written.
+            For settings, and for params that are no longer of the same shape and dtype, before anything is written.
+        RuntimeError
+            If settings have changed since a part was updated in the backward pass, before the rest is; if params were
+            written while they were updated.
         Exception
-            What failed in an update. Its chunk keeps its grads, so that another step() does what is left.
+            What failed in an update. Its chunk keeps its grads and settings, so that another step() does what is left.
         """
         if closure is not None:
             raise TypeError("step() of an offloaded optimizer takes no closure; call backward() before it")
         pipeline = self._pipeline
         pipeline.check_process()
-        pipeline.finish(list(pipeline.in_flight))
+        pipeline.finish([chunk for chunk in pipeline.in_flight if chunk not in self._early])
+        settings = self._checked_settings()
+        pipeline.update([chunk for chunk in pipeline.arrived if chunk.settings is not None], settings, self._update)
         self._send_others()
-        self._give_settings()
-        for i, group in enumerate(self._inner.param_groups):  # of all groups, before anything is written
-            self._inner._step_settings(group, f"param group {i}", grad_factor=1.0)
-        factor = None
+        if self._early_settings is not None and not all(map(_are_alike, settings, self._early_settings)):
+            raise RuntimeError(
+                "Settings have changed after some params were updated with the former ones: with "
+                "update_in_backward=True, change them before the backward pass, or after step()"
+            )
         if self._inner._clipped is not None:
             self._collect()
-            factor = self._inner._grad_factor()
-        chunks = [chunk for chunk in pipeline.arrived if chunk.has_grads and chunk not in pipeline.updating]
+            settings = self._checked_settings(self._inner._grad_factor())
+        chunks = [chunk for chunk in pipeline.arrived if chunk.has_grads]
         if self._deferred:  # in the order in which the next forward pass reads them
             chunks.sort(key=lambda chunk: (chunk in self._deferred, self._chunks.index(chunk)))
-        pipeline.step(chunks, functools.partial(self._update, factor=factor))
+        pipeline.update(chunks, settings, self._update)
+        self._early, self._early_settings, self._inner._clipped = set(), None, None
         pipeline.finish([chunk for chunk in pipeline.in_flight if chunk not in self._deferred])
 
-    def _update(self, chunk: Chunk, factor: Any = None) -> None:
+    def _update(self, chunk: Chunk) -> None:
         """Updates the params of a chunk on the host."""
         begin, end = chunk.begin, chunk.begin + len(chunk.entries)
-        self._inner._step_params(chunk.group_index, begin, end, factor, self._threads)
-
-    def wait(self) -> None:
-        """Returns once all params are updated and on their way. What is computed from now on comes after them."""
-        self._pipeline.settle()
-
-    # Checkpoints ------------------------------------------------------------------------------------------------------
-
-    @property  # type: ignore[override]
-    def state(self) -> Mapping[Tensor, Any]:
-        """The states of the inner optimizer, by the params on the device. A new dict at each access."""
-        if "_inner" not in vars(self):
-            return {}
-        self.wait()
-        states = self._inner.state
-        return {param: states[entry.host] for param, (entry, _) in self._entries.items() if entry.host in states}
-
-    @state.setter
-    def state(self, value: Any) -> None:
-        if value:
-            raise AttributeError("the states of an offloaded optimizer are its inner one's; use load_state_dict()")
-
-    def state_dict(self, **options: Any) -> dict[str, Any]:
-        """The state dict that the inner optimizer would have for the params on the device, with its options."""
-        self.wait()
-        self._give_settings()
-        return self._inner.state_dict(**options)
-
-    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """Loads what the inner optimizer loads."""
-        self.wait()
-        self._inner.load_state_dict(state_dict)
-        self._take_settings()
-
-    def __getstate__(self) -> Any:
-        raise TypeError("an offloaded optimizer cannot be copied or pickled; save its state_dict()")
+        self._inner._step_params(chunk.group_index, begin, end, chunk.settings)
 
 
 class OffloadedAdam(OffloadedOptimizer):
@@ -345,42 +363,22 @@ def _on_grad(owner: weakref.ref[OffloadedOptimizer], param: Tensor) -> None:
         optimizer._on_grad(param)
 
 
-def _finish(owner: weakref.ref[OffloadedOptimizer], chunks: Sequence[Chunk]) -> None:
-    """What a block calls before its params are read."""
-    optimizer = owner()
-    if optimizer is not None:
-        optimizer._pipeline.finish(chunks)
+def _remove(hooks: list[RemovableHandle]) -> None:
+    for hook in hooks:
+        hook.remove()
 
 
-def _as_groups(params: Any) -> list[dict[str, Any]]:
-    """The param groups, with lists of params."""
-    if isinstance(params, Tensor):
-        raise TypeError(f"params is a {type(params).__name__}; expected an iterable of tensors or dicts")
-    given = list(params)
-    if not given:
-        raise ValueError("optimizer got an empty parameter list")
-    groups = given if isinstance(given[0], dict) else [{"params": given}]
-    return [{**group, "params": _params_of(group)} for group in groups]
+def _is_grad_scaler(caller: FrameType) -> bool:
+    """Whether a GradScaler of torch, or of a class derived from it, looks at grads."""
+    return "unscale" in caller.f_code.co_name and isinstance(caller.f_locals.get("self"), torch.amp.GradScaler)
 
 
-def _settings_of(group: Mapping[str, Any]) -> dict[str, Any]:
-    return {name: value for name, value in group.items() if name != "params"}
+def _are_alike(settings: StepSettings, others: StepSettings) -> bool:
+    return settings.hyper == others.hyper and settings.maximize == others.maximize
 
 
-def _params_of(group: Mapping[str, Any]) -> list[Tensor]:
-    params = group["params"]
-    return [params] if isinstance(params, Tensor) else list(params)
-
-
-def _device_of(groups: Sequence[Mapping[str, Any]]) -> torch.device:
-    (device,) = _check_devices(param for group in groups for param in group["params"])
-    if device.type != "cuda":
-        raise ValueError(f"The params are on {device}; offloading is for those on CUDA devices")
-    return device
-
-
-def _check_devices(params: Iterable[Tensor]) -> set[torch.device]:
-    devices = {param.device for param in params}
-    if len(devices) != 1:
-        raise ValueError(f"The params are on {', '.join(sorted(map(str, devices)))}; expected one device")
-    return devices
+def _on_host(group: Mapping[str, Any], chunks: list[Chunk]) -> dict[str, Any]:
+    """The group of the inner optimizer, whose params are copies on the host."""
+    hosts = [entry.host for chunk in chunks for entry in chunk.entries]
+    pairs = zip(group["params"], hosts, strict=True)
+    return {**group, "params": [(one[0], host) if isinstance(one, tuple) else host for one, host in pairs]}

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import os
 import threading
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from typing import Any
 
@@ -16,6 +16,7 @@ from torch import Tensor
 
 from ..optim import dtensor
 from ..optim.interrupts import deferred_signals
+from ..optim.step_settings import StepSettings
 from .chunks import Chunk, Entry
 from .device import Device
 
@@ -27,16 +28,13 @@ class Pipeline:
     ----------
     arrived
         Chunks that have grads, in the order in which these arrived.
-    updating
-        Chunks that are being updated before the step that they belong to has been called.
     in_flight
-        Chunks that are being updated, or sent up, since then.
+        Chunks that are being updated, or sent up.
     """
 
     def __init__(self, device: Device) -> None:
         self.device = device
         self.arrived: dict[Chunk, None] = {}
-        self.updating: dict[Chunk, Future[Any]] = {}
         self.in_flight: dict[Chunk, Future[Any]] = {}
         self.lock = threading.RLock()  # autograd has threads of its own
         self._down, self._up = (device.new_stream(name) for name in ("down", "up"))
@@ -54,41 +52,72 @@ class Pipeline:
     def send(self, entry: Entry, chunk: Chunk, grad: Tensor) -> None:
         """Sends a param's grad down, and drops it."""
         with deferred_signals():
-            entry.send(grad, self.device, self._down)
+            chunk.settings = None  # a step that failed no longer belongs to these grads
+            entry.send(grad, self.device, self._down, self._pool.submit)
             self.arrived[chunk] = None
             entry.param.grad = None
 
-    def update(self, chunk: Chunk, update: Callable[[Chunk], None]) -> None:
-        """Has a chunk updated, and its params sent up, once its grads are there."""
-        computed = self.device.record(self.device.current_stream())  # the backward pass may still read the params
-        changed = self._bring_changed(chunk, computed)
-        task = (self.device, self._up, chunk, update, computed, changed, torch.is_inference_mode_enabled())
-        self.updating[chunk] = self._pool.submit(_update_and_send, *task)
+    def update(
+        self, chunks: Sequence[Chunk], settings: Sequence[StepSettings], update: Callable[[Chunk], None]
+    ) -> None:
+        """Has chunks updated, all or none, and their params sent up. The settings are those of their groups.
+
+        Chunks whose step has failed keep the settings of that step; those in flight are left out.
+        """
+        chunks = [chunk for chunk in chunks if chunk not in self.in_flight]
+        for chunk in chunks:
+            for entry in chunk.entries:
+                entry.check_param()
+        with self.lock, deferred_signals():
+            computed = self.device.record(self.device.current_stream())  # the backward pass may still read the params
+            for chunk in chunks:
+                chunk.settings = chunk.settings or settings[chunk.group_index]
+                changed = self._bring_changed(chunk, computed)
+                task = (chunk, update, computed, changed, torch.is_inference_mode_enabled())
+                self.in_flight[chunk] = self._pool.submit(self._update_and_send, *task)
 
     def _bring_changed(self, chunk: Chunk, computed: Any) -> Any:
         """Sends down those params that someone has written, as load_state_dict() of a model does."""
-        changed = [entry for entry in chunk.entries if entry.which() != entry.known]
-        if changed:
-            self.device.wait(self._down, computed)
+        changed = [entry for entry in chunk.entries if entry.has_grad and entry.which() != entry.known]
+        if not changed:
+            return None
+        self.device.wait(self._down, computed)
         for entry in changed:
             held = dtensor.local(entry.param.detach())
             self.device.download(dtensor.local(entry.host.detach()), held, self._down, "param")
             self.device.keep(held, self._down)
-        return self.device.record(self._down) if changed else None
+            entry.known = entry.which()
+        return self.device.record(self._down)
 
-    def step(self, chunks: Iterable[Chunk], update: Callable[[Chunk], None]) -> None:
-        """Has chunks updated, all or none. With them, what is already updated is in flight."""
-        with self.lock, deferred_signals():
-            for chunk in chunks:
-                self.update(chunk, update)
-            self._begin_flight()
+    def _update_and_send(
+        self, chunk: Chunk, update: Callable[[Chunk], None], computed: Any, changed: Any, is_inference: bool
+    ) -> tuple[Any, bool]:
+        """Returns the event of the params' arrival, and whether they were as they had been when this was submitted."""
+        with torch.inference_mode(is_inference), torch.no_grad():
+            if changed is not None:
+                self.device.synchronize(changed)
+            for entry in chunk.entries:
+                entry.give_grad(self.device)
+            update(chunk)
+            self.device.wait(self._up, computed)
+            are_as_known = _are_as_known(chunk)
+            for entry in (entry for entry in chunk.entries if entry.has_grad):
+                held = dtensor.local(entry.param)
+                self.device.upload(held, dtensor.local(entry.host.detach()), self._up, "param")
+                self.device.keep(held, self._up)
+                entry.known = entry.which()
+            return self.device.record(self._up), are_as_known
 
-    def finish(self, chunks: Iterable[Chunk]) -> None:
+    def finish(self, chunks: Sequence[Chunk]) -> None:
         """Waits for those of the chunks that are in flight, and has the current stream wait for their params.
 
-        Raises the first error of an update. That chunk keeps its grads.
+        Raises the first error of an update, whose chunk keeps its grads; also RuntimeError if a param was written in
+        the meantime.
         """
-        error: BaseException | None = None
+        if not any(chunk in self.in_flight for chunk in chunks):
+            return
+        self.check_process()
+        errors: list[BaseException] = []
         with self.lock:
             for chunk in chunks:
                 if chunk not in self.in_flight:
@@ -96,54 +125,42 @@ class Pipeline:
                 failed = self.in_flight[chunk].exception()  # waits
                 with deferred_signals():
                     done = self.in_flight.pop(chunk)
-                    error = error or failed
-                    if failed is None:
-                        self.device.wait(self.device.current_stream(), done.result())
-                        self.arrived.pop(chunk, None)
-                        for entry in chunk.entries:
-                            entry.drop_grads(self.device)
-        if error is not None:
-            raise error
+                    if failed is not None:
+                        errors.append(failed)
+                        continue
+                    arrival, are_as_known = done.result()
+                    self.device.wait(self.device.current_stream(), arrival)
+                    if not are_as_known or not _are_as_known(chunk):
+                        errors.append(_written(chunk))
+                    self.arrived.pop(chunk, None)
+                    chunk.drop_grads(self.device)
+        if errors:
+            raise errors[0]
 
     def settle(self) -> None:
         """finish() for everything."""
-        with self.lock:
-            self._begin_flight()
-            self.finish(list(self.in_flight))
-
-    def _begin_flight(self) -> None:
-        self.in_flight |= self.updating
-        self.updating = {}
+        self.finish(list(self.in_flight))
 
     def drop_grads(self, chunks: Iterable[Chunk], to_zero: bool) -> None:
         """Drops the grads of chunks that are not being updated, or sets them to zero."""
         with self.lock:
             for chunk in chunks:
-                if chunk not in self.in_flight and chunk not in self.updating:
-                    for entry in chunk.entries:
-                        entry.drop_grads(self.device, to_zero)
+                if chunk not in self.in_flight:
+                    chunk.drop_grads(self.device, to_zero)
             self.arrived = {chunk: None for chunk in self.arrived if chunk.has_grads}
 
 
-def _update_and_send(
-    device: Device,
-    stream: Any,
-    chunk: Chunk,
-    update: Callable[[Chunk], None],
-    computed: Any,
-    changed: Any,
-    is_inference: bool,
-) -> Any:
-    """Returns the event of the params' arrival."""
-    with torch.inference_mode(is_inference), torch.no_grad():
-        for entry in chunk.entries:
-            entry.give_grad(device)
-        if changed is not None:
-            device.synchronize(changed)
-        update(chunk)
-        device.wait(stream, computed)
-        for entry in chunk.entries:
-            if entry.has_grad:
-                device.upload(dtensor.local(entry.param), dtensor.local(entry.host.detach()), stream, "param")
-            entry.known = entry.which()
-        return device.record(stream)
+def _are_as_known(chunk: Chunk) -> bool:
+    """Whether nobody has written params that are being updated since their last copy, up or down, was enqueued."""
+    return all(entry.which() == entry.known for entry in chunk.entries if entry.has_grad)
+
+
+def _written(chunk: Chunk) -> RuntimeError:
+    """The error for that. What the params hold now is read at their next update."""
+    for entry in chunk.entries:
+        entry.known = None
+    shapes = ", ".join(str(tuple(entry.host.shape)) for entry in chunk.entries if entry.has_grad)
+    return RuntimeError(
+        f"Params were written while their update was on its way to them, and may hold either; they have the shapes "
+        f"{shapes}. Call wait() of the optimizer before reading or writing params"
+    )

@@ -302,14 +302,12 @@ class RuleOptimizer(CheckpointedOptimizer):
             raise type(error)(str(error).replace(f"{where}, param 0", f"{where}, param {index}")) from None
 
     @torch.no_grad()
-    def _step_params(
-        self, group_index: int, begin: int, end: int, factor: float | Tensor | None = None, threads: int | None = None
-    ) -> None:
-        """Updates params next to each other in a group, as step() would, with their grads multiplied by a factor."""
+    def _step_params(self, group_index: int, begin: int, end: int, settings: StepSettings | None = None) -> None:
+        """Updates params next to each other in a group, as step() would, or as one with these settings would have."""
         group, where = self.param_groups[group_index], f"param group {group_index}"
-        own = {**group, "params": group["params"][begin:end]}
-        settings = self._step_settings(group, where, grad_factor=factor, rng_offset=begin, threads=threads)
-        commit(self.state, [prepare_group(self, GroupToStep(where, own, settings), {})])
+        settings = self._step_settings(group, where) if settings is None else settings
+        own = GroupToStep(where, {**group, "params": group["params"][begin:end]}, settings.from_param(begin))
+        commit(self.state, [prepare_group(self, own, {})])
 
     def _steps_in_backward(self) -> bool:
         """Whether adamops.step_in_backward() updates all params, so that step() has nothing to do."""
@@ -339,7 +337,6 @@ class RuleOptimizer(CheckpointedOptimizer):
         where: str,
         zero_grads: bool = False,
         grad_factor: float | Tensor | None = None,
-        rng_offset: int = 0,
         threads: int | None = None,
     ) -> StepSettings:
         """The group's settings, checked, with what torch.amp.GradScaler sets on the optimizer for a step."""
@@ -357,7 +354,7 @@ class RuleOptimizer(CheckpointedOptimizer):
             grad_factor=self._grad_factor() if grad_factor is None else grad_factor,
             zero_grads=zero_grads,
             threads=threads,
-            rng_offset=rng_offset_of(group, where, rng_offset) if precision.stochastic_rounding else 0,
+            rng_offset=rng_offset_of(group, where) if precision.stochastic_rounding else 0,
         )
 
     def _grad_factor(self) -> float | Tensor:

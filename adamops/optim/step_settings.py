@@ -45,6 +45,22 @@ class StepSettings:
         """Whether torch.amp.GradScaler found infs or NaNs in the grads."""
         return self.found_inf is not None and float(self.found_inf) != 0
 
+    def from_param(self, index: int) -> StepSettings:
+        """The settings of a step of the group's params from this one on."""
+        if not self.precision.stochastic_rounding:
+            return self
+        return dataclasses.replace(self, rng_offset=(self.rng_offset + index) & 0xFFFFFFFF)
+
+    def as_numbers(self) -> StepSettings:
+        """The same settings without tensors, which others may write. Waits for those on a GPU."""
+        return dataclasses.replace(
+            self,
+            hyper=self.numbers(),
+            loss_scale=float(self.loss_scale),
+            found_inf=None if self.found_inf is None else float(self.found_inf),
+            grad_factor=float(self.grad_factor),
+        )
+
     def numbers(self) -> tuple[float, ...]:
         """The rule's hyper-parameters as floats."""
         hyper = self.hyper
@@ -66,11 +82,10 @@ class StepSettings:
         return (self.grad_scale(), *self.rule.scalars(self.numbers(), step))
 
 
-def rng_offset(group: dict[str, Any], where: str, offset: int) -> int:
-    """The rng_offset, 32 bits, of a group's first param, or of the one at `offset`.
+def rng_offset(group: dict[str, Any], where: str) -> int:
+    """The rng_offset, 32 bits, of a group's first param.
 
     It depends only on what all replicas share: the seed, which is a setting, and the indices of the group and param.
     """
     seed = checked_seed(group.get("stochastic_rounding_seed"), f" in {where}")
-    begin = int.from_bytes(hashlib.blake2s(f"{seed} {where}".encode(), digest_size=4).digest(), "little")
-    return (begin + offset) & 0xFFFFFFFF
+    return int.from_bytes(hashlib.blake2s(f"{seed} {where}".encode(), digest_size=4).digest(), "little")

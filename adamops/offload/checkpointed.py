@@ -1,0 +1,96 @@
+"""The part of an offloaded optimizer that saves and loads: its states and settings are those of the inner optimizer.
+
+Must not know how a step is done.
+"""
+
+from __future__ import annotations
+
+import weakref
+from collections.abc import Callable, Mapping
+from typing import Any
+
+from torch import Tensor
+from torch.optim import Optimizer
+from torch.utils.hooks import RemovableHandle
+
+from ..optim.optimizer import RuleOptimizer
+from .chunks import Chunk, Entry
+from .pipeline import Pipeline
+
+
+class CheckpointedOffload(Optimizer):
+    """Has an inner optimizer, whose params are copies on the host, and the same settings as that one."""
+
+    _pipeline: Pipeline
+    _inner: RuleOptimizer
+    _entries: dict[Tensor, tuple[Entry, Chunk]]
+
+    def wait(self) -> None:
+        """Returns once all params are updated and on their way. What is computed from now on comes after them."""
+        self._pipeline.settle()
+
+    @property  # type: ignore[override]
+    def state(self) -> Mapping[Tensor, Any]:
+        """The states of the inner optimizer, by the params on the device. A new dict at each access."""
+        if "_inner" not in vars(self):
+            return {}
+        self.wait()
+        states = self._inner.state
+        return {param: states[entry.host] for param, (entry, _) in self._entries.items() if entry.host in states}
+
+    @state.setter
+    def state(self, value: Any) -> None:
+        if value:
+            raise AttributeError("the states of an offloaded optimizer are its inner one's; use load_state_dict()")
+
+    def state_dict(self, **options: Any) -> dict[str, Any]:
+        """The state dict that the inner optimizer would have for the params on the device, with its options."""
+        self.wait()
+        self._give_settings()
+        return self._inner.state_dict(**options)
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Loads what the inner optimizer loads."""
+        self.wait()
+        self._inner.load_state_dict(state_dict)
+        self._take_settings()
+
+    def register_state_dict_pre_hook(self, hook: Any, prepend: bool = False) -> RemovableHandle:
+        return self._inner.register_state_dict_pre_hook(_given(self, hook), prepend)
+
+    def register_state_dict_post_hook(self, hook: Any, prepend: bool = False) -> RemovableHandle:
+        return self._inner.register_state_dict_post_hook(_given(self, hook), prepend)
+
+    def register_load_state_dict_pre_hook(self, hook: Any, prepend: bool = False) -> RemovableHandle:
+        return self._inner.register_load_state_dict_pre_hook(_given(self, hook), prepend)
+
+    def register_load_state_dict_post_hook(self, hook: Any, prepend: bool = False) -> RemovableHandle:
+        return self._inner.register_load_state_dict_post_hook(_given(self, hook), prepend)
+
+    def __getstate__(self) -> Any:
+        raise TypeError("an offloaded optimizer cannot be copied or pickled; save its state_dict()")
+
+    def _give_settings(self) -> None:
+        """Gives the inner optimizer the groups' settings, and what GradScaler has set for a step."""
+        for group, own in zip(self.param_groups, self._inner.param_groups, strict=True):
+            own.update(_settings_of(group))
+        for name in ("grad_scale", "found_inf"):
+            if hasattr(self, name):
+                setattr(self._inner, name, getattr(self, name))
+            else:
+                vars(self._inner).pop(name, None)
+
+    def _take_settings(self, first: int = 0) -> None:
+        """Takes over what the inner optimizer has completed or loaded, in groups from this index on."""
+        for group, own in list(zip(self.param_groups, self._inner.param_groups, strict=False))[first:]:
+            group.update(_settings_of(own))
+
+
+def _given(optimizer: Optimizer, hook: Callable[..., Any]) -> Callable[..., Any]:
+    """A hook of the inner optimizer that calls this one with the optimizer that the user has."""
+    owner = weakref.ref(optimizer)
+    return lambda _, *arguments: hook(owner(), *arguments)
+
+
+def _settings_of(group: Mapping[str, Any]) -> dict[str, Any]:
+    return {name: value for name, value in group.items() if name != "params"}
