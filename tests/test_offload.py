@@ -39,10 +39,8 @@ from torch.optim.lr_scheduler import LambdaLR
 import adamops
 from adamops import DeepSpeedCPUAdam, FusedAdam, OffloadedAdam
 from adamops.offload import OffloadedOptimizer
-from adamops.offload import __main__ as planner
 from adamops.offload.blocks import params_by_block
 from adamops.offload.host_stand_in import HostStandIn
-from adamops.offload.plan import DTYPES, STATES, Precision, Times, simulated_step
 
 PRECISIONS = [
     ({}, torch.float32),
@@ -493,68 +491,6 @@ def test_shards_of_fully_shard(mesh, seed):
     saved = get_optimizer_state_dict(model, ours, options=StateDictOptions(full_state_dict=True))
     theirs_saved = get_optimizer_state_dict(twin, theirs, options=StateDictOptions(full_state_dict=True))
     assert_same_state(saved, theirs_saved)
-
-
-@pytest.mark.parametrize(
-    "arguments, masters, accumulate",
-    [
-        (("bf16", "8bit", 24), 24, 1),
-        (("bf16", "fp32", 32), 32, 1),
-        (("bf16", "fp32"), None, 1),
-        (("fp32", "fp32"), None, 3),
-    ],
-)
-def test_bytes_are_those_of_the_plan(arguments, masters, accumulate, seed):
-    plan = Precision(*arguments, **{"accumulate": accumulate} if accumulate > 1 else {})
-    device, count = HostStandIn(), 300_000
-    param = nn.Parameter(torch.randn(count).to(DTYPES[plan.param_dtype]))
-    settings = {"state_dtype": STATES[plan.state_dtype], "master_weight_bits": masters, "accumulate": accumulate}
-    optimizer = OffloadedAdam([param], device=device, **settings)
-    param.grad = torch.randn_like(param)
-    optimizer.step()
-    (entry,) = optimizer._chunks[0].entries
-    tensors = [t for t in optimizer.state[param].values() if isinstance(t, torch.Tensor)]
-    tensors += [entry.total] if accumulate > 1 else []
-    ordinary = sum(tensor.numel() * tensor.element_size() for tensor in tensors)
-    assert device.pinned_bytes / count == pytest.approx(plan.pinned, rel=1e-3)
-    assert ordinary / count == pytest.approx(plan.ordinary, rel=1e-3)
-    assert plan.pinned + plan.ordinary <= {24: 7.2, 32: 14.2, None: 20}[masters]
-
-
-def test_the_simulated_step_by_hand():
-    """Two chunks; forward 1, backward 2, down 1, update 3, up 1 second each."""
-    times = Times(forward=2, backward=4, down=2, update=6, up=2)
-    assert times.in_series == 16
-    # Backward ends at 6. In step(): the last layer's update from 6 to 9, the first one's from 9 to 12, up until 13.
-    assert simulated_step(times, 2) == 13
-    # The first layer's update comes first: from 7 to 10, up until 11. Its forward pass is from 11 to 12, the other's
-    # from 14 to 15, backward until 19, and so on every 13 seconds.
-    assert simulated_step(times, 2, by_block=True) == 13
-    # Updates take 6 of every step, and go on during all of it but the forward pass of the first layer.
-    assert simulated_step(times, 2, by_block=True, in_backward=True) < 13
-    clipped = Times(forward=2, backward=4, down=2, update=6, up=2, norm=1)
-    assert simulated_step(clipped, 2) == 6 + 1 + 1 + 6 + 1
-
-
-@pytest.mark.parametrize("_", range(20))
-def test_a_simulated_step_is_no_faster_than_its_longest_part(_, seed):
-    draw = random.Random(seed)
-    times = Times(*(draw.random() for _ in range(5)), draw.choice([0.0, 0.1]))
-    chunks = draw.randrange(1, 40)
-    longest = max(times.forward + times.backward, times.down, times.update, times.up)
-    for by_block in (False, True):
-        for in_backward in (False, True) if not times.norm else (False,):
-            seconds = simulated_step(times, chunks, in_backward, by_block)
-            assert longest - 1e-9 <= seconds <= times.in_series + 1e-9
-
-
-def test_the_planner_prints_bytes_and_times(capsys):
-    planner.main(["--params", "7e9", "--state-dtype", "8bit", "--masters", "24", "--compute", "8"])
-    text = capsys.readouterr().out
-    assert re.search(r"host, in all +7\.02 +49\.1", text)
-    assert len(re.findall(r"x as fast", text)) == 3
-    planner.main(["--params", "1e9", "--param-dtype", "fp32", "--clip"])
-    assert "Give --compute" in capsys.readouterr().out
 
 
 def test_the_pages_script_learns(capsys):

@@ -28,6 +28,7 @@ from offload_twins import (
     small_model,
 )
 from torch import nn
+from torch.distributed.fsdp import fully_shard
 from torch.nn.parallel import DistributedDataParallel
 from torch.optim.lr_scheduler import LambdaLR
 
@@ -115,6 +116,30 @@ def test_a_loaded_model_is_what_it_loaded(slow, in_backward, seed):
         assert_same_params(model, twin)
     ours.wait()
     assert_same_state(ours.state_dict(), theirs.state_dict())
+
+
+@pytest.mark.parametrize("write", ["load_state_dict", "in place", "local"])
+@pytest.mark.parametrize("kind", ["stand-in", "in order"])
+def test_writes_to_shards_are_seen(kind, mesh, write, seed):
+    device = new_device(kind, seed)
+    model, twin = (fully_shard(each, mesh=mesh) for each in small_model())
+    ours = offloaded(model.parameters(), device, lr=0.1, master_weight_bits=24)
+    theirs = DeepSpeedCPUAdam(twin.parameters(), lr=0.1, master_weight_bits=24)
+    for _ in range(3):
+        x = torch.randn(6, 8).bfloat16()
+        for each, optimizer in ((model, ours), (twin, theirs)):
+            each(x).float().square().mean().backward()
+            optimizer.step()
+            optimizer.zero_grad()
+            if write == "load_state_dict":
+                each.load_state_dict({name: value * 0.5 for name, value in each.state_dict().items()})
+            elif write == "in place":
+                with torch.no_grad():
+                    each[0].weight.mul_(0.5)
+            else:
+                each[0].weight.to_local().detach().mul_(0.5)
+        for param, other in zip(model.parameters(), twin.parameters(), strict=True):
+            assert torch.equal(param.to_local(), other.to_local())
 
 
 @pytest.mark.parametrize("in_backward", [False, True])

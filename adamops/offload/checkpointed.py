@@ -24,6 +24,7 @@ class CheckpointedOffload(Optimizer):
     _pipeline: Pipeline
     _inner: RuleOptimizer
     _entries: dict[Tensor, tuple[Entry, Chunk]]
+    _chunks: list[Chunk]
 
     def wait(self) -> None:
         """Returns once all params are updated and on their way. What is computed from now on comes after them."""
@@ -45,15 +46,20 @@ class CheckpointedOffload(Optimizer):
 
     def state_dict(self, **options: Any) -> dict[str, Any]:
         """The state dict that the inner optimizer would have for the params on the device, with its options."""
-        self.wait()
+        self._bring_params()
         self._give_settings()
         return self._inner.state_dict(**options)
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Loads what the inner optimizer loads."""
-        self.wait()
+        self._bring_params()
         self._inner.load_state_dict(state_dict)
         self._take_settings()
+
+    def _bring_params(self) -> None:
+        """Waits until the inner optimizer has the params as they are on the device."""
+        self.wait()
+        self._pipeline.bring_changed(self._chunks)
 
     def register_state_dict_pre_hook(self, hook: Any, prepend: bool = False) -> RemovableHandle:
         return self._inner.register_state_dict_pre_hook(_given(self, hook), prepend)

@@ -42,7 +42,7 @@ class Entry:
     def which(self) -> tuple[Any, ...]:
         """What changes if anyone writes the param, or gives it other memory."""
         held = dtensor.local(self.param)
-        return version_of(held), held.data_ptr()
+        return version_of(self.param), version_of(held), held.data_ptr()  # a DTensor counts writes by itself
 
     def check_param(self) -> None:
         """Raises ValueError if the param is no longer like its copy."""

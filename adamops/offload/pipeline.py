@@ -72,13 +72,23 @@ class Pipeline:
             computed = self.device.record(self.device.current_stream())  # the backward pass may still read the params
             for chunk in chunks:
                 chunk.settings = chunk.settings or settings[chunk.group_index]
-                changed = self._bring_changed(chunk, computed)
+                changed = self._bring((entry for entry in chunk.entries if entry.has_grad), computed)
                 task = (chunk, update, computed, changed, torch.is_inference_mode_enabled())
                 self.in_flight[chunk] = self._pool.submit(self._update_and_send, *task)
 
-    def _bring_changed(self, chunk: Chunk, computed: Any) -> Any:
-        """Sends down those params that someone has written, as load_state_dict() of a model does."""
-        changed = [entry for entry in chunk.entries if entry.has_grad and entry.which() != entry.known]
+    def bring_changed(self, chunks: Iterable[Chunk]) -> None:
+        """Waits until the host has what others have written to params, as load_state_dict() of a model does."""
+        with self.lock:
+            entries = [entry for chunk in chunks for entry in chunk.entries if entry.sent is not None]
+            for entry in entries:
+                entry.check_param()
+            arrival = self._bring(entries, self.device.record(self.device.current_stream()))
+        if arrival is not None:
+            self.device.synchronize(arrival)
+
+    def _bring(self, entries: Iterable[Entry], computed: Any) -> Any:
+        """Sends down those params that others have written; the event of their arrival, None if there are none."""
+        changed = [entry for entry in entries if entry.which() != entry.known]
         if not changed:
             return None
         self.device.wait(self._down, computed)
