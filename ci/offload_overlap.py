@@ -2,7 +2,7 @@
 
 The stand-in's copies take the time that a bandwidth gives them, and its computations are sleeps: neither needs a core,
 so that the updates have them, as they would beside a GPU. Each row compares a training step with the longest of its
-parts, and with all of them one after another.
+parts, with what adamops.offload.plan says of these parts, and with all of them one after another.
 """
 
 from __future__ import annotations
@@ -21,6 +21,7 @@ from torch import nn
 from adamops import DeepSpeedCPUAdam
 from adamops.offload import OffloadedAdam
 from adamops.offload.host_stand_in import HostStandIn
+from adamops.offload.plan import Times, simulated_step
 
 MAX_NORM = 1.0
 
@@ -98,12 +99,51 @@ class InSeries:
         pass
 
 
+class OnOneStream:
+    """The schedule of torchao's CPUOffloadOptimizer (0.15, offload_gradients=True), which itself needs CUDA or XPU.
+
+    One stream has the copies of both directions, and each param has an optimizer of its own.
+    """
+
+    def __init__(self, weights, base, model, device, **settings):
+        self.device, self.stream, self.arrivals = device, device.new_stream("copies"), {}
+        self.hosts, self.optimizers = {}, {}
+        for weight in weights:
+            host = self.hosts[weight] = nn.Parameter(weight.detach().clone())
+            host.grad = torch.empty_like(host)
+            self.optimizers[weight] = base([host], **settings)
+            weight.register_post_accumulate_grad_hook(self.send)
+
+    def send(self, weight):
+        self.device.download(self.hosts[weight].grad, weight.grad, self.stream, "grad")
+        self.device.keep(weight.grad, self.stream)
+        self.arrivals[weight] = self.device.record(self.stream)
+        weight.grad = None
+
+    def step(self):
+        for weight, arrival in self.arrivals.items():
+            self.device.synchronize(arrival)
+            self.optimizers[weight].step()
+            self.device.upload(weight, self.hosts[weight].detach(), self.stream, "param")
+        self.device.synchronize(self.device.record(self.stream))
+        self.arrivals.clear()
+
+    def zero_grad(self):
+        pass
+
+
+EIGHT_BIT = {"state_dtype": "8bit", "master_weight_bits": 24}
+PEERS = {
+    "torchao's schedule, torch's AdamW": {"base": torch.optim.AdamW, "fused": True},  # bf16 states, no master weights
+    "torchao's schedule, our optimizer": {"base": DeepSpeedCPUAdam, **EIGHT_BIT},
+}
+
+
 def milliseconds_of_steps(make, options, clips, **arguments):
     """The median time of a step, and the sums of what its copies and computations take, by stream."""
     device = HostStandIn(options.gbps)
     model = nn.Sequential(*(Layer(options.elements, options.compute_ms / 1e3) for _ in range(options.layers)))
-    settings = {"lr": 1e-3, "state_dtype": "8bit", "master_weight_bits": 24, "device": device, "model": model}
-    optimizer = make(model.parameters(), **settings | arguments)
+    optimizer = make(model.parameters(), **{"lr": 1e-3, "device": device, "model": model} | arguments)
     if make is OffloadedAdam:
         record_updates(optimizer)
     times = []
@@ -161,7 +201,7 @@ def draw(axes, title):
 def milliseconds_of_an_update(options, clips):
     """The median time of the norm and the update of all params on the host, with nothing beside it."""
     hosts = [nn.Parameter(torch.randn(options.elements).bfloat16()) for _ in range(options.layers)]
-    optimizer = DeepSpeedCPUAdam(hosts, state_dtype="8bit", master_weight_bits=24)
+    optimizer = DeepSpeedCPUAdam(hosts, **EIGHT_BIT)
     times = []
     for _ in range(options.steps + 2):
         for host in hosts:
@@ -196,22 +236,32 @@ def main():
     parser.add_argument("--plot", type=Path, help="file for a picture of two steps of each row; needs matplotlib")
     options = parser.parse_args()
     pictures = []
-    print(f"{options.layers} layers of {options.elements} bf16 params; ms of a step")
-    print(f"{'':34}  compute  down  update    up    step  longest part  in series")
+    print(f"{options.layers} layers of {options.elements} bf16 params; ms of a step; the last three are ratios")
+    print(f"{'':36}  compute  down  update    up    step  to longest part  to plan  in series to step")
     for clips in (False, True):
         update = milliseconds_of_an_update(options, clips)
-        in_series, alone = milliseconds_of_steps(InSeries, options, clips)
+        norm = update - milliseconds_of_an_update(options, False) if clips else 0.0
+        in_series, alone = milliseconds_of_steps(InSeries, options, clips, **EIGHT_BIT)
         chunk = {"chunk_mb": 2 * options.elements / 2**20}
         kinds = {"no model given": {"model": None}, "with the model": {}}
         if not clips:
+            kinds["in backward"] = {"update_in_backward": True, "model": None}
             kinds["in backward, with the model"] = {"update_in_backward": True}
         for name, arguments in kinds.items():
-            step, parts = milliseconds_of_steps(OffloadedAdam, options, clips, **chunk, **arguments)
-            parts = [alone["compute"], parts["down"], update, parts["up"]]
-            columns = "{:34}{:9.0f}{:6.0f}{:8.0f}{:6.0f}{:8.0f}  {:.2f} x        {:.2f} x"
+            step, parts = milliseconds_of_steps(OffloadedAdam, options, clips, **EIGHT_BIT, **chunk, **arguments)
+            compute, parts = alone["compute"], [alone["compute"], parts["down"], update, parts["up"]]
+            times = Times(compute / 3, 2 * compute / 3, parts[1], update - norm, parts[3], norm)
+            by_block = arguments.get("model", True) is not None
+            planned = simulated_step(times, options.layers, arguments.get("update_in_backward", False), by_block)
             title = name + (", clipping" if clips else "")
-            print(columns.format(title, *parts, step, step / max(parts), in_series / step))
+            columns = "{:36}{:9.0f}{:6.0f}{:8.0f}{:6.0f}{:8.0f}{:17.2f}{:9.2f}{:19.2f}"
+            print(columns.format(title, *parts, step, step / max(parts), step / planned, in_series / step), flush=True)
             pictures.append((title, list(SPANS)))
+            if name == "with the model":
+                ours = step
+        for title, arguments in {} if clips else PEERS.items():
+            step, _ = milliseconds_of_steps(OnOneStream, options, clips, **arguments)
+            print(f"{title:36}{'':29}{step:8.0f}  {step / ours:.2f} x that of ours with the model", flush=True)
     if options.trace:
         write_trace(options.trace)
     if options.plot:

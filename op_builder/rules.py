@@ -39,7 +39,7 @@ class CPURuleBuilder(CPUOpBuilder):
         return ["python/cpu_module.cpp", "python/table.cpp"]
 
     def kernel_sources(self) -> list[str]:
-        return ["cpu/direct.cpp", "cpu/staged.cpp", "cpu/grad_norm.cpp"]
+        return ["cpu/direct.cpp", "cpu/staged.cpp", "cpu/grad_norm.cpp", "cpu/grad_sum.cpp"]
 
     def cxx_args(self) -> list[str]:
         return rule_flags(self.RULE, self.RULE_HEADER, self.MODULE)

@@ -88,7 +88,7 @@ def packed(numel, scalars, columns, offset=0, rng_offset=0, **kind):
 def build_driver(compiler, target):
     flags = [*Compiler.COMMON_FLAGS, *target.flags, *CPUAdamBuilder().cxx_args(), "-static"]
     flags += [f"-DADAMOPS_TARGET={target.name}", f'-DADAMOPS_SIMD_HEADER="{target.header}"']
-    kernels = ("direct.cpp", "staged.cpp", "grad_norm.cpp")
+    kernels = ("direct.cpp", "staged.cpp", "grad_norm.cpp", "grad_sum.cpp")
     sources = [HERE / "cross" / "kernel_driver.cpp", *(CSRC / "cpu" / name for name in kernels)]
     return compiled("kernel_driver", compiler, flags, [CSRC], sources)
 

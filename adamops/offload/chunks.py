@@ -17,7 +17,7 @@ from ..optim.step_settings import StepSettings
 from .device import Device
 from .pinned import pinned_like
 
-_PIECE = 2**17  # elements that are added at once: torch widens 16-bit ones in memory of its own, here in the cache
+Add = Callable[[Tensor, Tensor, bool], None]  # a backend's add_grad()
 
 
 @dataclasses.dataclass(eq=False, slots=True)
@@ -59,7 +59,7 @@ class Entry:
         self.sent, self.known = sent, None
         self.total = torch.empty_like(sent, dtype=torch.float32) if self.accumulates else sent
 
-    def send(self, grad: Tensor, device: Device, stream: Any, submit: Callable[..., Future[None]]) -> None:
+    def send(self, grad: Tensor, device: Device, stream: Any, submit: Callable[..., Future[None]], add: Add) -> None:
         """Sends a grad, which may be dropped afterwards."""
         self.arrive(device)
         assert self.sent is not None and self.total is not None
@@ -72,7 +72,7 @@ class Entry:
         if self.total is self.sent:
             self.on_its_way = arrival
         else:
-            self.adding = submit(_add, device, arrival, self.total, self.sent, not self.has_grad)
+            self.adding = submit(_add, add, device, arrival, self.total, self.sent, not self.has_grad)
         self.arrivals += 1
         self.has_grad = True
 
@@ -176,10 +176,10 @@ def _new_entry(param: Tensor, accumulates: bool) -> Entry:
     return Entry(param, Parameter(dtensor.like_param_placed(nothing, param), param.requires_grad), accumulates)
 
 
-def _add(device: Device, arrival: Any, total: Tensor, sent: Tensor, is_first: bool) -> None:
+def _add(add: Add, device: Device, arrival: Any, total: Tensor, sent: Tensor, is_first: bool) -> None:
     """Adds a grad to the sum of others, once it has arrived."""
     device.synchronize(arrival)
-    flat, new = (tensor.as_strided((tensor.numel(),), (1,)) for tensor in (total, sent))  # they have the same strides
-    for begin in range(0, len(flat), _PIECE):
-        piece, added = flat[begin : begin + _PIECE], new[begin : begin + _PIECE]
-        piece.copy_(added) if is_first else piece.add_(added)
+    if total.dtype == torch.float32:
+        add(total, sent, is_first)
+    else:
+        total.add_(sent)

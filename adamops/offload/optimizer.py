@@ -117,6 +117,7 @@ class OffloadedOptimizer(CheckpointedOffload):
         weakref.finalize(self, _remove, self._hooks).atexit = False
         chunks = [self._new_chunks(i, group) for i, group in enumerate(groups)]
         self._inner = optimizer([_on_host(*pair) for pair in zip(groups, chunks, strict=True)], **settings)
+        self._add = functools.partial(self._inner._backends[torch.device("cpu")].add_grad, threads=threads)
         super().__init__(groups, self._inner.defaults)
         self._take_settings()
         for new in chunks:
@@ -230,7 +231,7 @@ class OffloadedOptimizer(CheckpointedOffload):
                 others = [other for other, (known, _) in self._entries.items() if known.sent is not None]
                 check_trained({"a param that was frozen": param}, others)
                 give_memory([entry], pipeline.device)
-            pipeline.send(entry, chunk, grad)
+            pipeline.send(entry, chunk, grad, self._add)
             if self._in_backward and chunk.is_complete(self._accumulate):
                 self._early_settings = self._early_settings or self._checked_settings()
                 pipeline.update([chunk], self._early_settings, self._update)

@@ -17,7 +17,7 @@ from torch import Tensor
 from ..optim import dtensor
 from ..optim.interrupts import deferred_signals
 from ..optim.step_settings import StepSettings
-from .chunks import Chunk, Entry
+from .chunks import Add, Chunk, Entry
 from .device import Device
 
 
@@ -49,11 +49,11 @@ class Pipeline:
                 "after the fork, or start processes with 'spawn'"
             )
 
-    def send(self, entry: Entry, chunk: Chunk, grad: Tensor) -> None:
-        """Sends a param's grad down, and drops it."""
+    def send(self, entry: Entry, chunk: Chunk, grad: Tensor, add: Add) -> None:
+        """Sends a param's grad down, where it is added to others, and drops it."""
         with deferred_signals():
             chunk.settings = None  # a step that failed no longer belongs to these grads
-            entry.send(grad, self.device, self._down, self._pool.submit)
+            entry.send(grad, self.device, self._down, self._pool.submit, add)
             self.arrived[chunk] = None
             entry.param.grad = None
 

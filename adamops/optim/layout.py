@@ -5,6 +5,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+_PIECE = 2**15  # elements; torch adds so many on one thread
+
 
 def is_dense(tensor: Tensor) -> bool:
     """Whether the elements fill their memory without gap or overlap, in any order of dimensions."""
@@ -36,3 +38,14 @@ def like_param(tensor: Tensor, param: Tensor) -> Tensor:
     if same_layout(tensor, param):
         return tensor
     return torch.empty_like(param, dtype=tensor.dtype).copy_(tensor)
+
+
+def add_in_pieces(total: Tensor, grad: Tensor, is_first: bool) -> None:
+    """Adds a dense grad to a sum with the same memory layout, or begins a sum with it.
+
+    torch widens 16-bit summands in memory of its own, so this does it by pieces that stay in the cache.
+    """
+    flat, new = (tensor.as_strided((tensor.numel(),), (1,)) for tensor in (total, grad))
+    for begin in range(0, len(flat), _PIECE):
+        piece, added = flat[begin : begin + _PIECE], new[begin : begin + _PIECE]
+        piece.copy_(added) if is_first else piece.add_(added)

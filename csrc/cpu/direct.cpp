@@ -16,6 +16,8 @@ namespace ADAMOPS_TARGET {
 
 StepRange choose_staged_range(Dtypes dtypes, StepOptions options);           // cpu/staged.cpp
 double norm_range(const void* grad, Dtype dtype, Norm norm, int64_t count);  // cpu/grad_norm.cpp
+void add_range(float* sum, const void* grad, Dtype dtype, bool is_first, int64_t begin,
+               int64_t end);  // cpu/grad_sum.cpp
 
 namespace {
 
@@ -165,7 +167,8 @@ ProbeRange choose_probe_range(Dtypes dtypes) {
 }  // namespace
 
 // Constant data, so that inspecting a target runs none of its code.
-extern const Target target = {ADAMOPS_TARGET_NAME, Ops::kRequires, choose_step_range, choose_probe_range, norm_range};
+extern const Target target = {ADAMOPS_TARGET_NAME, Ops::kRequires, choose_step_range,
+                              choose_probe_range,  norm_range,     add_range};
 
 }  // namespace ADAMOPS_TARGET
 }  // namespace adamops

@@ -30,6 +30,9 @@ using ProbeRange = void (*)(const Tensor&, int64_t begin, int64_t end, int prefe
 // double.
 using NormRange = double (*)(const void* grad, Dtype dtype, Norm norm, int64_t count);
 
+// Adds the elements [begin, end) of a grad to those of a sum, or begins a sum with them.
+using AddRange = void (*)(float* sum, const void* grad, Dtype dtype, bool is_first, int64_t begin, int64_t end);
+
 struct Target {
   const char* name;
   uint32_t required_features;  // of runtime/cpu_features.h
@@ -38,6 +41,7 @@ struct Target {
   StepRange (*step_range)(Dtypes dtypes, StepOptions options, bool in_blocks);
   ProbeRange (*probe_range)(Dtypes dtypes);  // master weights are left alone
   NormRange norm_range;
+  AddRange add_range;
 };
 
 }  // namespace adamops

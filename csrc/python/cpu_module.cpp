@@ -161,6 +161,15 @@ double grad_norm(const py::list& addresses, const py::list& numels, const py::li
   return result;
 }
 
+void add_grad(uintptr_t sum, uintptr_t grad, int64_t numel, int dtype, bool is_first, int threads) {
+  if (dtype < 0 || dtype >= kDtypeCount) throw py::value_error("unknown dtype code " + std::to_string(dtype));
+  const AddRange add_range = simd_targets.in_use().add_range;
+  for_each_piece({numel}, threads, [&](size_t, int64_t begin, int64_t end) {
+    add_range(reinterpret_cast<float*>(sum), reinterpret_cast<const void*>(grad), static_cast<Dtype>(dtype), is_first,
+              begin, end);
+  });
+}
+
 // Four elements of each tensor, from the first to the last, as bytes; None for a tensor that is not plain.
 py::list samples_of(const TensorReader& reader, const py::list& tensors) {
   constexpr int64_t kSamples = 4;
@@ -230,6 +239,9 @@ PYBIND11_MODULE(ADAMOPS_MODULE, module) {
       },
       py::arg("addresses"), py::arg("numels"), py::arg("dtypes"), py::arg("norm_type"), py::arg("threads"),
       "The norm of all elements of grads, in double, the same bits for any number of threads; NaN if one of them is.");
+  module.def("add_grad", &add_grad, py::arg("sum"), py::arg("grad"), py::arg("numel"), py::arg("dtype"),
+             py::arg("is_first"), py::arg("threads"),
+             "Adds a grad to a sum in float32, element by element, or begins a sum with it.");
   module.def("samples_of", &samples_of, py::arg("reader"), py::arg("tensors"),
              "Some elements of each tensor, as bytes; None for a tensor that is not plain.");
   module.def("zero_fill", &zero_fill, py::arg("addresses"), py::arg("numels"), py::arg("element_size"),

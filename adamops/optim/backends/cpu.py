@@ -102,5 +102,11 @@ class NativeBackend(TableBackend):
             return super().samples(grads)
         return self.module.samples_of(self._reader, list(grads))
 
+    def add_grad(self, total: Tensor, grad: Tensor, is_first: bool, threads: int | None) -> None:
+        code = self._dtype_codes[grad.dtype]
+        self.module.add_grad(
+            *addresses([total, grad], "a grad"), grad.numel(), code, is_first, threads or get_num_threads()
+        )
+
     def _norm_of(self, columns: Columns, norm_type: float) -> float:
         return self.module.grad_norm(*columns, norm_type, get_num_threads())

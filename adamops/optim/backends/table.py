@@ -16,7 +16,7 @@ from torch import Tensor
 
 from ..._torch_compat import dlpack_exchange_table, dtensor_class_for_op, without_torch_function
 from ..batch import Batch, check_params_and_grads, check_states
-from ..layout import dense
+from ..layout import add_in_pieces, dense
 from ..memory import PLAIN_TYPES, addresses, check_writable, in_memory
 from ..state.precision import DTYPES, GRAD_DTYPES, SCALES
 from ..step_settings import StepSettings
@@ -116,6 +116,9 @@ class TableBackend:
     def _columns_of_plain(self, tensors: Sequence[Tensor]) -> Columns | None:
         """None unless all are plain, contiguous and of a dtype in DTYPES. The op's reader proves every address."""
         return None if self._reader is None else self.module.columns_of(self._reader, list(tensors))
+
+    def add_grad(self, total: Tensor, grad: Tensor, is_first: bool, threads: int | None) -> None:
+        add_in_pieces(total, grad, is_first)
 
     def samples(self, grads: Sequence[Tensor]) -> list[bytes | None]:
         return [None] * len(grads)

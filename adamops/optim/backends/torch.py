@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from ..batch import Batch, check_params_and_grads, check_states
+from ..layout import add_in_pieces
 from ..memory import check_writable
 from ..state import remainders
 from ..state.average_rounding import store_rounded
@@ -85,6 +86,9 @@ class TorchBackend:
 
     def grad_norm(self, grads: Sequence[Tensor], norm_type: float) -> None:
         """Returns None: torch computes the norm."""
+
+    def add_grad(self, total: Tensor, grad: Tensor, is_first: bool, threads: int | None) -> None:
+        add_in_pieces(total, grad, is_first)
 
     def samples(self, grads: Sequence[Tensor]) -> list[bytes | None]:
         """None for each grad: an element read by torch would cost as much as a small grad's whole step."""
