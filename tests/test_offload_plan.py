@@ -15,7 +15,7 @@ from torch import nn
 from adamops import OffloadedAdam
 from adamops.offload import __main__ as planner
 from adamops.offload.host_stand_in import HostStandIn
-from adamops.offload.plan import DTYPES, STATES, Precision, Times, simulated_step
+from adamops.offload.plan import DTYPES, STATES, Precision, Times, copy_bandwidth, simulated_step
 
 ELEMENTS = 8
 
@@ -196,5 +196,16 @@ def test_the_planner_prints_bytes_and_times(capsys):
     text = capsys.readouterr().out
     assert re.search(r"host, in all +7\.02 +49\.1", text)
     assert len(re.findall(r"x as fast", text)) == 3
-    planner.main(["--params", "1e9", "--param-dtype", "fp32", "--clip"])
-    assert "Give --compute" in capsys.readouterr().out
+    assert re.search(r"without offloading: params, grads, states +7\.02 ", text)
+    planner.main(["--params", "1e9", "--param-dtype", "fp32", "--clip", "--gbps", "50"])
+    text = capsys.readouterr().out
+    assert "Give --compute" in text and "copies of 50 GB/s, as given" in text
+    planner.main(["--params", "1e9", "--compute", "1", "--gbps", "0.1"])
+    assert "FusedAdam on the device is faster" in capsys.readouterr().out
+    planner.main(["--params", "1e6", "--compute", "8"])
+    assert "Offloading is nearly free" in capsys.readouterr().out
+
+
+def test_the_bandwidth_of_copies_is_that_of_the_device():
+    """At most: a machine under load is slower."""
+    assert 0 < copy_bandwidth(HostStandIn(gigabytes_per_second=0.1), "cpu", 2**20) <= 0.1e9

@@ -5,7 +5,12 @@ from __future__ import annotations
 import argparse
 from collections.abc import Sequence
 
-from .plan import DTYPES, STATES, Precision, Times, seconds_per_param, simulated_step
+import torch
+
+from .device import CudaDevice
+from .plan import DTYPES, STATES, Precision, Times, copy_bandwidth, seconds_per_param, simulated_step
+
+_WITHOUT_DEVICE = 20e9  # bytes per second: PCIe 4.0 x16
 
 MODES = {
     "step() waits": {},
@@ -21,7 +26,7 @@ def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument("--state-dtype", choices=STATES, default="fp32")
     parser.add_argument("--masters", type=int, choices=[24, 32], help="bits of split master weights")
     parser.add_argument("--accumulate", type=int, default=1, help="backward passes in a step")
-    parser.add_argument("--gbps", type=float, default=20.0, help="GB/s of copies each way (default: %(default)s)")
+    parser.add_argument("--gbps", type=float, help="GB/s of copies each way (default: as measured here, on CUDA)")
     parser.add_argument("--compute", type=float, help="seconds of forward and backward passes in a step")
     parser.add_argument("--chunks", type=int, default=32, help="of params, updated one after another")
     parser.add_argument("--clip", action="store_true", help="with clip_grad_norm_()")
@@ -33,7 +38,8 @@ def main(arguments: Sequence[str] | None = None) -> None:
     count = options.params
     precision = Precision(options.param_dtype, options.state_dtype, options.masters, options.accumulate)
     rows = {
-        "device, params": precision.param,
+        "device, without offloading: params, grads, states": 2 * precision.param + precision.states,
+        "device, with offloading: params": precision.param,
         "host, pinned: params and grads on their way": precision.pinned,
         "host, ordinary: states, remainders, sums of grads": precision.ordinary,
         "host, in all": precision.pinned + precision.ordinary,
@@ -43,24 +49,51 @@ def main(arguments: Sequence[str] | None = None) -> None:
     print(f"{'':50}  bytes a param        GB")
     for name, size in rows.items():
         print(f"{name:50}{size:15.2f}{size * count / 1e9:10.1f}")
+    print("On the device come what the passes keep, and grads until they have left.\n")
+    bandwidth, origin = _copy_bandwidth(options.gbps)
     update, norm = seconds_per_param(precision)
-    copies = precision.param * count / options.gbps / 1e9
+    copies = precision.param * count / bandwidth
     compute = options.compute or 0.0
-    times = Times(compute / 3, 2 * compute / 3, copies, update * count, copies, norm * count if options.clip else 0.0)
-    print(f"\nSeconds of the parts of a step: down {times.down:.2f}, update {times.update:.2f}", end="")
+    norm = norm * count if options.clip else 0.0
+    times = Times(compute / 3, 2 * compute / 3, copies * options.accumulate, update * count, copies, norm)
+    print(f"Seconds of the parts of a step: down {times.down:.2f}, update {times.update:.2f}", end="")
     print(f", norm {times.norm:.2f}" if options.clip else "", end="")
-    print(f", up {times.up:.2f} (updates as measured here, copies at {options.gbps:g} GB/s)")
+    print(f", up {times.up:.2f} (updates as measured here, copies of {bandwidth / 1e9:.3g} GB/s, {origin})")
     if options.compute is None:
         print("Give --compute, the seconds of the forward and backward passes, for the time of a step.")
         return
     print(f"A step with {options.chunks} chunks, one part after another: {times.in_series:.2f} s")
+    best = times.in_series
     for name, mode in MODES.items():
         if options.clip and mode.get("in_backward"):
             continue
         seconds = simulated_step(times, options.chunks, **mode)
+        best = min(best, seconds)
         print(
             f"{name:40}{seconds:8.2f} s, {times.in_series / seconds:.2f} x as fast, {compute / seconds:4.0%} computing"
         )
+    print(_advice(compute, best))
+
+
+def _copy_bandwidth(gigabytes: float | None) -> tuple[float, str]:
+    """Bytes per second of copies each way, and where the number comes from."""
+    if gigabytes is not None:
+        return 1e9 * gigabytes, "as given"
+    if torch.cuda.is_available():
+        device = torch.device("cuda", torch.cuda.current_device())
+        return copy_bandwidth(CudaDevice(device), str(device)), "as measured here"
+    return _WITHOUT_DEVICE, "assumed, as there is no CUDA device here"
+
+
+def _advice(compute: float, seconds: float) -> str:
+    """Who should offload."""
+    if compute >= 0.8 * seconds:
+        return "Offloading is nearly free: little of a step is not computing."
+    return (
+        "If the first row fits beside what the passes keep, FusedAdam on the device is faster. Otherwise the device "
+        f"waits for {1 - compute / seconds:.0%} of a step: more micro-batches in a step (--accumulate) or 8-bit states "
+        "make that less."
+    )
 
 
 if __name__ == "__main__":

@@ -13,6 +13,7 @@ from typing import Any
 import torch
 
 from ..ops.adam import DeepSpeedCPUAdam
+from .device import Device
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 STATES: dict[str, Any] = {"fp32": torch.float32, "bf16": torch.bfloat16, "8bit": "8bit"}
@@ -38,11 +39,15 @@ class Precision:
         return 2 * self.param
 
     @property
-    def ordinary(self) -> float:
-        """Bytes of other host memory for a param: two states, what completes master weights, sums of grads."""
+    def states(self) -> float:
+        """Bytes of two states of a param, and of what completes its master weight."""
         states = 2 * (1 + 2 / 256) if self.state_dtype == "8bit" else 2 * STATES[self.state_dtype].itemsize
-        remainder = {None: 0, 24: 1, 32: 2}[self.masters] if self.param == 2 else 0
-        return states + remainder + (4 if self.accumulate > 1 else 0)
+        return states + ({None: 0, 24: 1, 32: 2}[self.masters] if self.param == 2 else 0)
+
+    @property
+    def ordinary(self) -> float:
+        """Bytes of other host memory for a param: states, what completes master weights, sums of grads."""
+        return self.states + (4 if self.accumulate > 1 else 0)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -92,6 +97,21 @@ def simulated_step(times: Times, chunks: int, in_backward: bool = False, by_bloc
         following = now if by_block else max(now, *ready)
         period, begin = following - begin, following
     return period
+
+
+def copy_bandwidth(device: Device, place: str, size: int = 2**28) -> float:
+    """Bytes per second of copies between pinned memory and a device's memory, each way while both ways are in use."""
+    on_device = [torch.zeros(size, dtype=torch.uint8, device=place) for _ in range(2)]
+    pinned = [device.pinned(size) for _ in range(2)]
+    down, up = device.new_stream("down"), device.new_stream("up")
+
+    def copy() -> None:
+        device.download(pinned[0], on_device[0], down, "grad")
+        device.upload(on_device[1], pinned[1], up, "param")
+        for stream in (down, up):
+            device.synchronize(device.record(stream))
+
+    return size / _best(copy)
 
 
 def seconds_per_param(precision: Precision, elements: int = 4_000_000) -> tuple[float, float]:
