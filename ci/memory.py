@@ -22,7 +22,8 @@ from rich.console import Console
 from rich.table import Table
 from torch import nn
 
-from adamops import DeepSpeedCPUAdam, step_in_backward
+from adamops import DeepSpeedCPUAdam, OffloadedAdam, step_in_backward
+from adamops.offload.host_stand_in import HostStandIn
 
 STEPS = 3
 
@@ -92,7 +93,39 @@ def of_a_backward_pass(name: str, elements: int) -> tuple[int, int]:
     return memory("VmRSS") - before, memory("VmHWM") - before
 
 
-MEASURES: dict[str, Callable[[str, int], tuple[int, int]]] = {"step": of_a_step, "backward": of_a_backward_pass}
+OFFLOADED = {
+    "8-bit states, 24-bit masters": {"state_dtype": "8bit", "master_weight_bits": 24},
+    "float32 states, 32-bit masters": {"master_weight_bits": 32},
+    "8-bit states, 24-bit masters, sums of grads": {"state_dtype": "8bit", "master_weight_bits": 24, "accumulate": 2},
+}
+
+
+def of_offloading(name: str, elements: int) -> tuple[int, int]:
+    """Host bytes for params of 1 Mi elements that are offloaded, without these, which would be on a device."""
+
+    def train(params: list[nn.Parameter]) -> OffloadedAdam:
+        optimizer = OffloadedAdam(params, device=HostStandIn(), **OFFLOADED[name])
+        for _ in range(STEPS):
+            for param in params:
+                param.grad = torch.full_like(param, 1e-3)
+                optimizer._send_others()  # and frees it
+            optimizer.step()
+        return optimizer
+
+    train([nn.Parameter(torch.ones(64).bfloat16())])
+    params = [nn.Parameter(torch.full((1024**2,), 0.5).bfloat16()) for _ in range(elements // 1024**2)]
+    before = memory("VmRSS")
+    kept = train(params)
+    result = memory("VmRSS") - before, memory("VmHWM") - before
+    del kept
+    return result
+
+
+MEASURES: dict[str, Callable[[str, int], tuple[int, int]]] = {
+    "step": of_a_step,
+    "backward": of_a_backward_pass,
+    "offloading": of_offloading,
+}
 
 
 def measure(what: str, name: str, elements: int) -> tuple[float, float]:
@@ -114,6 +147,7 @@ def main() -> None:
         return
     cases = [("step", name, name) for name in KINDS]
     cases += [("backward", name, f"a model of float32, steps {name} the backward pass") for name in ("after", "inside")]
+    cases += [("offloading", name, f"bfloat16, offloaded: {name}, on the host") for name in OFFLOADED]
     table = Table("bytes a param, grads included", "kept", "peak", title=f"{args.elements:,} params")
     for what, name, title in cases:
         table.add_row(title, *(f"{figure:.2f}" for figure in measure(what, name, args.elements)))
