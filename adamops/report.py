@@ -1,4 +1,4 @@
-"""Shows which ops are built, usable and in use on this machine, and why not: python -m adamops.report [--json].
+"""Shows which ops are built, usable and in use on this machine, and why not: python -m adamops.report [--verbose].
 
 Builds nothing and imports only what it must. Must work without torch, whatever state the installation is in.
 """
@@ -15,12 +15,14 @@ import re
 import shutil
 import subprocess
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 from . import __version__, op_builder, plugin_process
+from ._installation import frameworks, installation
 from ._op_facts import describe, in_words, torch_facts
+from ._report_text import details, rows_of_op, summary
 from .op_builder import environment
 from .op_builder.nvcc import Nvcc
 from .op_builder.simd import targets_of
@@ -97,6 +99,8 @@ def _machine() -> dict[str, Any]:
         "cuda_toolkit": nvcc.version if nvcc else None,
         "driver": driver,
         "gpus": gpus,
+        "installation": installation(),
+        "frameworks": frameworks(),
     }
 
 
@@ -135,177 +139,52 @@ def _showable(op: dict[str, Any]) -> dict[str, Any]:
     return op
 
 
-class Row(NamedTuple):
-    """What the report says in one line or several."""
-
-    label: str
-    text: str
-    is_bad: bool = False
-
-
-def rows_of_op(op: dict[str, Any]) -> list[Row]:
-    """What the report says about one op, in rows."""
-    rows = [Row("origin", op["origin"])]
-    if "prebuilt" in op:
-        rows.append(Row("prebuilt", _yes_no(op["prebuilt"])))
-        rows.append(Row("compatible", f"{_yes_no(op['compatible'])}: {op['reason']}", not op["compatible"]))
-        rows.append(Row("in use", op["in_use"]))
-    if simd := op.get("simd"):
-        forced = " (forced by ADAMOPS_SIMD)" if simd["forced"] else ""
-        rows.append(Row("SIMD targets in binary", " ".join(simd["in_binary"])))
-        rows.append(Row("SIMD targets supported here", " ".join(simd["supported_here"])))
-        rows.append(Row("SIMD target chosen", simd["chosen"] + forced))
-    rows += _rows_of_build(op.get("build", {}))
-    if cuda := op.get("cuda"):
-        rows.append(Row("CUDA runtime linked in", _cuda_version(cuda["runtime_version"])))
-        rows.append(Row("CUDA devices", cuda["problem"] or str(cuda["devices"])))
-    if op.get("not_applicable_reason"):
-        rows.append(Row("not needed here", op["not_applicable_reason"]))
-    for name, found in op.get("gpus", {}).items():
-        rows.append(Row(f"GPU {name}", f"{_yes_no(found['runs'])}: {found['how']}", not found["runs"]))
-    if op.get("openmp_runtime"):
-        rows.append(Row("OpenMP runtime", op["openmp_runtime"]))
-    if op.get("error"):
-        rows.append(Row("error", op["error"], True))
-    return rows
-
-
-def _rows_of_build(build: dict[str, Any]) -> list[Row]:
-    if not build:
-        return []
-    if not build.get("built"):
-        return [Row("build", str(build.get("reason", "left out of the build")))]
-    rows = [Row("build", f"{build['compiler']} for {build['machine']}"), Row("flags", " ".join(build["flags"]))]
-    if "targets" in build:
-        rows.append(Row("SIMD targets requested", build["targets_requested"]))
-        rows.append(Row("SIMD targets enabled", " ".join(build["targets"])))
-        rows += [Row("SIMD target dropped", f"{name} ({why})") for name, why in build["targets_dropped"].items()]
-    if "architectures" in build:
-        how = "; all from the oldest's PTX" if build.get("from_one_ptx") else ""
-        wanted = f"{build['architectures_requested']}{how}"
-        rows.append(Row("CUDA architectures", f"{' '.join(build['architectures'])} ({wanted})"))
-        rows.append(Row("nvcc", build["nvcc"]))
-        rows += [Row("CUDA architecture dropped", f"{n} ({why})") for n, why in build["architectures_dropped"].items()]
-    return rows
-
-
-def rows_of_machine(machine: dict[str, Any]) -> list[Row]:
-    """What the report says about versions and hardware, in rows."""
-    labels = {
-        "adamops": "adamops",
-        "python": "Python",
-        "torch": "torch",
-        "threads": "threads of torch",
-        "step_threads": "threads of a step",
-        "tensors": "tensors are read",
-        "platform": "platform",
-        "cpu": "CPU",
-        "cuda_toolkit": "CUDA toolkit",
-        "driver": "NVIDIA driver",
-        "gpus": "GPUs",
-        "backends": "backends of plugins",
-    }
-    rows: list[Row] = []
-    for key, label in labels.items():
-        value = machine[key]
-        if isinstance(value, list):
-            value = ", ".join(value)
-        elif isinstance(value, dict):  # of threads.Threads
-            value = f"{value['number'] or '?'}: {value['why']}"
-        rows.append(Row(label, str(value) if value not in (None, "") else "none"))
-    return rows
-
-
-def rows_of_environment(variables: dict[str, Any]) -> list[Row]:
-    """What the report says about environment variables, in rows."""
-    rows = [Row(name, value) for name, value in variables["set"].items()]
-    rows += [Row("unknown", words, True) for words in variables["unknown"]]
-    return rows + [Row("error", error, True) for error in variables["errors"]]
-
-
-def _cuda_version(number: int) -> str:
-    return f"{number // 1000}.{number % 1000 // 10}"
-
-
-def _yes_no(value: bool) -> str:
-    return "yes" if value else "no"
-
-
-def _verdict(report: dict[str, Any]) -> str:
-    if report["ok"]:
-        return "All ops are natively available."
-    bad = [op["name"] for op in report["ops"] if not op["ok"]]
-    if report["environment"]["errors"]:
-        bad.append("environment variables")
-    if report["machine"]["threads"] is None:  # torch is missing or broken
-        bad.append("torch")
-    return f"Missing or broken: {', '.join(bad)}."
-
-
-def _print_plain(report: dict[str, Any], write: Callable[[str], Any]) -> None:
-    sections = [(f"op {op['name']}: {'ok' if op['ok'] else 'NOT OK'}", rows_of_op(op)) for op in report["ops"]]
-    if variables := rows_of_environment(report["environment"]):
-        sections.append(("environment", variables))
-    sections.append(("machine", rows_of_machine(report["machine"])))
-    for title, rows in sections:
-        write(f"{title}\n")
-        for label, text, _ in rows:
-            first, *others = text.splitlines() or [""]
-            write(f"  {label + ':':<30}{first}\n".encode("ascii", "backslashreplace").decode())
-            for line in others:
-                write(f"  {'':<30}{line}\n".encode("ascii", "backslashreplace").decode())
-        write("\n")
-    write(f"{_verdict(report)}\n")
-
-
-def _print_rich(report: dict[str, Any]) -> None:
-    from rich.console import Console
-    from rich.panel import Panel
-    from rich.table import Table
-    from rich.text import Text
-
-    console = Console()
-
-    def panel(title: str, rows: list[Row], style: str) -> None:
-        table = Table.grid(padding=(0, 2))
-        table.add_column(style="dim", no_wrap=True)
-        table.add_column(overflow="fold")
-        for row in rows:
-            table.add_row(row.label, Text(row.text, style="red" if row.is_bad else ""))
-        console.print(Panel(table, title=title, title_align="left", border_style=style))
-
-    for op in report["ops"]:
-        mark, style = ("[green]ok[/green]", "green") if op["ok"] else ("[red]not ok[/red]", "red")
-        panel(f"op [bold]{op['name']}[/bold] {mark}", rows_of_op(op), style)
-    if variables := rows_of_environment(report["environment"]):
-        panel("environment", variables, "red" if report["environment"]["errors"] else "blue")
-    panel("machine", rows_of_machine(report["machine"]), "blue")
-    console.print(_verdict(report), style="bold green" if report["ok"] else "bold red")
-
-
 def main(arguments: list[str] | None = None) -> int:
     """Prints the report; returns 0 if the optimizers are natively available, 1 if something is missing or broken."""
-    parser = argparse.ArgumentParser(prog="python -m adamops.report", description=__doc__.splitlines()[0])
+    parser = argparse.ArgumentParser(prog="python -m adamops.report", description=__doc__.partition(":")[0] + ".")
+    parser.add_argument("--verbose", action="store_true", help="print all that is known")
+    parser.add_argument("--check", action="store_true", help="also take steps with both optimizers, and compare bits")
     parser.add_argument("--json", action="store_true", help="print JSON, for machines")
     options = parser.parse_args(arguments)
     with contextlib.redirect_stdout(sys.stderr):  # a plugin may print anything
         report = collect()
+        if options.check:
+            report["check"] = _check()
+            report["ok"] = report["ok"] and all(outcome["ok"] for outcome in report["check"])
     if sys.stdout is not None:  # else it was closed by whoever started this, who wants the exit status
-        _print(report, options.json)
+        _print(report, options)
     return 0 if report["ok"] else 1
 
 
-def _print(report: dict[str, Any], as_json: bool) -> None:
+def _check() -> list[dict[str, Any]]:
+    """How the steps of both optimizers end, as JSON types."""
     try:
-        if as_json:
-            print(json.dumps(report, indent=2))
-        elif sys.stdout.isatty():
-            _print_rich(report)
-        else:
-            _print_plain(report, sys.stdout.write)
+        from . import _smoke_step
+
+        return [outcome._asdict() for outcome in _smoke_step.run()]
+    except Exception as error:  # whatever is broken
+        return [{"name": "steps", "ok": False, "text": in_words(error)}]
+
+
+def _print(report: dict[str, Any], options: argparse.Namespace) -> None:
+    try:
+        for line in [json.dumps(report, indent=2)] if options.json else _lines(report, options.verbose):
+            print(line.encode("ascii", "backslashreplace").decode())
         sys.stdout.flush()
     except BrokenPipeError:  # the reader has seen enough, as `head` does
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # for the flush at exit
+
+
+def _lines(report: dict[str, Any], is_verbose: bool) -> Iterator[str]:
+    # In a file or a pipe, lines are as long as they are, unless COLUMNS says otherwise.
+    is_wide = not sys.stdout.isatty() and "COLUMNS" not in os.environ
+    width = 10_000 if is_wide else max(40, shutil.get_terminal_size().columns)
+    yield from summary(report, width)
+    if is_verbose:
+        yield ""
+        yield from details(report, width)
+    for outcome in report.get("check", []):
+        yield f"{'ok' if outcome['ok'] else 'NOT OK'}  {outcome['name']}: {outcome['text']}"
 
 
 if __name__ == "__main__":

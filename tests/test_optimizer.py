@@ -10,11 +10,13 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from torch.nn import Parameter
 from torch.optim.optimizer import register_optimizer_step_post_hook, register_optimizer_step_pre_hook
 from twins import assert_close, assert_equal, same_grads
 
 import adamops
-from adamops import CPUAdam, DeepSpeedCPUAdam
+from adamops import CPUAdam, DeepSpeedCPUAdam, FusedAdam
+from adamops.optim.backends.torch import TorchBackend
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 SHAPES = [(3,), (17, 5), (4, 3, 2, 2), (), (0,), (1, 1), (1000,)]
@@ -522,3 +524,21 @@ def test_a_step_lets_go_of_the_grads(Adam):
     optimizer.zero_grad()
     gc.collect()
     assert [grad() for grad in grads] == [None] * 3
+
+
+def test_what_a_printed_optimizer_says(cpu_adam):
+    params = [Parameter(torch.ones(3)), Parameter(torch.ones(3).bfloat16())]
+    groups = [{"params": params[:1]}, {"params": params[1:], "master_weight_bits": 24}]
+    lines = repr(DeepSpeedCPUAdam(groups, state_dtype="8bit", adamw_mode=False)).splitlines()
+    assert lines[:4] == [
+        "DeepSpeedCPUAdam (",
+        "Rule: Adam: weight decay added to the grads",
+        "Precision: 8-bit states, no master weights; 8-bit states, 24-bit master weights",
+        f"Updates: cpu by the compiled op cpu_adam ({cpu_adam.target()})",
+    ]
+    assert "Parameter Group 1" in lines
+    slow = DeepSpeedCPUAdam(params, stochastic_rounding=True, fp32_optimizer_states=False)
+    slow._backends = {torch.device("cpu"): TorchBackend()}
+    assert "Precision: states of their param's dtype, no master weights, stochastic rounding\n" in repr(slow)
+    assert "Updates: cpu by pure PyTorch, which is slow\n" in repr(slow)
+    assert "Updates: meta by what the first step loads" in repr(FusedAdam([torch.ones(2, device="meta")]))

@@ -125,6 +125,9 @@ class OffloadedOptimizer(CheckpointedOffload):
         if model is not None:
             self._wait_by_block(model)
 
+    def __repr__(self) -> str:
+        return f"{type(self).__name__}, on the host: {self._inner!r}" if "_inner" in vars(self) else super().__repr__()
+
     # Param groups -----------------------------------------------------------------------------------------------------
 
     @property

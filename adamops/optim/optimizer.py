@@ -23,6 +23,7 @@ from .checkpointed import CheckpointedOptimizer
 from .clip_grad_norm import clip_grad_norm, grad_factor
 from .clipping import ClippedGrads
 from .commit import commit
+from .description import described
 from .dynamo_disabled import dynamo_disabled, unguarded
 from .float_environment import in_default_float_environment
 from .grads import check_not_quantized, with_grads
@@ -113,6 +114,9 @@ class RuleOptimizer(CheckpointedOptimizer):
         check_settings(self.rule, defaults, {}, "")
         super().__init__(params, defaults)
         self._backends: dict[torch.device, Backend] = {_CPU: load_backend(self.rule, _CPU)}
+
+    def __repr__(self) -> str:
+        return described(self, super().__repr__())
 
     @property
     def defaults(self) -> dict[str, Any]:

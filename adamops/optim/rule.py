@@ -173,6 +173,10 @@ class Rule(abc.ABC):
     hyper_names: ClassVar[tuple[str, ...]]
     ops: ClassVar[Mapping[str, str]] = {}
 
+    def __str__(self) -> str:
+        """In words, for those who print an optimizer."""
+        return type(self).__name__
+
     def __init_subclass__(cls, **kwargs: Any) -> None:
         super().__init_subclass__(**kwargs)
         if "settings" in cls.__dict__ and (not cls.settings or cls.settings[0].name != "lr"):

@@ -63,6 +63,9 @@ class AdamRule(Rule):
         self._adamw_mode = adamw_mode
         self._mode = 1.0 if adamw_mode else 0.0
 
+    def __str__(self) -> str:
+        return "AdamW: decoupled weight decay" if self._adamw_mode else "Adam: weight decay added to the grads"
+
     def states_of(self, group: Mapping[str, Any]) -> tuple[State, ...]:
         return self.states if group["amsgrad"] else _WITHOUT_AMSGRAD
 

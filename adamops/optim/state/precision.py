@@ -89,6 +89,18 @@ class Precision:
                 "stochastic_rounding=True goes with no master weights, or with 24-bit ones: wider ones lose nothing"
             )
 
+    def __str__(self) -> str:
+        """In words, for those who print an optimizer."""
+        states = "their param's dtype" if self.state_dtype is None else str(self.state_dtype).removeprefix("torch.")
+        masters = {
+            Master.NONE: "no master weights",
+            Master.FP32: "float32 master weights",
+            Master.REMAINDER_8: "24-bit master weights",
+            Master.REMAINDER_16: "32-bit master weights",
+        }
+        words = ["8-bit states" if self.state_dtype == EIGHT_BIT else f"states of {states}", masters[self.master]]
+        return ", ".join([*words, "stochastic rounding"] if self.stochastic_rounding else words)
+
     def quantizes_states(self, param: Tensor) -> bool:
         """Whether the states of a param are quantized to 8 bits."""
         return self.state_dtype == EIGHT_BIT and param.numel() >= LEAST_QUANTIZED
