@@ -15,6 +15,7 @@ import dataclasses
 import functools
 import gc
 import importlib.metadata
+import importlib.util
 import json
 import os
 import platform
@@ -28,25 +29,26 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from rich import box
-from rich.console import Console
-from rich.table import Table
 from torch import Tensor
 from torch.nn import Parameter
 from torch.optim import Optimizer
 
 from . import __version__, functional, op_builder
+from ._bench_models import MODELS, described
+from ._bench_text import PROBE, draw, header, in_words, lines_of
 from .ops.adam import DeepSpeedCPUAdam
 from .optim.state.precision import DTYPES
 from .report import cpu_name
 from .threads import get_num_threads, set_num_threads
 
-OURS, PROBE = "adamops", "bandwidth probe"
+OURS = "adamops"
 PREFETCH_BYTES = (0, 256, 512, 1024, 2048, 4096)
 HYPER: dict[str, Any] = {"lr": 1e-3, "betas": (0.9, 0.999), "eps": 1e-8, "weight_decay": 0.01}
 
 # Rounds that are not counted: the first creates the states, the second finds them in memory.
 WARMUP_ROUNDS = 2
+
+_PROCESS_BYTES = 500_000_000  # of torch itself, before any case
 
 # Elements in the untimed work before each call; see _as_after_a_backward_pass().
 WARM_ELEMENTS = 2_000_000
@@ -433,6 +435,12 @@ def many_tensors(options: Options) -> Result:
     return time_work(f"1000 x {numel} fp32", work, options, rounds=50, shared=False)
 
 
+def time_model(name: str, options: Options) -> Result:
+    """The params of a real model, in fp32."""
+    work = Work(MODELS[name](), torch.float32, torch.float32)
+    return time_work(described(name), work, options, rounds=15)
+
+
 def functional_call(options: Options) -> Result:
     """adamops.functional beside a step, on the same tensors: a thousand small ones."""
     numel = max(1, min(4000, options.elements // 1000))
@@ -533,7 +541,7 @@ CASES: dict[str, Callable[[Options], Result]] = {
 }
 
 
-# Output ------------------------------------------------------------------------------------------------------------
+# Command line ------------------------------------------------------------------------------------------------------
 
 
 def environment() -> dict[str, Any]:
@@ -554,78 +562,98 @@ def environment() -> dict[str, Any]:
     }
 
 
-def print_environment(console: Console, facts: dict[str, Any]) -> None:
-    """Prints the lines above the table."""
-    console.print(f"[bold]{facts['cpu']}[/], {facts['cores']} cores; SIMD target {facts['simd_target']}")
-    versions = f"adamops {facts['adamops']}, torch {facts['torch']}, DeepSpeed {facts['deepspeed'] or 'not installed'}"
-    console.print(f"{versions}; {facts['threads']} threads; medians of optimizer.step(), in rounds\n")
+def elements_of(name: str, options: Options) -> int:
+    """About how many params a case has."""
+    if name in MODELS:
+        return sum(MODELS[name]())
+    return {"import": 0, "first-step": 20_000, "many-tensors": 4_000_000, "functional": 4_000_000}.get(
+        name, options.elements
+    )
 
 
-def table_of(results: dict[str, Result], terminal: bool) -> Table:
-    """A row for each case and implementation. The last column is our speed relative to that implementation's."""
-    table = Table(box=box.ROUNDED if terminal else None, header_style="bold", pad_edge=terminal)
-    table.add_column("case", no_wrap=True)
-    table.add_column("implementation", no_wrap=True)
-    table.add_column("median ms", justify="right")
-    table.add_column("min ms", justify="right")
-    table.add_column("speed of adamops", justify="right")
-    for name, result in results.items():
-        table.add_row(f"[bold]{result.title}[/]", f"[dim]--cases {name}[/]", "", "", "")
-        for implementation in [*result.times, *result.skipped]:
-            table.add_row("", *_row(result, implementation))
-        table.add_section()
-    return table
+def bytes_needed(cases: Sequence[str], options: Options) -> int:
+    """About how much memory the largest of the cases takes: four fp32 tensors, and what torch's foreach adds."""
+    return _PROCESS_BYTES + max(elements_of(name, options) for name in cases) * (28 if options.peers else 16)
 
 
-def _row(result: Result, name: str) -> tuple[str, str, str, str]:
-    if name in result.skipped:
-        return name, "-", "-", "-"
-    speed = result.speed(name)
-    if name == result.ours:
-        ratio = ""
-    elif name == PROBE:
-        ratio = f"{speed:.3f} of the probe"
-    else:
-        ratio = f"[{'green' if speed >= 1 else 'yellow'}]{speed:.2f} x[/]"
-    return name, f"{result.median(name):.2f}", f"{min(result.times[name]):.2f}", ratio
+def seconds_needed(cases: Sequence[str], options: Options) -> float:
+    """About how long the cases take here, by how fast memory is copied."""
+    source = torch.zeros(2**24)
+    target = torch.zeros_like(source)
+    copy = min(_seconds(lambda: target.copy_(source)) for _ in range(3))
+    per_element = 28 / (8 * 2**24 / copy)  # a step reads 16 bytes and writes 12
+    calls = len(PREFETCH_BYTES) + (5 if options.peers else 1)
+    rounds = WARMUP_ROUNDS + (options.repeat or 15)
+    processes = (options.repeat or 3) * (4 if options.peers else 1) * 3.0  # each imports torch
+    return sum(
+        processes if name in ("import", "first-step") else 2 + rounds * calls * elements_of(name, options) * per_element
+        for name in cases
+    )
 
 
-def print_skipped(console: Console, results: dict[str, Result]) -> None:
-    """Prints which implementations were skipped and why, each reason once."""
-    reasons: dict[tuple[str, str], list[str]] = {}
-    for case, result in results.items():
-        for name, reason in result.skipped.items():
-            reasons.setdefault((name, reason), []).append(case)
-    for (name, reason), cases in reasons.items():
-        console.print(f"- {name} ({', '.join(cases)}): {reason}", markup=False, soft_wrap=True)
+def _seconds(call: Callable[[], object]) -> float:
+    begin = time.perf_counter()
+    call()
+    return time.perf_counter() - begin
 
 
-# Command line ------------------------------------------------------------------------------------------------------
+def plan(cases: Sequence[str], options: Options) -> str:
+    """What a run will take, in words."""
+    memory, seconds = bytes_needed(cases, options), seconds_needed(cases, options)
+    shared = " where nothing else runs, and more where DeepSpeed compiles its op first" if options.peers else ""
+    return (
+        f"{len(cases)} cases: about {in_words(seconds)}{shared}, with up to {memory / 1e9:.1f} GB of memory. "
+        "Ctrl-C keeps what is finished."
+    )
 
 
-def positive(text: str) -> int:
-    """Parses a positive integer, for argparse."""
-    value = int(text) if text.isdigit() else 0
+def count(text: str) -> int:
+    """Parses a positive number, such as 100000000 or 100M, for argparse."""
+    factors = {"K": 10**3, "M": 10**6, "G": 10**9}
+    digits = text[:-1] if text[-1:].upper() in factors else text
+    value = int(digits) if digits.isdigit() else 0
     if value < 1:
-        raise argparse.ArgumentTypeError(f"{text!r} is not a positive integer")
-    return value
+        raise argparse.ArgumentTypeError(f"{text!r} is not a positive integer, such as 100000000 or 100M")
+    return value * factors.get(text[-1:].upper(), 1)
+
+
+def output_file(text: str) -> Path:
+    """A file that can be written, for argparse. It is not changed."""
+    path = Path(text)
+    try:
+        existed = path.exists()
+        with path.open("ab"):
+            pass
+        if not existed:
+            path.unlink()
+    except OSError as error:
+        raise argparse.ArgumentTypeError(f"{text} cannot be written: {error.strerror}") from None
+    return path
 
 
 def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
     """Parses the command line."""
     parser = argparse.ArgumentParser(prog="python -m adamops.bench", description=(__doc__ or "").partition(":")[0])
-    parser.add_argument("--cases", nargs="+", choices=list(CASES), default=list(CASES), metavar="CASE",
+    parser.add_argument("--cases", nargs="+", choices=list(CASES), default=None, metavar="CASE",
                         help=f"which to run: {', '.join(CASES)} (default: all)")  # fmt: skip
-    parser.add_argument("--elements", type=positive, default=100_000_000, help="of the large tensors (default: 100 M)")
-    parser.add_argument("--repeat", type=positive, help="rounds that are counted (default: as suits the case)")
-    parser.add_argument("--threads", type=positive, help="for all implementations (default: adamops.get_num_threads())")
-    parser.add_argument("--json", type=Path, metavar="FILE", help="also write all times there")
+    parser.add_argument("--models", nargs="*", choices=list(MODELS), metavar="MODEL",
+                        help=f"the params of real models: {', '.join(MODELS)} (default: all of these)")  # fmt: skip
+    parser.add_argument("--elements", type=count, default=100_000_000, help="of the large tensors (default: 100M)")
+    parser.add_argument("--repeat", type=count, help="rounds that are counted (default: as suits the case)")
+    parser.add_argument("--threads", type=count, help="for all implementations (default: adamops.get_num_threads())")
+    parser.add_argument("--json", type=output_file, metavar="FILE", help="also write all times there, case by case")
+    parser.add_argument("--plot", type=output_file, metavar="FILE", help="also draw a chart there; needs matplotlib")
     parser.add_argument("--no-peers", action="store_true", help="time only adamops and the bandwidth probe")
-    return parser.parse_args(arguments)
+    args = parser.parse_args(arguments)
+    if args.plot and importlib.util.find_spec("matplotlib") is None:
+        parser.error("--plot needs matplotlib: pip install matplotlib")
+    models = list(MODELS) if args.models == [] else args.models or []
+    args.names = list(dict.fromkeys([*(args.cases or ([] if models else CASES)), *models]))
+    return args
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Runs the benchmark; returns the exit status, which is 1 when the op is not available."""
+    """Runs the benchmark; returns the exit status, which is 1 when the op is not available, 130 after Ctrl-C."""
     args = parse(arguments)
     try:
         op_builder.get("cpu_adam").load()
@@ -634,21 +662,29 @@ def main(arguments: Sequence[str] | None = None) -> int:
         return 1
     use_threads(args.threads or get_num_threads())
     options = Options(args.elements, args.repeat, torch.get_num_threads(), not args.no_peers)
-    terminal = sys.stdout.isatty()
-    console = Console(width=None if terminal else 120, highlight=False)
-    facts = environment()
-    print_environment(console, facts)
-    results = {}
-    for name in dict.fromkeys(args.cases):
-        with Console(stderr=True).status(f"{name} ..."):
-            results[name] = CASES[name](options)
-        gc.collect()  # a reference cycle may keep an optimizer alive, and gigabytes with it
-    console.print(table_of(results, terminal))
-    print_skipped(console, results)
-    if args.json:
-        cases = {name: result.as_json() for name, result in results.items()}
-        args.json.write_text(json.dumps({"environment": facts, "cases": cases}, indent=1) + "\n")
-    return 0
+    report: dict[str, Any] = {"environment": environment(), "cases": {}}
+    show(*header(report["environment"], plan(args.names, options)))
+    status, said = 0, set[str]()
+    try:
+        for name in args.names:
+            is_model = name in MODELS
+            result = time_model(name, options) if is_model else CASES[name](options)
+            case = report["cases"][name] = result.as_json()
+            show(*lines_of(f"--{'models' if is_model else 'cases'} {name}", case, said))
+            if args.json:
+                args.json.write_text(json.dumps(report, indent=1) + "\n")
+            gc.collect()  # a reference cycle may keep an optimizer alive, and gigabytes with it
+    except KeyboardInterrupt:
+        show("", f"Interrupted after {len(report['cases'])} of {len(args.names)} cases.")
+        status = 130
+    if args.plot and report["cases"]:
+        draw(report["cases"], report["environment"], args.plot)
+    return status
+
+
+def show(*lines: str) -> None:
+    """Prints lines at once, also into a pipe."""
+    print(*lines, sep="\n", flush=True)
 
 
 if __name__ == "__main__":

@@ -13,7 +13,7 @@ set -euo pipefail
 cd "$(dirname "$0")/.."
 here=$PWD
 out=$(cd "${1:-dist}" && pwd)
-light=(rich filelock platformdirs pybind11 py-cpuinfo) # what adamops needs besides torch
+light=(filelock platformdirs) # what adamops needs besides torch
 work=$(mktemp -d)
 trap 'rm -rf "$work"' EXIT
 fresh=$work/fresh house=$work/house

@@ -50,8 +50,11 @@ def targets_of(machine: str) -> list[SimdTarget]:
 
 @functools.cache
 def native_cpu_flags() -> frozenset[str]:
-    """The features of this machine's CPU, by py-cpuinfo's names."""
-    import cpuinfo
+    """The features of this machine's CPU, by py-cpuinfo's names. Raises ValueError without that package."""
+    try:
+        import cpuinfo
+    except ImportError:
+        raise ValueError("ADAMOPS_CPU_TARGETS='native' needs py-cpuinfo: pip install py-cpuinfo") from None
 
     return frozenset(cpuinfo.get_cpu_info().get("flags", ()))
 

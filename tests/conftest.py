@@ -21,9 +21,9 @@ if not importlib.util.find_spec("hypothesis"):
 
 # What some files of tests need besides torch and pytest; without it (ci/gpu.sh) the others run all the same.
 NEEDS = {
-    "test_bench.py": ["rich"],
-    "test_packaging.py": ["setuptools", "build", "pybind11", "cpuinfo", "rich", "platformdirs"],
-    "test_op_builder.py": ["setuptools", "cpuinfo", "rich", "platformdirs"],
+    "test_bench.py": ["matplotlib"],
+    "test_packaging.py": ["setuptools", "build", "pybind11", "cpuinfo", "platformdirs"],
+    "test_op_builder.py": ["setuptools", "cpuinfo", "platformdirs"],
     "test_bits.py": ["numpy"],
     "test_layers.py": ["grimp", "importlinter"],
     "test_workflows.py": ["check_jsonschema"],  # which brings ruamel.yaml

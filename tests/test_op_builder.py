@@ -12,7 +12,7 @@ import pytest
 from adamops.op_builder import BuildError, CPUAdamBuilder, OpUnavailableError, build_ext, cache, environment
 from adamops.op_builder.compile import compile_op
 from adamops.op_builder.compiler import Compiler
-from adamops.op_builder.simd import TARGETS, choose_targets, targets_of
+from adamops.op_builder.simd import TARGETS, choose_targets, native_cpu_flags, targets_of
 from setuptools import Distribution
 
 from adamops import op_builder
@@ -24,6 +24,14 @@ def test_get_names_the_ops_there_are():
     assert op_builder.get("cpu_adam") is op_builder.get("cpu_adam")
     with pytest.raises(KeyError, match="no op 'sgd'; there are cpu_adam, fused_adam, torch_adam"):
         op_builder.get("sgd")
+
+
+def test_native_targets_without_py_cpuinfo(monkeypatch):
+    monkeypatch.setitem(sys.modules, "cpuinfo", None)
+    native_cpu_flags.cache_clear()
+    monkeypatch.setenv("ADAMOPS_CPU_TARGETS", "native")
+    with pytest.raises(ValueError, match="ADAMOPS_CPU_TARGETS='native' needs py-cpuinfo: pip install py-cpuinfo"):
+        choose_targets(Compiler.find(), "all")
 
 
 @pytest.mark.smoke
