@@ -1,6 +1,6 @@
-"""Trains a character-level transformer on Python's own documentation, with torch.optim.AdamW and with DeepSpeedCPUAdam.
+"""Trains a character-level transformer on Python's own documentation, with optimizers of torch and of adamops in turns.
 
-Must know nothing of adamops but its optimizer. Exits with status 1 if the loss curves disagree or a model learnt too
+Must know nothing of adamops but its optimizers. Exits with status 1 if the loss curves disagree or a model learnt too
 little.
 """
 
@@ -10,31 +10,38 @@ import argparse
 import dataclasses
 import math
 import platform
+import random
 import statistics
 import sys
 import time
-from collections.abc import Callable, Iterable
+from collections.abc import Callable
 from pathlib import Path
 from pydoc_data.topics import topics
+from typing import Any
 
 import torch
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 from rich.table import Table
 from torch import Tensor, nn
+from torch.func import functional_call
 from torch.nn import functional as F
 from torch.optim import Optimizer
 
-from adamops import DeepSpeedCPUAdam
+import adamops
 
 SEED = 20240607
 LEARNING_RATE, WEIGHT_DECAY, WARMUP_STEPS = 2e-3, 0.01, 40
 
-# Both runs do the same arithmetic except for rounding in the optimizer, which training amplifies. Over the last tenth
-# of the steps, the losses may differ by this relative amount on average, and each must fall below this part of its
-# first value.
-AGREEMENT = 0.02
+# The runs do the same arithmetic except for rounding, which training amplifies. Over the last tenth of the steps,
+# losses may differ from those of the first run by this relative amount on average; and each must fall below this part
+# of its first value.
+AGREEMENT, AGREEMENT_16_BIT = 0.02, 0.06
 LEARNT = 0.75
+
+NEXT = """
+Next: change torch.optim.AdamW to adamops.AdamW in your own code; python -m adamops.bench times both here;
+docs/low-precision.md has the options of the last run."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -50,10 +57,24 @@ class Size:
 
 SIZE = Size(context=96, batch=24, width=128, heads=4, blocks=4)
 
-Optimizers = dict[str, Callable[[Iterable[nn.Parameter]], Optimizer]]
-OPTIMIZERS: Optimizers = {
-    "torch.optim.AdamW": lambda params: torch.optim.AdamW(params, lr=LEARNING_RATE, weight_decay=WEIGHT_DECAY),
-    "DeepSpeedCPUAdam": lambda params: DeepSpeedCPUAdam(params, lr=LEARNING_RATE, weight_decay=WEIGHT_DECAY),
+
+@dataclasses.dataclass(frozen=True)
+class Kind:
+    """How a run trains: an optimizer's class and settings, the dtype of the params, and the color of its curves."""
+
+    optimizer: Callable[..., Optimizer]
+    settings: dict[str, Any]
+    color: str
+    dtype: torch.dtype = torch.float32
+
+
+KINDS = {
+    "torch.optim.AdamW": Kind(torch.optim.AdamW, {}, "#d9822b"),
+    "torch.optim.AdamW, fused": Kind(torch.optim.AdamW, {"fused": True}, "#b5382a"),
+    "adamops.AdamW": Kind(adamops.AdamW, {}, "#1f4e79"),
+    "adamops, bf16, 8-bit states, 24-bit masters": Kind(
+        adamops.DeepSpeedCPUAdam, {"state_dtype": "8bit", "master_weight_bits": 24}, "#2a9d8f", torch.bfloat16
+    ),
 }
 
 
@@ -118,12 +139,51 @@ class Text:
         return windows[:, :-1], windows[:, 1:]
 
 
-@dataclasses.dataclass
 class Run:
-    """The results of one training run: the loss of each step, and the milliseconds of each optimizer.step()."""
+    """A model and its optimizer, whose initial weights and batches depend only on SEED.
 
-    losses: list[float] = dataclasses.field(default_factory=list)
-    step_ms: list[float] = dataclasses.field(default_factory=list)
+    Attributes
+    ----------
+    losses, step_ms
+        The loss of each step, and the milliseconds of each optimizer.step().
+    """
+
+    def __init__(self, kind: Kind, text: Text, steps: int) -> None:
+        torch.manual_seed(SEED)
+        self.text, self.kind = text, kind
+        self.model = CharTransformer(text.vocabulary).to(kind.dtype)
+        self.batches = torch.Generator().manual_seed(SEED)
+        settings = {"lr": LEARNING_RATE, "weight_decay": WEIGHT_DECAY, **kind.settings}
+        self.optimizer = kind.optimizer(self.model.parameters(), **settings)
+        self.schedule = torch.optim.lr_scheduler.LambdaLR(self.optimizer, lambda step: rate_factor(step, steps))
+        self.losses: list[float] = []
+        self.step_ms: list[float] = []
+
+    def step(self) -> None:
+        """Trains on a batch. Whatever the dtype of the params, the model computes in float32."""
+        inputs, targets = self.text.batch(self.batches)
+        params = {name: param.float() for name, param in self.model.named_parameters()}
+        loss = F.cross_entropy(functional_call(self.model, params, inputs).flatten(0, 1), targets.flatten())
+        self.optimizer.zero_grad()
+        loss.backward()
+        nn.utils.clip_grad_norm_(self.model.parameters(), 1.0)
+        start = time.perf_counter()
+        self.optimizer.step()
+        self.step_ms.append(1e3 * (time.perf_counter() - start))
+        self.schedule.step()
+        self.losses.append(loss.item())
+
+    def bytes_per_param(self) -> float:
+        """Bytes of params, grads and all that the optimizer keeps."""
+        params = list(self.model.parameters())
+        kept = [value for state in self.optimizer.state.values() for value in state.values()]
+        tensors = [*params, *(param.grad for param in params), *(value for value in kept if isinstance(value, Tensor))]
+        size = sum(tensor.numel() * tensor.element_size() for tensor in tensors if tensor is not None)
+        return size / sum(param.numel() for param in params)
+
+    def median_ms(self) -> float:
+        """The median time of a step, without the first ones, which make the states."""
+        return statistics.median(self.step_ms[2:])
 
     def end(self) -> list[float]:
         """The losses of the last tenth of the steps."""
@@ -140,65 +200,34 @@ def rate_factor(step: int, steps: int) -> float:
     return warm * (0.55 + 0.45 * math.cos(math.pi * step / steps))
 
 
-def train(
-    make_optimizer: Callable[[Iterable[nn.Parameter]], Optimizer],
-    text: Text,
-    steps: int,
-    on_step: Callable[[float], None],
-) -> Run:
-    """Trains a new model, whose initial weights and batches depend only on SEED. `on_step` gets each step's loss."""
-    torch.manual_seed(SEED)
-    model = CharTransformer(text.vocabulary)
-    batches = torch.Generator().manual_seed(SEED)
-    optimizer = make_optimizer(model.parameters())
-    schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: rate_factor(step, steps))
-    run = Run()
-    for _ in range(steps):
-        inputs, targets = text.batch(batches)
-        loss = F.cross_entropy(model(inputs).flatten(0, 1), targets.flatten())
-        optimizer.zero_grad()
-        loss.backward()
-        nn.utils.clip_grad_norm_(model.parameters(), 1.0)
-        start = time.perf_counter()
-        optimizer.step()
-        run.step_ms.append(1e3 * (time.perf_counter() - start))
-        schedule.step()
-        run.losses.append(loss.item())
-        on_step(run.losses[-1])
-    return run
-
-
 def train_all(text: Text, steps: int, console: Console) -> dict[str, Run]:
-    """One run per optimizer, each with a progress bar."""
-    columns = (TextColumn("{task.description:18}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
-    with Progress(*columns, TextColumn("loss {task.fields[loss]:.3f}"), console=console) as progress:
-        tasks = {name: progress.add_task(name, total=steps, loss=math.nan, start=False) for name in OPTIMIZERS}
-        runs = {}
-        for name, task in tasks.items():
-            progress.start_task(task)
-            runs[name] = train(
-                OPTIMIZERS[name], text, steps, lambda loss, task=task: progress.update(task, advance=1, loss=loss)
-            )
+    """All runs, step by step in turns of random order, so that no load on the machine falls on one of them."""
+    runs = {name: Run(kind, text, steps) for name, kind in KINDS.items()}
+    order = random.Random(SEED)
+    columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
+    with Progress(*columns, TextColumn("{task.fields[losses]}"), console=console) as progress:
+        task = progress.add_task(f"{len(runs)} runs in turns", total=steps, losses="")
+        for _ in range(steps):
+            for run in order.sample(list(runs.values()), len(runs)):
+                run.step()
+            losses = " ".join(f"{run.losses[-1]:.3f}" for run in runs.values())
+            progress.update(task, advance=1, losses=f"losses {losses}")
     return runs
 
 
-def disagreement(runs: dict[str, Run]) -> float:
+def disagreement(run: Run, first: Run) -> float:
     """The mean relative difference between the losses over the last tenth of the steps."""
-    first, second = (run.end() for run in runs.values())
-    return statistics.fmean(abs(a - b) / max(abs(a), 1e-9) for a, b in zip(first, second, strict=True))
+    return statistics.fmean(abs(a - b) / max(abs(a), 1e-9) for a, b in zip(first.end(), run.end(), strict=True))
 
 
 def print_summary(runs: dict[str, Run], console: Console) -> None:
-    """Prints both runs side by side."""
-    table = Table("", *runs, title="Loss and time of optimizer.step()", title_justify="left")
-    rows: dict[str, Callable[[Run], str]] = {
-        "first loss": lambda run: f"{run.losses[0]:.4f}",
-        "last loss": lambda run: f"{run.losses[-1]:.4f}",
-        "mean of last tenth": lambda run: f"{run.final_loss():.4f}",
-        "step, median ms": lambda run: f"{statistics.median(run.step_ms):.3f}",
-    }
-    for title, value in rows.items():
-        table.add_row(title, *(value(run) for run in runs.values()))
+    """Prints the runs below each other."""
+    first = next(iter(runs.values())).median_ms()
+    table = Table("", "loss", "step, ms", "speed", "bytes a param", box=None)
+    for name, run in runs.items():
+        speed, size = f"{first / run.median_ms():.1f} x", f"{run.bytes_per_param():.1f}"
+        table.add_row(name, f"{run.final_loss():.3f}", f"{run.median_ms():.2f}", speed, size)
+    table.columns[0].no_wrap = True
     for column in table.columns[1:]:
         column.justify = "right"
     console.print(table)
@@ -212,55 +241,71 @@ def smoothed(values: list[float]) -> list[float]:
 
 
 def plot(runs: dict[str, Run], path: Path) -> None:
-    """Plots both loss curves and, next to them, the optimizers' step times."""
+    """Plots the loss curves, and next to them the step times and the memory."""
     import matplotlib
 
     matplotlib.use("Agg")
     from matplotlib import pyplot
 
     pyplot.rcParams.update({"font.size": 11, "axes.spines.top": False, "axes.spines.right": False})
-    figure, (curves, bars) = pyplot.subplots(1, 2, figsize=(11, 4.8), width_ratios=(3, 1), layout="constrained")
-    styles = {"color": "#d9822b", "linewidth": 4, "alpha": 0.55}, {"color": "#1f4e79", "linewidth": 1.6}
-    for (name, run), style in zip(runs.items(), styles, strict=True):
+    figure, (curves, times, sizes) = pyplot.subplots(
+        1, 3, figsize=(14, 5), width_ratios=(2.4, 1, 1), layout="constrained"
+    )
+    figure.suptitle("adamops beside torch.optim.AdamW: same start, same batches, steps in turns", x=0.01, ha="left")
+    for i, run in enumerate(runs.values()):
         steps = range(1, len(run.losses) + 1)
-        curves.plot(steps, run.losses, color=style["color"], linewidth=0.6, alpha=0.25)
-        curves.plot(steps, smoothed(run.losses), label=f"{name} (ends at {run.final_loss():.3f})", **style)
-    curves.set(xlabel="step", ylabel="cross-entropy, nats per character", xlim=(0, len(steps)))
-    curves.set_title("Same start, same batches", loc="left")
+        width = 1.4 + 1.6 * (len(runs) - 1 - i)  # later curves lie on earlier ones
+        curves.plot(steps, smoothed(run.losses), color=run.kind.color, linewidth=width, alpha=0.8)
+    curves.legend([f"{name}: {run.final_loss():.3f}" for name, run in runs.items()], frameon=False, fontsize=10)
+    curves.set(xlabel="step", ylabel="loss: cross-entropy, nats per character", xlim=(0, len(steps)))
+    curves.set_title("Loss, and its mean at the end", loc="left")
     curves.grid(alpha=0.25)
-    curves.legend(frameon=False)
 
-    medians = [statistics.median(run.step_ms) for run in runs.values()]
-    drawn = bars.bar(["torch.optim\nAdamW", "DeepSpeed\nCPUAdam"], medians, color=["#e9b684", "#1f4e79"], width=0.6)
-    bars.bar_label(drawn, labels=[f"{median:.2f} ms" for median in medians], padding=3)
-    bars.set_title("Median step time", loc="left")
-    bars.margins(x=0.12, y=0.1)
-    bars.set_yticks([])
-    bars.spines["left"].set_visible(False)
+    colors = [run.kind.color for run in runs.values()]
+    names = ["torch", "torch\nfused", "adamops", "adamops\nbf16, 8-bit"]
+    bars(times, "optimizer.step(), ms", names, [run.median_ms() for run in runs.values()], colors, "{:.2f}")
+    memory = [run.bytes_per_param() for run in runs.values()]
+    bars(sizes, "Bytes a param, with grads", names, memory, colors, "{:.1f}")
     path.parent.mkdir(parents=True, exist_ok=True)
     figure.savefig(path, dpi=140)
 
 
+def bars(axes: Any, title: str, names: list[str], values: list[float], colors: list[str], shown: str) -> None:
+    drawn = axes.bar(names, values, color=colors, width=0.65)
+    axes.bar_label(drawn, labels=[shown.format(value) for value in values], padding=3)
+    axes.set_title(title, loc="left")
+    axes.margins(x=0.08, y=0.1)
+    axes.tick_params(axis="x", labelsize=9)
+    axes.set_yticks([])
+    axes.spines["left"].set_visible(False)
+
+
 def verdict(runs: dict[str, Run], console: Console) -> bool:
     """Prints whether the curves agree and the models learnt; returns whether both hold."""
-    difference = disagreement(runs)
-    agree = difference < AGREEMENT
-    console.print(
-        f"Over the last tenth the losses differ by {difference:.1e} of their size (allowed: {AGREEMENT:g}): "
-        + ("the curves agree." if agree else "[bold red]THE CURVES DO NOT AGREE.[/]")
-    )
-    learnt = True
+    is_good = True
+    first = next(iter(runs.values()))
     for name, run in runs.items():
+        allowed = AGREEMENT if run.kind.dtype == torch.float32 else AGREEMENT_16_BIT
+        difference = disagreement(run, first)
+        if not difference < allowed:
+            console.print(
+                f"[bold red]{name}: the losses at the end differ by {difference:.1%}[/] (allowed: {allowed:.0%})"
+            )
+            is_good = False
         if not run.final_loss() < LEARNT * run.losses[0]:
             console.print(f"[bold red]{name} has not learnt:[/] {run.losses[0]:.3f} -> {run.final_loss():.3f}")
-            learnt = False
-    return agree and learnt
+            is_good = False
+    if is_good:
+        console.print(
+            f"All learn alike: losses at the end differ by less than {AGREEMENT:.0%} ({AGREEMENT_16_BIT:.0%} in bf16)."
+        )
+    return is_good
 
 
 def main() -> int:
     """Trains, compares, prints and plots; returns the exit status."""
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
-    parser.add_argument("--steps", type=int, default=500, help="of each run (default: 500)")
+    parser.add_argument("--steps", type=int, default=400, help="of each run (default: 400)")
     default_output = Path(__file__).resolve().parent.parent / "demo_output"
     parser.add_argument("--output", type=Path, default=default_output, help="the folder of the plot")
     args = parser.parse_args()
@@ -277,10 +322,12 @@ def main() -> int:
     )
     runs = train_all(text, args.steps, console)
     print_summary(runs, console)
-    path = args.output / "loss_curves.png"
+    path = args.output / "adamops.png"
     plot(runs, path)
-    console.print(f"Plot: {path}", soft_wrap=True)
-    return 0 if verdict(runs, console) else 1
+    is_good = verdict(runs, console)
+    console.print(f"Picture: {path}", soft_wrap=True)
+    console.print(NEXT, soft_wrap=True)
+    return 0 if is_good else 1
 
 
 if __name__ == "__main__":
