@@ -19,14 +19,20 @@ from torch import Tensor
 from .optim.checkpoint.saving import without_quantized
 from .optim.optimizer import RuleOptimizer
 from .optim.rule import State
-from .optim.state.precision import SCALES, names_of
+from .optim.state.precision import REMAINDER, SCALES, names_of
 from .optim.state.quantization import QUANTIZATION_BLOCK
 from .optim.state.quantized_states import dequantized_states, is_quantized, quantized_states
+from .optim.state.remainders import join
 
 _ELASTIC = (
     'with "elastic_checkpoint" DeepSpeed could not load this again: it wants a step count in param groups, which only '
     "its own FusedAdam has, and would lose the scales of 8-bit states. Leave it out: "
     "python -m adamops.deepspeed -m deepspeed.checkpoint.ds_to_universal converts checkpoints for any world size"
+)
+# Where files of ZeRO-1 and 2, and of ZeRO-3, have the optimizer's state dict, and its params.
+_NAMES_IN_FILES = (
+    ("base_optimizer_state", "single_partition_of_fp32_groups"),
+    ("optimizer_state_dict", "fp32_flat_groups"),
 )
 _SWAPPED = "8-bit states that DeepSpeed keeps on NVMe cannot be read or written from outside; use float32 states"
 
@@ -78,9 +84,16 @@ def install(states: tuple[State, ...]) -> None:
     if _installed:
         return
     _installed = True
-    for wrap in (_wrap_fragments, _wrap_partitions, _wrap_offloading, _wrap_loading, _refuse_elastic_checkpoints):
+    wraps: list[Callable[[], None]] = [
+        functools.partial(_wrap_fragments, states),
+        functools.partial(_wrap_partitions, states),
+        _wrap_offloading,
+        functools.partial(_wrap_loading, states),
+        _refuse_elastic_checkpoints,
+    ]
+    for wrap in wraps:
         try:
-            wrap(states)
+            wrap()
         except (ImportError, AttributeError) as error:
             warnings.warn(
                 f"adamops cannot teach this DeepSpeed to read 8-bit states ({error}): do not read or set them by "
@@ -177,7 +190,7 @@ def _wrap_partitions(states: tuple[State, ...]) -> None:
     _wrap(Stage3, "set_local_hp_param", write)
 
 
-def _wrap_offloading(states: tuple[State, ...]) -> None:
+def _wrap_offloading() -> None:
     """ZeRO-3 offloads states only for DeepSpeed's own FusedAdam, although it uses nothing of it but `state`."""
     from deepspeed.ops.adam import FusedAdam
     from deepspeed.runtime.zero.stage3 import DeepSpeedZeroOptimizer_Stage3 as Stage3
@@ -222,7 +235,7 @@ def _wrap_loading(states: tuple[State, ...]) -> None:
 
     def load(original: Callable[..., None]) -> Callable[..., None]:
         def load_hp_checkpoint_state_from_checkpoint_dir(self: Any, lp_groups_name: str, *rest: Any) -> None:
-            _refuse_amsgrad(self.optimizer)
+            _refuse_missing_states(self)
             original(self, lp_groups_name, *rest)
             if isinstance(self.optimizer, RuleOptimizer):
                 _adopt_states(self.optimizer)
@@ -234,7 +247,7 @@ def _wrap_loading(states: tuple[State, ...]) -> None:
 
     def load_stage3(original: Callable[..., None]) -> Callable[..., None]:
         def load_hp_checkpoint_state_from_checkpoint_dir_stage3(self: Any, *arguments: Any) -> None:
-            _refuse_amsgrad(self.optimizer)
+            _refuse_missing_states(self)
             original(self, *arguments)
             if isinstance(self.optimizer, RuleOptimizer):
                 self._set_fp32_optimizer_param_groups()
@@ -247,13 +260,22 @@ def _wrap_loading(states: tuple[State, ...]) -> None:
     _wrap(Stage3, "load_hp_checkpoint_state_from_checkpoint_dir_stage3", load_stage3)
 
 
-def _refuse_amsgrad(optimizer: Any) -> None:
-    """Raises NotImplementedError for our optimizers with amsgrad: a universal checkpoint lacks one of its states."""
-    if isinstance(optimizer, RuleOptimizer) and any(group.get("amsgrad") for group in optimizer.param_groups):
-        raise NotImplementedError(
-            "DeepSpeed's universal checkpoints do not hold max_exp_avg_sq, so they cannot be loaded with amsgrad=True; "
-            "load an ordinary checkpoint"
-        )
+def _refuse_missing_states(zero: Any) -> None:
+    """Raises NotImplementedError if ZeRO's optimizer is ours and has tensors that universal checkpoints lack."""
+    optimizer = zero.optimizer
+    if not isinstance(optimizer, RuleOptimizer):
+        return
+    steps_16_bit = getattr(zero, "master_weights_and_grads_dtype", torch.float32) != torch.float32
+    missing = {
+        "max_exp_avg_sq": ("amsgrad=True", any(group.get("amsgrad") for group in optimizer.param_groups)),
+        "remainders": ("master_weight_bits", steps_16_bit and optimizer._precision.master),
+    }
+    for tensors, (setting, is_used) in missing.items():
+        if is_used:
+            raise NotImplementedError(
+                f"DeepSpeed's universal checkpoints do not hold {tensors}, so they cannot be loaded with {setting}; "
+                "load an ordinary checkpoint"
+            )
 
 
 def _adopt_states(optimizer: RuleOptimizer) -> None:
@@ -264,7 +286,7 @@ def _adopt_states(optimizer: RuleOptimizer) -> None:
     optimizer.load_state_dict(optimizer.state_dict())
 
 
-def _refuse_elastic_checkpoints(states: tuple[State, ...]) -> None:
+def _refuse_elastic_checkpoints() -> None:
     from deepspeed.runtime.zero.stage_1_and_2 import DeepSpeedZeroOptimizer
 
     def check(original: Callable[..., Any]) -> Callable[..., Any]:
@@ -280,15 +302,24 @@ def _refuse_elastic_checkpoints(states: tuple[State, ...]) -> None:
 
 
 def dequantized(loaded: Any, states: tuple[State, ...]) -> Any:
-    """The contents of one of DeepSpeed's ZeRO state files, with 8-bit states dequantized to float32."""
+    """The contents of one of DeepSpeed's ZeRO state files, with 8-bit states and split masters in float32."""
     optimizer = loaded.get("optimizer_state_dict") if isinstance(loaded, dict) else None
     if not isinstance(optimizer, dict):
         return loaded
-    for name in ("base_optimizer_state", "optimizer_state_dict"):  # ZeRO-1 and 2; ZeRO-3
-        base = optimizer.get(name)
+    for name, masters in _NAMES_IN_FILES:
+        base, params = optimizer.get(name), optimizer.get(masters)
         if isinstance(base, dict) and isinstance(base.get("state"), dict):
             base["state"] = {key: without_quantized(entry, states) for key, entry in base["state"].items()}
+            if isinstance(params, list):
+                optimizer[masters] = [_joined(param, base["state"].get(i)) for i, param in enumerate(params)]
     return loaded
+
+
+def _joined(param: Tensor, state: Any) -> Tensor:
+    """The float32 master of a flat 16-bit param without padding; of any other, the param itself."""
+    if not isinstance(state, dict) or REMAINDER not in state:
+        return param
+    return join(param.detach(), state[REMAINDER][: param.numel()])
 
 
 @contextmanager

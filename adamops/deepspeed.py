@@ -22,6 +22,7 @@ from torch import Tensor
 
 from . import op_builder
 from ._deepspeed_children import PatchedChildren
+from ._deepspeed_config import read_settings, take_16_bit_masters
 from .ops.adam import DeepSpeedCPUAdam, FusedAdam
 from .ops.adam.adam import AdamRule, adam_settings
 from .ops.adam.adam_optimizer import AdamOptimizer
@@ -255,7 +256,8 @@ def patch(*, shm_comm: bool = False) -> Patch:
 
     ZeRO accepts the classes of adamops as client optimizers, offloaded or not, whatever the config says about untested
     optimizers. Accelerate does not replace them. A config whose optimizer has one of adamops' settings among its params
-    (``"state_dtype": "8bit"``) gets the class of adamops instead of DeepSpeed's.
+    (``"state_dtype": "8bit"``) gets the class of adamops instead of DeepSpeed's. ZeRO accepts them with
+    ``bf16_master_weights_and_grads`` too.
 
     A second call changes nothing, and neither does undoing its result. Call it in each process that trains, before
     ``deepspeed.initialize()``. Processes that multiprocessing spawns afterwards, such as SuperOffload's, are patched
@@ -300,7 +302,8 @@ def patch(*, shm_comm: bool = False) -> Patch:
         else:
             new.left[fused_builder.NAME] = reason
         _accept_as_client_optimizers(new)
-        _read_settings_of_configs(new)
+        read_settings(new.set_attribute)
+        take_16_bit_masters(new.set_attribute)
         _keep_under_accelerate(new)
         _convert_quantized_states(new)
         new.enable(PatchedChildren("adamops.deepspeed", shm_comm=shm_comm))
@@ -384,44 +387,6 @@ def _accept_as_client_optimizers(new: Patch) -> None:
 
     if hasattr(DeepSpeedEngine, "zero_force_ds_cpu_optimizer"):
         forces = new.set_attribute(DeepSpeedEngine, "zero_force_ds_cpu_optimizer", zero_force_ds_cpu_optimizer)
-
-
-# Settings of a config's optimizer that DeepSpeed's classes do not have, with which ours are created instead.
-_OF_STATES = ("state_dtype", "amsgrad")
-_OF_16_BIT_PARAMS = ("master_weight_bits", "stochastic_rounding", "stochastic_rounding_seed")
-_DTYPES = {"float32": torch.float32, "fp32": torch.float32, "bfloat16": torch.bfloat16, "bf16": torch.bfloat16}
-
-
-def _read_settings_of_configs(new: Patch) -> None:
-    """Makes the engine create our classes where a config has settings of theirs."""
-    from deepspeed.runtime.engine import DeepSpeedEngine
-
-    def get_optimizer_configuration(
-        engine: Any, parameters: dict[str, Any], adam_w_mode: bool, *arguments: Any, **named: Any
-    ) -> tuple[Any, dict[str, Any]]:
-        ours = {name: parameters.pop(name) for name in (*_OF_STATES, *_OF_16_BIT_PARAMS) if name in parameters}
-        theirs, settings = original(engine, parameters, adam_w_mode, *arguments, **named)
-        if not ours or theirs is None or issubclass(theirs, (torch.optim.Adam, torch.optim.AdamW)):
-            return theirs, settings | ours
-        cls = {"DeepSpeedCPUAdam": DeepSpeedCPUAdam, "FusedAdam": FusedAdam}.get(theirs.__name__)
-        if cls is None:
-            raise ValueError(f"The config's optimizer has {_listed(ours)}, which {theirs.__name__} does not have")
-        unused = [name for name in _OF_16_BIT_PARAMS if ours.get(name)]
-        if unused and (engine.zero_optimization() or engine.fp16_enabled() or engine.bfloat16_enabled()):
-            raise ValueError(
-                f"The config's optimizer has {_listed(unused)}, for 16-bit params, which get DeepSpeed's own "
-                "float32 master weights here; leave it out"
-            )
-        if isinstance(ours.get("state_dtype"), str):
-            ours["state_dtype"] = _DTYPES.get(ours["state_dtype"].removeprefix("torch."), ours["state_dtype"])
-        return cls, settings | ours
-
-    if hasattr(DeepSpeedEngine, "get_optimizer_configuration"):
-        original = new.set_attribute(DeepSpeedEngine, "get_optimizer_configuration", get_optimizer_configuration)
-
-
-def _listed(names: Any) -> str:
-    return ", ".join(map(repr, names))
 
 
 def _keep_under_accelerate(new: Patch) -> None:

@@ -16,6 +16,7 @@ import deepspeed
 import torch
 from deepspeed.checkpoint import ds_to_universal
 from deepspeed.ops.op_builder import CPUAdamBuilder, FusedAdamBuilder
+from deepspeed.runtime.base_optimizer import ZeROOptimizer
 from deepspeed.runtime.engine import DeepSpeedEngine
 from deepspeed.runtime.zero.utils import ZERO_SUPPORTED_OPTIMIZERS
 
@@ -45,6 +46,7 @@ def everything():
         list(ZERO_SUPPORTED_OPTIMIZERS),
         DeepSpeedEngine.zero_force_ds_cpu_optimizer,
         DeepSpeedEngine.get_optimizer_configuration,
+        ZeROOptimizer._configure_master_weights,
         ds_to_universal.main,
         dict(multiprocessing.current_process()._config).keys(),
         dict(deepspeed.ops.__compatible_ops__),
@@ -104,14 +106,24 @@ class Engine:
 
     zenflow = False
 
-    def __init__(self, offloaded=True, zero=False, bf16=False):
-        self.offloaded, self.zero, self.bf16 = offloaded, zero, bf16
+    def __init__(self, offloaded=True, stage=0, bf16=False, masters=False, states=False, grads=torch.bfloat16):
+        self.offloaded, self.stage, self.bf16 = offloaded, stage, bf16
+        self.masters, self.states, self.grads = masters, states, grads
 
     def zero_use_cpu_optimizer(self):
         return self.offloaded
 
+    def zero_cpu_offload(self):
+        return self.offloaded
+
     def zero_optimization(self):
-        return self.zero
+        return self.stage > 0
+
+    def zero_optimization_stage(self):
+        return self.stage
+
+    def get_data_types(self):
+        return torch.bfloat16, self.grads
 
     def bfloat16_enabled(self):
         return self.bf16
@@ -119,8 +131,11 @@ class Engine:
     def fp16_enabled(self):
         return False
 
+    def bf16_master_weights_and_gradients(self):
+        return self.masters
+
     def bf16_optimizer_states(self):
-        return False
+        return self.states
 
 
 def configured(engine, **parameters):
@@ -147,12 +162,24 @@ def test_a_config_with_our_settings_makes_our_classes(offloaded, cls, state_dtyp
 
 def test_settings_without_effect_or_without_sense_are_refused():
     with patch():
-        for engine in (Engine(zero=True), Engine(bf16=True)):
+        has_bf16_optimizer = Engine(offloaded=False, stage=1, bf16=True, masters=True, grads=torch.float32)
+        for engine in (Engine(stage=2), Engine(bf16=True), has_bf16_optimizer):
             with pytest.raises(ValueError, match="'master_weight_bits', for 16-bit params, .* leave it out"):
                 configured(engine, master_weight_bits=24)
             configured(engine, state_dtype="8bit", stochastic_rounding=False)
         with pytest.raises(ValueError, match="Invalid state_dtype: float8; expected"):
             configured(Engine(), state_dtype="float8")
+
+
+@pytest.mark.parametrize("offloaded", [True, False])
+@pytest.mark.parametrize("states", [True, False])
+def test_bfloat16_masters_take_our_settings(offloaded, states):
+    with patch():
+        engine = Engine(offloaded, stage=2, bf16=True, masters=True, states=states)
+        precision = configured(engine, master_weight_bits=24)._precision
+        assert precision.master.dtype == torch.int8
+        assert precision.state_dtype == (torch.bfloat16 if states else torch.float32)
+        assert configured(engine, state_dtype="8bit", stochastic_rounding=True)._precision.state_dtype == "8bit"
 
 
 def test_a_config_that_asks_for_torchs_class_gets_it():
