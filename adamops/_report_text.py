@@ -193,5 +193,6 @@ def details(report: dict[str, Any], width: int) -> Iterator[str]:
 def _wrapped(text: str, begin: str, width: int) -> Iterator[str]:
     """A line, or several if it is longer than the width; those after the first are indented."""
     indent = " " * (len(begin) if len(begin) < width // 2 else 6)
-    as_they_are = {"break_on_hyphens": False, "break_long_words": False, "replace_whitespace": False}
-    yield from textwrap.wrap(begin + text, width, subsequent_indent=indent, **as_they_are) or [begin.rstrip()]
+    wrapper = textwrap.TextWrapper(width, subsequent_indent=indent, replace_whitespace=False)
+    wrapper.break_on_hyphens = wrapper.break_long_words = False  # paths and flags stay whole
+    yield from wrapper.wrap(begin + text) or [begin.rstrip()]

@@ -43,7 +43,7 @@ class InOrder:
         pass
 
     def pinned(self, size):
-        return torch.empty(size, dtype=torch.uint8)
+        return torch.empty(size, dtype=torch.uint8, device="cpu")
 
 
 DEVICES = ["stand-in", "in order"]

@@ -1,11 +1,13 @@
 """What may go wrong around offloading: settings and params that others write, errors, other owners, ends."""
 
+import contextlib
 import copy
 import gc
 import io
 import multiprocessing
 import pickle
 import re
+import signal
 import subprocess
 import sys
 import time
@@ -28,12 +30,14 @@ from offload_twins import (
     small_model,
 )
 from torch import nn
+from torch.distributed.checkpoint.state_dict import get_optimizer_state_dict
 from torch.distributed.fsdp import fully_shard
 from torch.nn.parallel import DistributedDataParallel
 from torch.optim.lr_scheduler import LambdaLR
 
 import adamops
-from adamops import DeepSpeedCPUAdam, OffloadedAdam
+from adamops import DeepSpeedCPUAdam, OffloadedAdam, step_in_backward
+from adamops.offload.device import CudaDevice
 from adamops.offload.host_stand_in import HostStandIn
 from adamops.offload.pinned import _parts
 
@@ -184,6 +188,76 @@ def test_params_that_are_no_longer_alike_are_an_error(device, change, seed):
         ours.step()
 
 
+def test_memory_that_has_the_address_of_the_former(device, seed):
+    """An allocator gives freed memory again, so param.data may have other values at the same place."""
+    model, twin, ours, theirs = twins(device, lr=0.1, model=None)
+    for _ in range(20):
+        for each in (model, twin):
+            for param in each.parameters():
+                param.data = param.data * 0.5
+                param.data = param.data * 0.5
+        grads_for(model, twin)
+        ours.step()
+        theirs.step()
+        assert_same_params(model, twin)
+
+
+# Grads ------------------------------------------------------------------------------------------------------------
+
+
+def test_a_grad_that_is_set_replaces_what_was_sent(device, seed):
+    model, twin, ours, theirs = twins(device)
+    grads_for(model, twin)
+    for each in (model, twin):
+        each[0].bias.grad = torch.ones_like(each[0].bias)
+    ours.step()
+    theirs.step()
+    ours.wait()
+    assert_same_params(model, twin)
+
+
+def test_a_grad_that_is_set_for_an_updated_param_is_an_error(device, seed):
+    model, _, ours, _ = twins(device, update_in_backward=True)
+    backward(model)
+    model[0].bias.grad = torch.ones_like(model[0].bias)
+    with pytest.raises(RuntimeError, match="already updated"):
+        ours.step()
+    model[0].bias.grad = None
+    ours.step()
+
+
+@pytest.mark.parametrize("accumulate", [1, 2])
+def test_clipping_before_another_pass_of_some_params(device, accumulate, seed):
+    """Those that got no grad since keep their factor."""
+    model, twin = small_model(device, torch.float32)
+    ours, theirs = offloaded(model.parameters(), device, accumulate=accumulate), DeepSpeedCPUAdam(twin.parameters())
+    sums = capture(model, twin)
+    backward(model)
+    kept = dict(sums)
+    give(sums)
+    for optimizer in (ours, theirs):
+        optimizer.clip_grad_norm_(1e-3)
+    x = torch.randn(3, 40).to(model[2].weight)
+    model[2](x).sum().backward()
+    for param, grad in sums.items():
+        kept[param] += grad  # in place, as autograd accumulates
+    for optimizer in (ours, theirs):
+        optimizer.step()
+    for index in (0, 1):
+        state, other = (o.state_dict()["state"][index]["exp_avg"] for o in (ours, theirs))
+        assert torch.equal(state, other)
+
+
+def test_a_distributed_checkpoint_keeps_grads_for_the_first_step(device, seed):
+    model, twin, ours, theirs = twins(device)
+    grads_for(model, twin)
+    for each, optimizer in ((model, ours), (twin, theirs)):
+        assert not get_optimizer_state_dict(each, optimizer)["state"]
+        optimizer.step()
+    ours.wait()
+    assert_same_params(model, twin)
+
+
 # Params ------------------------------------------------------------------------------------------------------------
 
 
@@ -224,7 +298,7 @@ def test_layouts_of_params(device, layout, accumulate, seed):
     }
     value = values[layout]().bfloat16()
     twin = nn.ParameterList([nn.Parameter(value)])
-    model = copy.deepcopy(twin).to("cuda" if isinstance(device, adamops.offload.device.CudaDevice) else "cpu")
+    model = copy.deepcopy(twin).to("cuda" if isinstance(device, CudaDevice) else "cpu")
     assert model[0].stride() == value.stride()
     settings = {"stochastic_rounding": True, "lr": 0.1}
     ours = offloaded(model.parameters(), device, accumulate=accumulate, **settings)
@@ -326,6 +400,23 @@ ARGUMENTS = {
     "all memory": (lambda m: OffloadedAdam(m.parameters(), chunk_mb=float("inf")), ValueError, "Invalid chunk_mb: inf"),
     "a size in words": (lambda m: OffloadedAdam(m.parameters(), chunk_mb="32"), ValueError, "Invalid chunk_mb: '32'"),
     "a flag": (lambda m: OffloadedAdam(m.parameters(), accumulate=True), ValueError, "Invalid accumulate: True"),
+    "a flag as a size": (lambda m: OffloadedAdam(m.parameters(), chunk_mb=True), ValueError, "Invalid chunk_mb: True"),
+    "a word as a flag": (
+        lambda m: OffloadedAdam(m.parameters(), update_in_backward="no"),
+        TypeError,
+        "Invalid update_in_backward: 'no'; expected True or False",
+    ),
+    "a device of torch": (
+        lambda m: OffloadedAdam(m.parameters(), device="cuda"),
+        TypeError,
+        "device is 'cuda'; expected an object with the methods of adamops.offload.device.Device",
+    ),
+    "a class as the device": (lambda m: OffloadedAdam(m.parameters(), device=HostStandIn), TypeError, "HostStandIn'>"),
+    "another model": (
+        lambda m: OffloadedAdam(m.parameters(), device=HostStandIn(), model=small_model()[0]),
+        ValueError,
+        "model has none of the params",
+    ),
 }
 
 
@@ -335,7 +426,55 @@ def test_arguments_that_are_refused(name):
     model, _ = small_model()
     with pytest.raises(error, match=message):
         make(model)
+    gc.collect()
     assert not any(param._post_accumulate_grad_hooks for param in model.parameters())
+
+
+def test_params_that_are_exchanged_in_a_group_are_an_error(device, seed):
+    model, _, ours, _ = twins(device)
+    backward(model)
+    ours.param_groups[0]["params"][0] = P(torch.ones_like(model[0].weight))
+    with pytest.raises(ValueError, match="no longer those that the optimizer was given"):
+        ours.step()
+
+
+def test_params_that_share_memory_are_found_when_they_are_unfrozen(device, seed):
+    weight = P(torch.ones(4, 3, device="cuda" if isinstance(device, CudaDevice) else "cpu"))
+    part = P(weight.data[:2], requires_grad=False)
+    ours = offloaded([weight, part], device)
+    part.requires_grad_(True)
+    (weight.sum() + part.sum()).backward()
+    with pytest.raises(ValueError, match="share memory"):
+        ours.step()
+
+
+def test_another_default_device(device, seed):
+    model, twin = small_model(device)
+    torch.set_default_device("meta")
+    try:
+        ours = offloaded(model.parameters(), device, accumulate=2, state_dtype="8bit", model=model)
+    finally:
+        torch.set_default_device(None)
+    theirs = DeepSpeedCPUAdam(twin.parameters(), state_dtype="8bit")
+    sums = capture(model, twin, 2)
+    backward(model)
+    backward(model)
+    give(sums)
+    ours.step()
+    theirs.step()
+    ours.wait()
+    assert_same_params(model, twin)
+
+
+def test_an_optimizer_made_in_inference_mode(device, seed):
+    model, twin = small_model(device)
+    with torch.inference_mode():
+        ours = offloaded(model.parameters(), device)
+    theirs = DeepSpeedCPUAdam(twin.parameters())
+    grads_for(model, twin)
+    ours.step()
+    theirs.step()
+    assert_same_params(model, twin)
 
 
 # Other owners of the params ---------------------------------------------------------------------------------------
@@ -370,6 +509,23 @@ def test_wrappers_that_average_grads_are_refused(mesh, seed):
     DistributedDataParallel(model)
 
 
+def test_an_optimizer_that_is_dropped_before_its_updates_are_done(slow, seed):
+    """Blocks wait for them all the same, and so does the next optimizer of the params."""
+    model, twin, ours, theirs = twins(slow, lr=0.1)
+    for _ in range(3):
+        grads_for(model, twin)
+        ours.step()
+        theirs.step()
+        ours = theirs = None
+        gc.collect()
+        x = torch.ones(1, 8).bfloat16()
+        assert torch.equal(model(x), twin(x))
+        ours = offloaded(model.parameters(), slow, lr=0.1, model=model, chunk_mb=1e-6)
+        theirs = DeepSpeedCPUAdam(twin.parameters(), lr=0.1)
+    ours.wait()
+    assert_same_params(model, twin)
+
+
 # Errors in between ------------------------------------------------------------------------------------------------
 
 
@@ -401,6 +557,45 @@ def test_a_retried_step_is_the_one_that_failed(device, monkeypatch, seed):
     ours.wait()
     assert_same_params(model, twin)
     assert_same_state(ours.state_dict(), theirs.state_dict())
+
+
+def test_an_error_is_raised_though_the_optimizer_was_dropped(device, monkeypatch, seed):
+    model, _, ours, _ = twins(device)
+
+    def fails(*_):
+        raise Fails("no memory")
+
+    monkeypatch.setattr(DeepSpeedCPUAdam, "_step_params", fails)
+    backward(model)
+    ours.step()
+    left = weakref.ref(ours)
+    del ours
+    with pytest.raises(Fails):
+        for _ in range(4):  # blocks; each raises its own
+            loss_of(model)
+    for _ in range(4):
+        with contextlib.suppress(Fails):
+            loss_of(model)
+    assert left() is None  # and no cycle keeps it
+
+
+@pytest.mark.parametrize("times", range(5))
+def test_a_signal_handler_may_save(times, seed):
+    """As at preemption, while step() waits."""
+    device = HostStandIn(delay=lambda: 0.002)
+    model, twin, ours, theirs = twins(device, model=None)
+    saved = []
+    before = signal.signal(signal.SIGALRM, lambda *_: saved.append(ours.state_dict()))
+    try:
+        for step in range(10):
+            grads_for(model, twin)
+            signal.setitimer(signal.ITIMER_REAL, 1e-4 * (1 + step + 10 * times))
+            ours.step()
+            theirs.step()
+    finally:
+        signal.setitimer(signal.ITIMER_REAL, 0)
+        signal.signal(signal.SIGALRM, before)
+    assert_same_params(model, twin)
 
 
 @pytest.mark.parametrize("call", ["wait", "state", "state_dict"])
@@ -503,15 +698,35 @@ def test_uploads_to_params_that_are_dropped(slow, seed):
     time.sleep(0.3)  # the fixture looks for faults
 
 
-def test_a_compiled_model(device, seed):
-    model, twin, ours, theirs = twins(device)
+def test_params_that_are_saved_themselves_can_be_loaded(device, seed):
+    model, _, ours, _ = twins(device)
+    plain = small_model(device)[0]
+    step_in_backward(plain, DeepSpeedCPUAdam(plain.parameters()))
+    for each in (model, plain):
+        torch.save(each.state_dict(keep_vars=True), file := io.BytesIO())
+        file.seek(0)
+        assert torch.load(file, weights_only=True).keys() == each.state_dict().keys()
+
+
+@pytest.mark.parametrize("is_compiled_before", [False, True])
+def test_a_compiled_model(device, is_compiled_before, seed):
+    model, twin = small_model(device)
     compiled = torch.compile(model, backend="eager")
+    if is_compiled_before:
+        with torch.no_grad():
+            compiled(torch.ones(1, 8).to(model[0].weight))
+    ours = offloaded(model.parameters(), device, model=model, chunk_mb=1e-6)
+    theirs = DeepSpeedCPUAdam(twin.parameters())
     sums = capture(model, twin)
     for _ in range(3):
         loss_of(compiled).backward()
         give(sums)
         ours.step()
         theirs.step()
+        with torch.no_grad():
+            x = torch.ones(1, 8).bfloat16()
+            ours_now, theirs_now = compiled(x.to(model[0].weight)).cpu(), twin(x)
+        assert isinstance(device, CudaDevice) or torch.equal(ours_now, theirs_now)
     ours.wait()
     assert_same_params(model, twin)
 

@@ -206,6 +206,14 @@ def test_the_planner_prints_bytes_and_times(capsys):
     assert "Offloading is nearly free" in capsys.readouterr().out
 
 
+@pytest.mark.parametrize("option", ["--params", "--gbps", "--compute", "--chunks", "--accumulate"])
+@pytest.mark.parametrize("value", ["0", "-1", "nan", "many"])
+def test_numbers_that_are_none(option, value, capsys):
+    with pytest.raises(SystemExit):
+        planner.main(["--params", "1e9", f"{option}={value}"])
+    assert f"argument {option}: {value!r} is not a" in capsys.readouterr().err
+
+
 def test_the_bandwidth_of_copies_is_that_of_the_device():
     """At most: a machine under load is slower."""
     assert 0 < copy_bandwidth(HostStandIn(gigabytes_per_second=0.1), "cpu", 2**20) <= 0.1e9

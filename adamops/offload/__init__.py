@@ -9,7 +9,8 @@ import sys
 import types
 from typing import Any
 
-from .optimizer import OffloadedAdam, OffloadedOptimizer
+from .adam import OffloadedAdam
+from .optimizer import OffloadedOptimizer
 
 __all__ = ["OffloadedAdam", "OffloadedOptimizer"]
 

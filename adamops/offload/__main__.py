@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import math
 from collections.abc import Sequence
 
 import torch
@@ -19,16 +20,34 @@ MODES = {
 }
 
 
+def positive(text: str) -> float:
+    """Parses a number of more than 0, for argparse."""
+    try:
+        value = float(text)
+    except ValueError:
+        value = math.nan
+    if not 0 < value < math.inf:
+        raise argparse.ArgumentTypeError(f"{text!r} is not a number of more than 0")
+    return value
+
+
+def positive_int(text: str) -> int:
+    """The same for whole numbers."""
+    if not text.isdigit() or int(text) < 1:
+        raise argparse.ArgumentTypeError(f"{text!r} is not a positive integer")
+    return int(text)
+
+
 def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(prog="python -m adamops.offload", description=__doc__.partition(":")[0])
-    parser.add_argument("--params", type=float, required=True, help="how many, such as 7e9")
+    parser.add_argument("--params", type=positive, required=True, help="how many, such as 7e9")
     parser.add_argument("--param-dtype", choices=DTYPES, default="bf16")
     parser.add_argument("--state-dtype", choices=STATES, default="fp32")
     parser.add_argument("--masters", type=int, choices=[24, 32], help="bits of split master weights")
-    parser.add_argument("--accumulate", type=int, default=1, help="backward passes in a step")
-    parser.add_argument("--gbps", type=float, help="GB/s of copies each way (default: as measured here, on CUDA)")
-    parser.add_argument("--compute", type=float, help="seconds of forward and backward passes in a step")
-    parser.add_argument("--chunks", type=int, default=32, help="of params, updated one after another")
+    parser.add_argument("--accumulate", type=positive_int, default=1, help="backward passes in a step")
+    parser.add_argument("--gbps", type=positive, help="GB/s of copies each way (default: as measured here, on CUDA)")
+    parser.add_argument("--compute", type=positive, help="seconds of forward and backward passes in a step")
+    parser.add_argument("--chunks", type=positive_int, default=32, help="of params, updated one after another")
     parser.add_argument("--clip", action="store_true", help="with clip_grad_norm_()")
     return parser.parse_args(arguments)
 

@@ -25,6 +25,7 @@ class CheckpointedOffload(Optimizer):
     _inner: RuleOptimizer
     _entries: dict[Tensor, tuple[Entry, Chunk]]
     _chunks: list[Chunk]
+    _ids: list[list[int]]  # of the params of each group
 
     def wait(self) -> None:
         """Returns once all params are updated and on their way. What is computed from now on comes after them."""
@@ -37,7 +38,8 @@ class CheckpointedOffload(Optimizer):
             return {}
         self.wait()
         states = self._inner.state
-        return {param: states[entry.host] for param, (entry, _) in self._entries.items() if entry.host in states}
+        own = {param: states[entry.host] for param, (entry, _) in self._entries.items() if entry.host in states}
+        return _States(own, any(chunk.has_grads for chunk in self._chunks))
 
     @state.setter
     def state(self, value: Any) -> None:
@@ -77,9 +79,17 @@ class CheckpointedOffload(Optimizer):
         raise TypeError("an offloaded optimizer cannot be copied or pickled; save its state_dict()")
 
     def _give_settings(self) -> None:
-        """Gives the inner optimizer the groups' settings, and what GradScaler has set for a step."""
+        """Gives the inner optimizer the groups' settings, and what GradScaler has set for a step.
+
+        Raises ValueError if someone has changed which params the groups have.
+        """
+        if [list(map(id, group["params"])) for group in self.param_groups] != self._ids:
+            raise ValueError(
+                "The params in param_groups are no longer those that the optimizer was given; use add_param_group(), "
+                "or make a new optimizer"
+            )
         for group, own in zip(self.param_groups, self._inner.param_groups, strict=True):
-            own.update(_settings_of(group))
+            _copy_settings(group, own)
         for name in ("grad_scale", "found_inf"):
             if hasattr(self, name):
                 setattr(self._inner, name, getattr(self, name))
@@ -89,7 +99,7 @@ class CheckpointedOffload(Optimizer):
     def _take_settings(self, first: int = 0) -> None:
         """Takes over what the inner optimizer has completed or loaded, in groups from this index on."""
         for group, own in list(zip(self.param_groups, self._inner.param_groups, strict=False))[first:]:
-            group.update(_settings_of(own))
+            _copy_settings(own, group)
 
 
 def _given(optimizer: Optimizer, hook: Callable[..., Any]) -> Callable[..., Any]:
@@ -98,5 +108,22 @@ def _given(optimizer: Optimizer, hook: Callable[..., Any]) -> Callable[..., Any]
     return lambda _, *arguments: hook(owner(), *arguments)
 
 
-def _settings_of(group: Mapping[str, Any]) -> dict[str, Any]:
-    return {name: value for name, value in group.items() if name != "params"}
+def _copy_settings(group: Mapping[str, Any], to: dict[str, Any]) -> None:
+    """Gives a param group all settings of another, and none that the other lacks."""
+    for name in to.keys() - group.keys():
+        del to[name]
+    to.update({name: value for name, value in group.items() if name != "params"})
+
+
+class _States(dict[Tensor, Any]):
+    """States by param. True also if there are none yet, but grads for the first step.
+
+    torch.distributed.checkpoint would make states then, by a step of its own, if it saw neither states nor grads.
+    """
+
+    def __init__(self, states: Mapping[Tensor, Any], has_grads: bool) -> None:
+        super().__init__(states)
+        self._has_grads = has_grads
+
+    def __bool__(self) -> bool:
+        return self._has_grads or len(self) > 0

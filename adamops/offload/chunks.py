@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import weakref
 from collections.abc import Callable, Sequence
 from concurrent.futures import Future
 from typing import Any
@@ -35,6 +36,7 @@ class Entry:
     total: Tensor | None = None
     has_grad: bool = False  # in `total`, or on its way there
     arrivals: int = 0  # grads since the last step
+    was_left: bool = False  # on the device, as an error came before it could be sent
     on_its_way: Any = None  # the event of a grad's arrival in `sent`, if that is `total`
     adding: Future[None] | None = None  # of a grad that is added to `total` once it has arrived
     known: Any = None  # which() of the param when it and its copy were last the same
@@ -42,7 +44,8 @@ class Entry:
     def which(self) -> tuple[Any, ...]:
         """What changes if anyone writes the param, or gives it other memory."""
         held = dtensor.local(self.param)
-        return version_of(self.param), version_of(held), held.data_ptr()  # a DTensor counts writes by itself
+        memory = weakref.ref(held.untyped_storage())  # other memory may get the address of the former
+        return version_of(self.param), version_of(held), held.data_ptr(), memory  # a DTensor counts writes by itself
 
     def check_param(self) -> None:
         """Raises ValueError if the param is no longer like its copy."""
@@ -172,7 +175,7 @@ def _new_entry(param: Tensor, accumulates: bool) -> Entry:
     """An entry without memory: its host param has one element, which stands for all."""
     held = dtensor.local(param.detach())
     dtype = held.dtype if held.dtype.is_floating_point else torch.float32  # others are never updated
-    nothing = torch.zeros((), dtype=dtype).expand(held.shape)
+    nothing = torch.zeros((), dtype=dtype, device="cpu").expand(held.shape)
     return Entry(param, Parameter(dtensor.like_param_placed(nothing, param), param.requires_grad), accumulates)
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import gc
 import math
 import weakref
+from collections import OrderedDict
 from collections.abc import Collection, Iterable, Mapping, Sequence
 from typing import Any
 
@@ -15,21 +16,26 @@ from torch.nn.parameter import is_lazy
 from ..optim import data_parallel, dtensor
 from ..optim.batch import check_no_overlap, check_param
 from ..optim.optimizer import RuleOptimizer
+from ..optim.settings import check_flags
 
 _OWNER = "_adamops_offloaded"  # an attribute of each param that is offloaded
 
 
 class _Owner:
-    """The optimizer of a param. It is kept alive by others; a copy or pickle becomes None."""
+    """The optimizer of a param, kept alive by others. A copy or pickle becomes an empty dict of a kind that
+    torch.load(weights_only=True) accepts.
+    """
 
     def __init__(self, optimizer: object) -> None:
         self.optimizer = weakref.ref(optimizer)
 
     def __reduce__(self) -> Any:
-        return type(None), ()
+        return OrderedDict, ()
 
 
-def check_arguments(optimizer: Any, accumulate: Any, chunk_mb: Any, threads: Any, model: Any) -> None:
+def check_arguments(
+    optimizer: Any, accumulate: Any, chunk_mb: Any, threads: Any, update_in_backward: Any, model: Any, device: Any
+) -> None:
     """Raises TypeError or ValueError."""
     if not (isinstance(optimizer, type) and issubclass(optimizer, RuleOptimizer)):
         name = getattr(optimizer, "__name__", type(optimizer).__name__)
@@ -37,10 +43,16 @@ def check_arguments(optimizer: Any, accumulate: Any, chunk_mb: Any, threads: Any
     for name, value in (("accumulate", accumulate), ("threads", 1 if threads is None else threads)):
         if type(value) is not int or value < 1:
             raise ValueError(f"Invalid {name}: {value!r}; expected an int of 1 or more")
-    if not isinstance(chunk_mb, (int, float)) or not 0 < chunk_mb < math.inf:
+    if type(chunk_mb) not in (int, float) or not 0 < chunk_mb < math.inf:
         raise ValueError(f"Invalid chunk_mb: {chunk_mb!r}; expected a number of more than 0")
     if not (model is None or isinstance(model, nn.Module)):
         raise TypeError(f"model is a {type(model).__name__}; expected the nn.Module whose params these are")
+    check_flags({"update_in_backward": update_in_backward})
+    if device is not None and (isinstance(device, type) or not hasattr(device, "new_stream")):
+        raise TypeError(
+            f"device is {device!r}; expected an object with the methods of adamops.offload.device.Device, or nothing: "
+            "the params say on which device they are"
+        )
 
 
 def groups_of(params: Any) -> list[dict[str, Any]]:
@@ -130,11 +142,14 @@ def take_ownership(param: Tensor, optimizer: object) -> None:
 
 def _owner(param: Tensor) -> Any:
     owner = getattr(param, _OWNER, None)
-    return None if owner is None else owner.optimizer()
+    return owner.optimizer() if isinstance(owner, _Owner) else None
 
 
 def _is_owned(param: Tensor) -> bool:
-    if _owner(param) is not None:
+    """Whether another optimizer has the param. One that nobody refers to any more may still be updating it."""
+    if (owner := _owner(param)) is not None:
+        owner.wait()
+        del owner
         gc.collect()  # schedulers make cycles of optimizers
     return _owner(param) is not None
 

@@ -80,10 +80,11 @@ class HostStandIn:
         event.wait()
 
     def download(self, host: Tensor, device: Tensor, stream: _Stream, label: str) -> None:
+        torch.autograd.graph.increment_version(host)  # as a copy of torch does when it is enqueued
         stream.enqueue(self._copy, lambda: host, weakref.ref(device), label, stream.name)
 
     def upload(self, device: Tensor, host: Tensor, stream: _Stream, label: str) -> None:
-        torch.autograd.graph.increment_version(device)  # as a copy of torch does when it is enqueued
+        torch.autograd.graph.increment_version(device)
         stream.enqueue(self._copy, weakref.ref(device), lambda: host, label, stream.name)
 
     def _copy(
@@ -110,4 +111,4 @@ class HostStandIn:
 
     def pinned(self, size: int) -> Tensor:
         self.pinned_bytes += size
-        return torch.empty(size, dtype=torch.uint8)
+        return torch.empty(size, dtype=torch.uint8, device="cpu")

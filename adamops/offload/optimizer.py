@@ -17,9 +17,10 @@ import torch
 from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
-from ..ops.adam import DeepSpeedCPUAdam
+from .. import _torch_compat
 from ..optim import dtensor
 from ..optim.backward import register_hook
+from ..optim.batch import check_param
 from ..optim.optimizer import RuleOptimizer
 from ..optim.step_settings import StepSettings
 from .blocks import before_access, params_by_block
@@ -99,7 +100,7 @@ class OffloadedOptimizer(CheckpointedOffload):
         device: Device | None = None,
         **settings: Any,
     ) -> None:
-        check_arguments(optimizer, accumulate, chunk_mb, threads, model)
+        check_arguments(optimizer, accumulate, chunk_mb, threads, update_in_backward, model, device)
         groups = groups_of(params)
         place = check_params(groups)
         self._pipeline = Pipeline(device or CudaDevice(offloadable_device(place)))
@@ -115,11 +116,13 @@ class OffloadedOptimizer(CheckpointedOffload):
         self._early_settings: list[StepSettings] | None = None
         self._hooks: list[RemovableHandle] = []
         weakref.finalize(self, _remove, self._hooks).atexit = False
+        self._unfrozen = False  # whether params are to be checked that were frozen before
         chunks = [self._new_chunks(i, group) for i, group in enumerate(groups)]
         self._inner = optimizer([_on_host(*pair) for pair in zip(groups, chunks, strict=True)], **settings)
         self._add = functools.partial(self._inner._backends[torch.device("cpu")].add_grad, threads=threads)
         super().__init__(groups, self._inner.defaults)
         self._take_settings()
+        self._ids: list[list[int]] = []
         for new in chunks:
             self._take_chunks(new)
         if model is not None:
@@ -167,7 +170,8 @@ class OffloadedOptimizer(CheckpointedOffload):
 
     def _new_chunks(self, index: int, group: Mapping[str, Any]) -> list[Chunk]:
         device, accumulates = self._pipeline.device, self._accumulate > 1
-        return chunks_of(index, params_of(group), self._most_bytes, device, accumulates)
+        with torch.inference_mode(False):  # what is made there could be written there only
+            return chunks_of(index, params_of(group), self._most_bytes, device, accumulates)
 
     def _take_chunks(self, chunks: list[Chunk]) -> None:
         """Has the grads of chunks sent to the host."""
@@ -179,11 +183,16 @@ class OffloadedOptimizer(CheckpointedOffload):
                 take_ownership(entry.param, self)
                 self._entries[entry.param] = entry, chunk
         self._chunks += chunks
+        self._ids.append([id(entry.param) for chunk in chunks for entry in chunk.entries])
 
     def _wait_by_block(self, model: nn.Module) -> None:
         """Has each block of a model wait for its params, and step() for the others."""
         if any(map(dtensor.is_sharded, self._entries)):
             raise ValueError("model= cannot be given for DTensors, which fully_shard() may read ahead of their block")
+        if self._entries.keys().isdisjoint(model.parameters()):
+            raise ValueError("model has none of the params of the optimizer")
+        if _torch_compat.may_compile():
+            torch.compiler.reset()  # what is compiled already would not call the hooks
         self._deferred = set(self._chunks)
         of_blocks = set()
         for i, (block, params) in enumerate(params_by_block(model).items()):
@@ -210,11 +219,11 @@ class OffloadedOptimizer(CheckpointedOffload):
     @torch.no_grad()
     def _on_grad(self, param: Tensor) -> None:
         """Sends a grad to the host, and drops it here."""
-        pipeline = self._pipeline
-        pipeline.check_process()
         entry, chunk = self._entries[param]
         if param.grad is None:
             return
+        entry.was_left = True  # until it is sent
+        self._pipeline.check_process()
         entry.check_param()
         grad = dtensor.local(dtensor.grad_like(param, param.grad, "a param").detach())
         held = dtensor.local(param)
@@ -223,28 +232,41 @@ class OffloadedOptimizer(CheckpointedOffload):
                 f"A param of shape {tuple(param.shape)} and {param.dtype} has a grad of shape {tuple(grad.shape)}, "
                 f"{grad.dtype} and {grad.layout}; expected a dense one of the param's shape and dtype"
             )
-        with pipeline.lock:
+        with self._pipeline.lock:
             if chunk in self._early:
                 raise RuntimeError(
                     "A grad has arrived for a param that is already updated: with update_in_backward=True, call step() "
                     f"after each {self._accumulate} backward passes, as `accumulate` says"
                 )
-            pipeline.finish([chunk])
+            self._pipeline.finish([chunk])
             if entry.sent is None:
-                others = [other for other, (known, _) in self._entries.items() if known.sent is not None]
-                check_trained({"a param that was frozen": param}, others)
-                give_memory([entry], pipeline.device)
-            pipeline.send(entry, chunk, grad, self._add)
+                check_param(held, "a param that was frozen")
+                with torch.inference_mode(False):
+                    give_memory([entry], self._pipeline.device)
+                self._unfrozen = True
+            self._pipeline.send(entry, chunk, grad, self._add)
+            entry.was_left = False
             if self._in_backward and chunk.is_complete(self._accumulate):
+                self._check_unfrozen()
                 self._early_settings = self._early_settings or self._checked_settings()
-                pipeline.update([chunk], self._early_settings, self._update)
+                self._pipeline.update([chunk], self._early_settings, self._update)
                 self._early.add(chunk)
 
+    def _check_unfrozen(self) -> None:
+        """Checks params that were frozen before together with the others."""
+        if self._unfrozen:
+            check_trained({}, [param for param, (entry, _) in self._entries.items() if entry.sent is not None])
+            self._unfrozen = False
+
     def _send_others(self) -> None:
-        """Sends the grads that no hook has seen, such as those that the caller has set."""
-        for param, (_, chunk) in self._entries.items():
-            if param.grad is not None and chunk not in self._early:
-                self._on_grad(param)
+        """Sends the grads that no hook has sent, such as those that the caller has set in place of others."""
+        for param, (entry, chunk) in self._entries.items():
+            if param.grad is None or (chunk in self._early and entry.was_left):
+                continue
+            if not entry.was_left and chunk not in self._early:
+                self._pipeline.finish([chunk])
+                entry.drop_grads(self._pipeline.device)
+            self._on_grad(param)
 
     def _collect(self) -> None:
         """Waits for all grads, and gives them to the inner optimizer."""
@@ -266,8 +288,8 @@ class OffloadedOptimizer(CheckpointedOffload):
         with self._pipeline.lock:
             if not set_to_none:
                 self._send_others()
-            for param in self._entries:
-                param.grad = None
+            for param, (entry, _) in self._entries.items():
+                param.grad, entry.was_left = None, False
             self._pipeline.drop_grads(self._chunks, to_zero=not set_to_none)
             self._inner._clipped = None
             self._early, self._early_settings = set(), None
@@ -321,6 +343,7 @@ class OffloadedOptimizer(CheckpointedOffload):
         settings = self._checked_settings()
         pipeline.update([chunk for chunk in pipeline.arrived if chunk.settings is not None], settings, self._update)
         self._send_others()
+        self._check_unfrozen()
         if self._early_settings is not None and not all(map(_are_alike, settings, self._early_settings)):
             raise RuntimeError(
                 "Settings have changed after some params were updated with the former ones: with "
@@ -340,24 +363,6 @@ class OffloadedOptimizer(CheckpointedOffload):
         """Updates the params of a chunk on the host."""
         begin, end = chunk.begin, chunk.begin + len(chunk.entries)
         self._inner._step_params(chunk.group_index, begin, end, chunk.settings)
-
-
-class OffloadedAdam(OffloadedOptimizer):
-    """DeepSpeedCPUAdam on the host, for params on an accelerator.
-
-    ::
-
-        optimizer = adamops.OffloadedAdam(model.parameters(), lr=1e-3, state_dtype="8bit", master_weight_bits=24)
-        loss.backward()
-        optimizer.clip_grad_norm_(1.0)
-        optimizer.step()
-        optimizer.zero_grad()
-
-    See OffloadedOptimizer, whose arguments these are, beside those of DeepSpeedCPUAdam.
-    """
-
-    def __init__(self, params: Any, lr: Any = 1e-3, **settings: Any) -> None:
-        super().__init__(DeepSpeedCPUAdam, params, lr=lr, **settings)
 
 
 def _on_grad(owner: weakref.ref[OffloadedOptimizer], param: Tensor) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 
+import torch
 from torch import Tensor
 
 from .device import Device
@@ -36,5 +37,7 @@ def _parts(sizes: Sequence[int]) -> Iterator[list[int]]:
 
 
 def _laid_out_like(tensor: Tensor, memory: Tensor) -> Tensor:
-    flat = memory[: tensor.numel() * tensor.element_size()].view(tensor.dtype)
-    return flat.as_strided(tensor.shape, tensor.stride())
+    """A tensor in this memory. It is no view, as views count the writes to all others as their own."""
+    begin = memory.storage_offset() // tensor.element_size()
+    new = torch.empty(0, dtype=tensor.dtype, device="cpu")
+    return new.set_(memory.untyped_storage(), begin, tensor.shape, tensor.stride())

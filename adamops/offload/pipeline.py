@@ -20,6 +20,9 @@ from ..optim.step_settings import StepSettings
 from .chunks import Add, Chunk, Entry
 from .device import Device
 
+# Those with chunks in flight, and a method of the optimizer: it lives until somebody has waited for these.
+_busy: dict[Pipeline, Callable[[Chunk], None]] = {}
+
 
 class Pipeline:
     """What is on its way between a device and the host.
@@ -70,6 +73,8 @@ class Pipeline:
                 entry.check_param()
         with self.lock, deferred_signals():
             computed = self.device.record(self.device.current_stream())  # the backward pass may still read the params
+            if chunks:
+                _busy[self] = update
             for chunk in chunks:
                 chunk.settings = chunk.settings or settings[chunk.group_index]
                 changed = self._bring((entry for entry in chunk.entries if entry.has_grad), computed)
@@ -128,13 +133,16 @@ class Pipeline:
             return
         self.check_process()
         errors: list[BaseException] = []
+        failed = None
         with self.lock:
             for chunk in chunks:
                 if chunk not in self.in_flight:
                     continue
                 failed = self.in_flight[chunk].exception()  # waits
                 with deferred_signals():
-                    done = self.in_flight.pop(chunk)
+                    done = self.in_flight.pop(chunk, None)
+                    if done is None:  # a signal handler has called this meanwhile
+                        continue
                     if failed is not None:
                         errors.append(failed)
                         continue
@@ -144,8 +152,13 @@ class Pipeline:
                         errors.append(_written(chunk))
                     self.arrived.pop(chunk, None)
                     chunk.drop_grads(self.device)
-        if errors:
-            raise errors[0]
+            if not self.in_flight:
+                _busy.pop(self, None)
+        try:
+            if errors:
+                raise errors[0]
+        finally:
+            del errors, failed  # they refer to this frame
 
     def settle(self) -> None:
         """finish() for everything."""

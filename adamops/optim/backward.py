@@ -10,6 +10,7 @@ import functools
 import sys
 import threading
 import weakref
+from collections import OrderedDict
 from collections.abc import Iterable, Iterator
 from typing import Any
 
@@ -24,7 +25,8 @@ _ANCHOR = "_adamops_in_backward"  # an attribute of each param that has a hook
 
 
 class _Anchor:
-    """Keeps the handle alive as long as its params, even if the caller drops it. Copied or pickled, it becomes None.
+    """Keeps the handle alive as long as its params, even if the caller drops it. Copied or pickled, it becomes an
+    empty dict of a kind that torch.load(weights_only=True) accepts.
 
     The hooks themselves refer to the handle weakly: Python's garbage collector cannot see what C++ holds, so a cycle
     through them would never be freed.
@@ -34,7 +36,7 @@ class _Anchor:
         self.handle = handle
 
     def __reduce__(self) -> Any:
-        return type(None), ()
+        return OrderedDict, ()
 
 
 class InBackward:
@@ -225,7 +227,7 @@ def _check(model: nn.Module, names: dict[Tensor, str], places: dict[Tensor, Any]
         raise ValueError(
             f"The optimizer does not have the param {missing[0]!r} of the model; give it all, or freeze it"
         )
-    taken = [name for param, name in names.items() if getattr(param, _ANCHOR, None) is not None]
+    taken = [name for param, name in names.items() if isinstance(getattr(param, _ANCHOR, None), _Anchor)]
     if taken:
         raise ValueError(
             f"step_in_backward() was called for the param {taken[0]!r} before; call remove() of that handle first"

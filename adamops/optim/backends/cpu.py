@@ -107,6 +107,7 @@ class NativeBackend(TableBackend):
         self.module.add_grad(
             *addresses([total, grad], "a grad"), grad.numel(), code, is_first, threads or get_num_threads()
         )
+        count_writes([total])
 
     def _norm_of(self, columns: Columns, norm_type: float) -> float:
         return self.module.grad_norm(*columns, norm_type, get_num_threads())
