@@ -101,13 +101,14 @@ OFFLOADED = {
 
 
 def of_offloading(name: str, elements: int) -> tuple[int, int]:
-    """Host bytes for params of 1 Mi elements that are offloaded, without these, which would be on a device."""
+    """Host bytes for offloaded params of 1 Mi elements, without these and grads, which would be on a device."""
 
     def train(params: list[nn.Parameter]) -> OffloadedAdam:
+        grad = torch.full_like(params[0], 1e-3)
         optimizer = OffloadedAdam(params, device=HostStandIn(), **OFFLOADED[name])
         for _ in range(STEPS):
             for param in params:
-                param.grad = torch.full_like(param, 1e-3)
+                param.grad = grad
                 optimizer._send_others()  # and frees it
             optimizer.step()
         return optimizer
@@ -139,6 +140,7 @@ def main() -> None:
     """Measures every case, and prints a table."""
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
     parser.add_argument("--elements", type=int, default=100 * 1024**2, help="params (default: 100 Mi)")
+    parser.add_argument("--json", type=Path, help="also write the figures of steps there")
     parser.add_argument("--measure", nargs=2, metavar=("WHAT", "NAME"), help=argparse.SUPPRESS)
     args = parser.parse_args()
     if args.measure:
@@ -149,9 +151,15 @@ def main() -> None:
     cases += [("backward", name, f"a model of float32, steps {name} the backward pass") for name in ("after", "inside")]
     cases += [("offloading", name, f"bfloat16, offloaded: {name}, on the host") for name in OFFLOADED]
     table = Table("bytes a param, grads included", "kept", "peak", title=f"{args.elements:,} params")
+    steps = {}
     for what, name, title in cases:
-        table.add_row(title, *(f"{figure:.2f}" for figure in measure(what, name, args.elements)))
+        figures = measure(what, name, args.elements)
+        table.add_row(title, *(f"{figure:.2f}" for figure in figures))
+        if what == "step":
+            steps[title] = [round(figure, 2) for figure in figures]
     Console(highlight=False).print(table, soft_wrap=True)
+    if args.json:
+        args.json.write_text(json.dumps({"elements": args.elements, "bytes_per_param": steps}, indent=1) + "\n")
 
 
 if __name__ == "__main__":
