@@ -13,7 +13,7 @@ python=$PWD/$environment/bin/python
 
 # The CPU build of torch is enough; a plain `torch` may bring several GB of CUDA libraries.
 "$python" -m pip install --quiet torch==2.13.0
-"$python" -m pip install --quiet ".[test,demo]"
+"$python" -m pip install --quiet ".[test,demo,docs]"
 
 # The tests on other CPUs need QEMU's user emulation, a cross compiler and Clang; without them they are skipped with a
 # message.

@@ -349,7 +349,10 @@ def step_in_backward(model: nn.Module, optimizer: RuleOptimizer) -> InBackward:
     Shards of fully_shard() are updated once their grads are averaged (torch 2.5 or later). DistributedDataParallel,
     FullyShardedDataParallel and DeepSpeed's engine average grads too late for this. They are refused, even if they are
     constructed between this call and the first backward pass. Anything else that changes grads after the backward pass
-    (torch.nn.utils.clip_grad_norm_, a manual all-reduce) comes too late, and this cannot be detected.
+    (``torch.nn.utils.clip_grad_norm_``, a manual all-reduce) comes too late, and this cannot be detected.
+
+    The backward pass raises errors about a grad. The param with that grad, and params whose grads were not ready yet,
+    are then unchanged.
 
     Parameters
     ----------
@@ -360,8 +363,9 @@ def step_in_backward(model: nn.Module, optimizer: RuleOptimizer) -> InBackward:
 
     Returns
     -------
-    A handle: ``accumulate()`` is a context in which grads only accumulate, ``remove()`` removes the hooks. It need not
-    be kept.
+    InBackward
+        A handle: ``accumulate()`` is a context in which grads only accumulate, ``remove()`` removes the hooks. It need
+        not be kept.
 
     Raises
     ------
@@ -371,9 +375,6 @@ def step_in_backward(model: nn.Module, optimizer: RuleOptimizer) -> InBackward:
         For another optimizer.
     RuntimeError
         Under a wrapper that averages grads, with a scaled loss, or with step pre-hooks.
-
-    The backward pass raises errors about a grad. The param with that grad, and params whose grads were not ready yet,
-    are then unchanged.
     """
     if not isinstance(optimizer, RuleOptimizer):
         raise TypeError(f"step_in_backward() takes an optimizer of adamops, not {type(optimizer).__name__}")

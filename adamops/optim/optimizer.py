@@ -57,10 +57,10 @@ class RuleOptimizer(CheckpointedOptimizer):
     ----------
     params
         Params to optimize, or dicts of param groups.
-    fp32_optimizer_states, master_weights, maximize, state_dtype, master_weight_bits, stochastic_rounding,
-    stochastic_rounding_seed, capturable
-        As the classes of adamops.ops.adam describe them. Param groups have `capturable` as a setting only if it is
-        given.
+    fp32_optimizer_states, master_weights, state_dtype, master_weight_bits, maximize
+        As the classes of adamops.ops.adam describe them.
+    stochastic_rounding, stochastic_rounding_seed, capturable
+        Likewise. Param groups have `capturable` as a setting only if it is given.
     settings
         The settings of the rule, each with its default.
 
@@ -168,7 +168,7 @@ class RuleOptimizer(CheckpointedOptimizer):
     @in_default_float_environment
     @torch.no_grad()
     def clip_grad_norm_(self, max_norm: float, norm_type: float = 2.0, error_if_nonfinite: bool = False) -> Tensor:
-        """Clips all params' grads to a maximum norm, as torch.nn.utils.clip_grad_norm_ does, but without writing them.
+        """Clips all grads to a maximum norm, as ``torch.nn.utils.clip_grad_norm_`` does, but without writing them.
 
         The grads are read once, for their norm, which is bit-identical for any number of threads. The next step()
         multiplies them by ``min(1, max_norm / (norm + 1e-6))`` as it reads them. The factor belongs to these grads as
@@ -190,8 +190,9 @@ class RuleOptimizer(CheckpointedOptimizer):
 
         Returns
         -------
-        The norm before clipping, a 0-dim float32 tensor. With DTensors it is the norm over all processes: each of them
-        must call this, and their results are bit-identical.
+        Tensor
+            The norm before clipping, a 0-dim float32 tensor. With DTensors it is the norm over all processes: each of
+            them must call this, and their results are bit-identical.
 
         Raises
         ------
@@ -226,7 +227,8 @@ class RuleOptimizer(CheckpointedOptimizer):
 
         Returns
         -------
-        The closure's loss, or None.
+        Any
+            The closure's loss, or None.
 
         Raises
         ------

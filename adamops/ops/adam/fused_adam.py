@@ -19,6 +19,9 @@ class FusedAdam(AdamOptimizer):
     ``torch.optim.Optimizer``. Unlike in those, step counts are kept per param, so a param that joins late, or has no
     grad in some steps, gets its own bias correction. `amsgrad` and `maximize` work too.
 
+    Under torch.amp.GradScaler, step counts of params on CUDA devices are kept on the device, as only the device knows
+    whether a step is skipped.
+
     Parameters
     ----------
     params
@@ -41,9 +44,6 @@ class FusedAdam(AdamOptimizer):
         next step.
     state_dtype, master_weight_bits, stochastic_rounding, stochastic_rounding_seed
         As in DeepSpeedCPUAdam.
-
-    Under torch.amp.GradScaler, step counts of params on CUDA devices are kept on the device too, as only the device
-    knows whether a step is skipped.
 
     Raises
     ------

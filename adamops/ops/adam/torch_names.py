@@ -70,6 +70,9 @@ class Adam(AdamOptimizer):
     A program that uses ``torch.optim.Adam`` uses this one after a change of that name. The compiled ops do the step:
     the CPU op for params on the CPU, the CUDA op for those on CUDA devices. State dicts go both ways.
 
+    What goes beyond torch, as 8-bit states, master weights or stochastic rounding, is in FusedAdam. Step counts in
+    ``state[param]["step"]`` are ints, where torch has tensors, unless steps are captured or scaled on a GPU.
+
     Parameters
     ----------
     params
@@ -83,9 +86,6 @@ class Adam(AdamOptimizer):
         Accepted and kept in the param groups, for torch if it loads their state dict. There is one implementation here.
     differentiable
         Must be false: autograd does not record a step.
-
-    What goes beyond torch, as 8-bit states, master weights or stochastic rounding, is in FusedAdam. Step counts in
-    ``state[param]["step"]`` are ints, where torch has tensors, unless steps are captured or scaled on a GPU.
 
     Raises
     ------
