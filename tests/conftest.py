@@ -27,6 +27,7 @@ NEEDS = {
     "test_bits.py": ["numpy"],
     "test_layers.py": ["grimp", "importlinter"],
     "test_workflows.py": ["check_jsonschema"],  # which brings ruamel.yaml
+    "test_docs_site.py": ["sphinx", "myst_parser", "furo"],  # the extra `docs`
 }
 MISSING = {file: [name for name in needed if not importlib.util.find_spec(name)] for file, needed in NEEDS.items()}
 LEFT_OUT = {file: names for file, names in MISSING.items() if names}

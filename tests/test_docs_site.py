@@ -8,15 +8,11 @@ import sys
 from pathlib import Path
 
 import pytest
+from sphinx.util.inventory import InventoryFile
 
 import adamops
 import adamops.functional
 import adamops.ops.adam
-
-for needed in ("sphinx", "myst_parser", "furo"):
-    pytest.importorskip(needed, reason="needs the extra `docs`")
-
-from sphinx.util.inventory import InventoryFile  # noqa: E402
 
 DOCS = Path(__file__).resolve().parent.parent / "docs"
 
