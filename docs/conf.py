@@ -21,7 +21,7 @@ import adamops  # noqa: E402
 
 project = "adamops"
 author = "the adamops developers"
-copyright = "2026, the adamops developers"  # noqa: A001
+copyright = "2026, the adamops developers"
 version = release = adamops.__version__
 
 extensions = ["myst_parser", "sphinx.ext.autodoc", "sphinx.ext.napoleon"]
