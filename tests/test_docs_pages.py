@@ -116,8 +116,8 @@ def test_messages_on_the_page_are_in_the_sources():
     assert not gone, "messages that no source has; quote them with … for what is inserted"
 
 
-# What users do not see: errors between the parts of adamops, and the words of the benchmark.
-NOT_FOR_USERS = ("_op_facts.py", "bench.py", "pieces.py", "plugin_process.py")
+# Errors between the parts of adamops, which users do not see, and of command lines.
+NOT_FOR_USERS = ("__main__.py", "_op_facts.py", "bench.py", "pieces.py", "plugin_process.py")
 
 
 def messages_raised():
