@@ -11,8 +11,8 @@ WIDTH = 80
 PROBE = "bandwidth probe"
 PEERS = {"torch fused": "tab:orange", "torch foreach": "tab:red", "DeepSpeed": "tab:blue"}  # with their colors
 EXPLANATION = (
-    "Times are of whole calls of optimizer.step(), in rounds of random order. Ratios are medians over the rounds. The"
-    "  bandwidth probe is a loop that moves the same bytes and computes nothing, on the same threads, with the best "
+    "Times are of whole calls of optimizer.step(), in rounds of random order. Ratios are medians over the rounds. "
+    "The bandwidth probe is a loop that moves the same bytes and computes nothing, on the same threads, with the best "
     "of some prefetch distances: what memory allows."
 )
 

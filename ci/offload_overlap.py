@@ -232,6 +232,7 @@ def main():
     parser.add_argument("--compute-ms", type=float, default=6.0, help="of each layer, forward and backward")
     parser.add_argument("--gbps", type=float, default=2.0, help="GB/s of copies in each direction")
     parser.add_argument("--steps", type=int, default=9)
+    parser.add_argument("--threads", type=int, help="of our updates; the stand-in's copies need cores too")
     parser.add_argument("--trace", type=Path, help="file for the last two steps of the last row, as Chrome trace JSON")
     parser.add_argument("--plot", type=Path, help="file for a picture of two steps of each row; needs matplotlib")
     options = parser.parse_args()
@@ -242,7 +243,7 @@ def main():
         update = milliseconds_of_an_update(options, clips)
         norm = update - milliseconds_of_an_update(options, False) if clips else 0.0
         in_series, alone = milliseconds_of_steps(InSeries, options, clips, **EIGHT_BIT)
-        chunk = {"chunk_mb": 2 * options.elements / 2**20}
+        chunk = {"chunk_mb": 2 * options.elements / 2**20, "threads": options.threads}
         kinds = {"no model given": {"model": None}, "with the model": {}}
         if not clips:
             kinds["in backward"] = {"update_in_backward": True, "model": None}

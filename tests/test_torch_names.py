@@ -66,8 +66,8 @@ def test_signatures_are_those_of_torch(name):
 def test_steps_are_those_of_torch_however_it_is_spelled(name, settings):
     ours, theirs = pair(name, **settings)
     step_both(ours, theirs)
-    # Where an L2 term nearly cancels a grad, what is left has the rounding errors of both, up to 2^-22, and a step divides
-    # it by as little as eps.
+    # Where an L2 term nearly cancels a grad, what is left has the rounding errors of both, up to 2^-22, and a step
+    # divides it by as little as eps.
     cancels = name == "Adam" and "weight_decay" in settings
     assert_near(ours, theirs, 5 * settings["lr"] * 2.0**-22 / settings["eps"] if cancels else 2e-6)
     assert ours.defaults.keys() == theirs.defaults.keys()
