@@ -160,6 +160,9 @@ def test_bytes_are_those_of_the_plan(arguments, masters, accumulate, seed):
     tensors += [entry.total] if accumulate > 1 else []
     ordinary = sum(tensor.numel() * tensor.element_size() for tensor in tensors)
     assert device.pinned_bytes / count == pytest.approx(plan.pinned, rel=1e-3)
+    assert optimizer.pinned_bytes == plan.pinned * count
+    megabytes = f"{plan.pinned * count / 1e6:.1f} MB of pinned memory"
+    assert repr(optimizer).startswith(f"OffloadedAdam, with {megabytes}, on the host: DeepSpeedCPUAdam (\n")
     assert ordinary / count == pytest.approx(plan.ordinary, rel=1e-3)
     assert plan.pinned + plan.ordinary <= {24: 7.2, 32: 14.2, None: 20}[masters]
 

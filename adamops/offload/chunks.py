@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import weakref
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import Future
 from typing import Any
 
@@ -169,6 +169,13 @@ def give_memory(entries: Sequence[Entry], device: Device) -> None:
     memory = pinned_like([*held, *held], device)
     for entry, host, sent in zip(entries, memory, memory[len(entries) :], strict=False):
         entry.give_memory(host, sent)
+
+
+def group_on_host(group: Mapping[str, Any], chunks: list[Chunk]) -> dict[str, Any]:
+    """The group of the inner optimizer, whose params are copies on the host."""
+    hosts = [entry.host for chunk in chunks for entry in chunk.entries]
+    pairs = zip(group["params"], hosts, strict=True)
+    return {**group, "params": [(one[0], host) if isinstance(one, tuple) else host for one, host in pairs]}
 
 
 def _new_entry(param: Tensor, accumulates: bool) -> Entry:

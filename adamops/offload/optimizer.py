@@ -25,7 +25,7 @@ from ..optim.optimizer import RuleOptimizer
 from ..optim.step_settings import StepSettings
 from .blocks import before_access, params_by_block
 from .checkpointed import CheckpointedOffload
-from .chunks import Chunk, Entry, chunks_of, give_memory
+from .chunks import Chunk, Entry, chunks_of, give_memory, group_on_host
 from .device import CudaDevice, Device
 from .given import (
     check_arguments,
@@ -118,7 +118,7 @@ class OffloadedOptimizer(CheckpointedOffload):
         weakref.finalize(self, _remove, self._hooks).atexit = False
         self._unfrozen = False  # whether params are to be checked that were frozen before
         chunks = [self._new_chunks(i, group) for i, group in enumerate(groups)]
-        self._inner = optimizer([_on_host(*pair) for pair in zip(groups, chunks, strict=True)], **settings)
+        self._inner = optimizer([group_on_host(*pair) for pair in zip(groups, chunks, strict=True)], **settings)
         self._add = functools.partial(self._inner._backends[torch.device("cpu")].add_grad, threads=threads)
         super().__init__(groups, self._inner.defaults)
         self._take_settings()
@@ -129,7 +129,19 @@ class OffloadedOptimizer(CheckpointedOffload):
             self._wait_by_block(model)
 
     def __repr__(self) -> str:
-        return f"{type(self).__name__}, on the host: {self._inner!r}" if "_inner" in vars(self) else super().__repr__()
+        if "_ids" not in vars(self):  # under construction
+            return super().__repr__()
+        pinned = f"{self.pinned_bytes / 1e6:.1f} MB of pinned memory"
+        return f"{type(self).__name__}, with {pinned}, on the host: {self._inner!r}"
+
+    @property
+    def pinned_bytes(self) -> int:
+        """Bytes of pinned memory: of params and grads on their way. torch rounds each piece up, at most to twice."""
+        return sum(
+            2 * entry.sent.numel() * entry.sent.element_size()
+            for entry, _ in self._entries.values()
+            if entry.sent is not None
+        )
 
     # Param groups -----------------------------------------------------------------------------------------------------
 
@@ -159,7 +171,7 @@ class OffloadedOptimizer(CheckpointedOffload):
         check_params([checked], self._entries.keys(), index)
         param_group["params"] = checked["params"]
         chunks = self._new_chunks(index, checked)
-        self._inner.add_param_group(_on_host(checked, chunks))
+        self._inner.add_param_group(group_on_host(checked, chunks))
         try:
             super().add_param_group(param_group)
         except BaseException:
@@ -384,10 +396,3 @@ def _is_grad_scaler(caller: FrameType) -> bool:
 
 def _are_alike(settings: StepSettings, others: StepSettings) -> bool:
     return settings.hyper == others.hyper and settings.maximize == others.maximize
-
-
-def _on_host(group: Mapping[str, Any], chunks: list[Chunk]) -> dict[str, Any]:
-    """The group of the inner optimizer, whose params are copies on the host."""
-    hosts = [entry.host for chunk in chunks for entry in chunk.entries]
-    pairs = zip(group["params"], hosts, strict=True)
-    return {**group, "params": [(one[0], host) if isinstance(one, tuple) else host for one, host in pairs]}
