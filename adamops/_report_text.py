@@ -86,7 +86,7 @@ def rows_of_machine(machine: dict[str, Any]) -> list[Row]:
     rows = [Row(label, _as_text(machine[key])) for key, label in labels.items()]
     rows.append(Row("installed in", machine["installation"]["path"]))
     if machine["installation"]["hint"]:
-        rows.append(Row("hides", machine["installation"]["hint"]))
+        rows.append(Row("warning", machine["installation"]["hint"]))
     return rows + [Row(name, version) for name, version in machine["frameworks"].items()]
 
 
@@ -123,6 +123,7 @@ def verdict(report: dict[str, Any]) -> str:
         bad.append("environment variables")
     if report["machine"]["threads"] is None:  # torch is missing or broken
         bad.append("torch")
+    bad += [f"the steps of {outcome['name']}" for outcome in report.get("check", []) if not outcome["ok"]]
     return f"{name} is NOT OK here. Missing or broken: {', '.join(bad)}."
 
 
@@ -149,7 +150,7 @@ def summary(report: dict[str, Any], width: int) -> Iterator[str]:
         yield ""
         yield from _wrapped(problem, "! ", width)
     yield ""
-    yield from _wrapped("--verbose shows everything; --check takes steps whose bits are known.", "", width)
+    yield from _wrapped("--verbose shows everything; --check takes steps and compares their bits.", "", width)
 
 
 def _state_of(op: dict[str, Any]) -> str:

@@ -635,9 +635,9 @@ def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
     """Parses the command line."""
     parser = argparse.ArgumentParser(prog="python -m adamops.bench", description=(__doc__ or "").partition(":")[0])
     parser.add_argument("--cases", nargs="+", choices=list(CASES), default=None, metavar="CASE",
-                        help=f"which to run: {', '.join(CASES)} (default: all)")  # fmt: skip
+                        help=f"which to run: {', '.join(CASES)} (default: all, unless --models is given)")  # fmt: skip
     parser.add_argument("--models", nargs="*", choices=list(MODELS), metavar="MODEL",
-                        help=f"the params of real models: {', '.join(MODELS)} (default: all of these)")  # fmt: skip
+                        help=f"the params of real models: {', '.join(MODELS)}; all, if none is named")  # fmt: skip
     parser.add_argument("--elements", type=count, default=100_000_000, help="of the large tensors (default: 100M)")
     parser.add_argument("--repeat", type=count, help="rounds that are counted (default: as suits the case)")
     parser.add_argument("--threads", type=count, help="for all implementations (default: adamops.get_num_threads())")
@@ -647,6 +647,8 @@ def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
     args = parser.parse_args(arguments)
     if args.plot and importlib.util.find_spec("matplotlib") is None:
         parser.error("--plot needs matplotlib: pip install matplotlib")
+    if args.plot and args.no_peers:
+        parser.error("--plot draws adamops beside its peers, and --no-peers leaves them out")
     models = list(MODELS) if args.models == [] else args.models or []
     args.names = list(dict.fromkeys([*(args.cases or ([] if models else CASES)), *models]))
     return args
@@ -657,10 +659,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
     args = parse(arguments)
     try:
         op_builder.get("cpu_adam").load()
-    except op_builder.OpUnavailableError as error:
+        use_threads(args.threads or get_num_threads())
+    except (op_builder.OpUnavailableError, ValueError) as error:  # the latter for an environment variable
         print(error, file=sys.stderr)
         return 1
-    use_threads(args.threads or get_num_threads())
     options = Options(args.elements, args.repeat, torch.get_num_threads(), not args.no_peers)
     report: dict[str, Any] = {"environment": environment(), "cases": {}}
     show(*header(report["environment"], plan(args.names, options)))

@@ -1,6 +1,7 @@
 """Shows which ops are built, usable and in use on this machine, and why not: python -m adamops.report [--verbose].
 
-Builds nothing and imports only what it must. Must work without torch, whatever state the installation is in.
+Builds nothing, but that --check may build an op at its first use, and imports only what it must. Must work without
+torch, whatever state the installation is in.
 """
 
 from __future__ import annotations

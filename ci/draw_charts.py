@@ -1,7 +1,8 @@
 """Draws README's charts from measurements: python ci/draw_charts.py
 
-The measurements are in docs/figures: bench.json, written by `python -m adamops.bench --json`, and memory.json, by
-`python ci/memory.py --json`. Measures nothing.
+The measurements are in docs/figures: bench.json, put together of `python -m adamops.bench --json` and a run with
+`--models gpt2 llama-0.5b resnet50 lora-8b --repeat 9`, and memory.json, of `python ci/memory.py --json`. Measures
+nothing.
 """
 
 from __future__ import annotations

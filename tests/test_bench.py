@@ -136,6 +136,17 @@ def test_a_file_that_cannot_be_written_is_an_error_before_anything_runs(tmp_path
     assert "nowhere/file cannot be written: No such file or directory" in done.stderr
 
 
+def test_a_wrong_variable_is_a_line(tmp_path):
+    done = run_bench(tmp_path, "--cases=fp32", ADAMOPS_SIMD="mmx")
+    assert done.returncode == 1 and "ADAMOPS_SIMD='mmx' is not valid" in done.stderr
+    assert "Traceback" not in done.stderr
+
+
+def test_a_chart_without_peers_is_an_error(tmp_path):
+    done = run_bench(tmp_path, "--no-peers", "--plot=chart.png")
+    assert done.returncode == 2 and "--no-peers leaves them out" in done.stderr
+
+
 def test_what_is_finished_is_kept_at_ctrl_c(tmp_path):
     code = """
 from adamops import bench

@@ -2,7 +2,6 @@
 
 import re
 import shutil
-from pathlib import Path
 
 import pytest
 import torch
@@ -10,7 +9,6 @@ from adamops.op_builder import BuildError, CPUAdamBuilder
 from adamops.op_builder.compiler import Compiler
 from adamops.op_builder.spec import SHARED_SOURCES
 
-import adamops
 from adamops import op_builder
 from adamops.ops.adam.adam import AdamRule, AdamScalars, adam_settings
 from adamops.optim.backends.cpu import NativeBackend, StepCall
@@ -99,9 +97,3 @@ def test_a_grain_that_splits_quantization_blocks_does_not_compile(tmp_path):
     source = str(builder.locate("python/cpu_module.cpp"))
     with pytest.raises(BuildError, match="quantized states would depend on the threads"):
         Compiler.find().run([*Compiler.COMMON_FLAGS, *builder.cxx_args(), "-fsyntax-only", *flags, *includes, source])
-
-
-def test_versions_agree():
-    assert adamops.__version__ == re.search(
-        r'^version = "(.*)"', (Path(__file__).parent.parent / "pyproject.toml").read_text(), re.MULTILINE
-    ).group(1)

@@ -426,7 +426,6 @@ def test_arguments_that_are_refused(name):
     model, _ = small_model()
     with pytest.raises(error, match=message):
         make(model)
-    gc.collect()
     assert not any(param._post_accumulate_grad_hooks for param in model.parameters())
 
 
@@ -627,6 +626,84 @@ def test_after_an_error_in_a_backward_pass_zero_grad_begins_anew(device, seed):
     ours.step()
     ours.wait()
     assert not torch.equal(model[0].weight.cpu(), twin[0].weight) and not torch.equal(model[2].weight, before)
+
+
+@pytest.mark.parametrize("failing", [1, 2])
+def test_a_grad_that_could_not_be_added(device, failing, monkeypatch, seed):
+    """Its sum is not used, however often one asks, until the grads are dropped."""
+    model, twin = small_model(device)
+    ours = offloaded(model.parameters(), device, accumulate=2)
+    add, calls = ours._add, []
+
+    def fails(*arguments):
+        calls.append(arguments)
+        if len(calls) == failing:
+            raise Fails("no memory")
+        add(*arguments)
+
+    ours._add = fails
+    for _ in range(2):
+        with contextlib.suppress(Fails):
+            backward(model)
+    for _ in range(3):
+        with pytest.raises(Fails):
+            ours.step()
+    ours.zero_grad()
+    theirs = DeepSpeedCPUAdam(twin.parameters())
+    with torch.no_grad():
+        for param, other in zip(model.parameters(), twin.parameters(), strict=True):
+            param.copy_(other)
+    sums = capture(model, twin, 2)
+    for _ in range(2):
+        backward(model)
+    give(sums)
+    ours.step()
+    theirs.step()
+    states = ours.state_dict()["state"]
+    for index, state in theirs.state_dict()["state"].items():
+        if int(states[index]["step"]) == 1:  # others were updated before
+            assert torch.equal(states[index]["exp_avg"], state["exp_avg"])
+
+
+def test_an_upload_that_fails_is_tried_again(seed):
+    """And what was updated on the host is not updated once more."""
+    device = InOrder()
+    model, twin, ours, theirs = twins(device, model=None)
+    upload, failing = device.upload, [True]
+
+    def fails_once(*arguments):
+        if failing:
+            failing.clear()
+            raise Fails("no memory on the device")
+        upload(*arguments)
+
+    device.upload = fails_once
+    grads_for(model, twin)
+    with pytest.raises(Fails):
+        ours.step()
+    theirs.step()
+    with pytest.raises(RuntimeError, match="could not be copied to the device: call step"):
+        backward(model)
+    for param in model.parameters():
+        param.grad = None
+    ours.step()
+    assert_same_params(model, twin)
+    assert_same_state(ours.state_dict(), theirs.state_dict())
+
+
+def test_states_cannot_be_set(device, seed):
+    model, _ = small_model(device)
+    optimizer = offloaded(model.parameters(), device)
+    for value in ({}, {1: 2}):
+        with pytest.raises(AttributeError, match="use load_state_dict"):
+            optimizer.state = value
+
+
+def test_a_printed_optimizer_shows_its_settings(device, seed):
+    model, _ = small_model(device)
+    optimizer = offloaded(model.parameters(), device)
+    optimizer.param_groups[0]["lr"] = 0.5
+    assert "lr: 0.5\n" in repr(optimizer) and "MB of pinned memory" in repr(optimizer)
 
 
 # Hooks, copies and ends -------------------------------------------------------------------------------------------

@@ -198,7 +198,7 @@ def test_the_planner_prints_bytes_and_times(capsys):
     planner.main(["--params", "7e9", "--state-dtype", "8bit", "--masters", "24", "--compute", "8"])
     text = capsys.readouterr().out
     assert re.search(r"host, in all +7\.02 +49\.1", text)
-    assert len(re.findall(r"x as fast", text)) == 3
+    assert len(re.findall(r"x as fast", text)) == 4
     assert re.search(r"without offloading: params, grads, states +7\.02 ", text)
     planner.main(["--params", "1e9", "--param-dtype", "fp32", "--clip", "--gbps", "50"])
     text = capsys.readouterr().out

@@ -10,6 +10,7 @@ import torch
 
 import adamops
 from adamops import report, threads
+from adamops._report_text import rows_of_machine
 
 CORES = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else 1
 TORCHRUN = {"TORCHELASTIC_RUN_ID": "none", "OMP_NUM_THREADS": "1", "LOCAL_WORLD_SIZE": "1"}
@@ -218,7 +219,7 @@ def test_children_use_as_many_threads(tmp_path, method, stepped_before, cpu_adam
 
 def test_the_report_says_how_many_and_why(monkeypatch, cpu_adam):
     has(monkeypatch, 8, 1, **TORCHRUN)
-    rows = {label: text for label, text, _ in report.rows_of_machine(report.collect()["machine"])}
+    rows = dict(rows_of_machine(report.collect()["machine"]))
     assert rows["threads of a step"] == f"8: {threads.explained().why}"
 
 

@@ -15,6 +15,7 @@ _WITHOUT_DEVICE = 20e9  # bytes per second: PCIe 4.0 x16
 
 MODES = {
     "step() waits": {},
+    "update_in_backward=True": {"in_backward": True},
     "model= given": {"by_block": True},
     "model= and update_in_backward=True": {"by_block": True, "in_backward": True},
 }
@@ -68,7 +69,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     print(f"{'':50}  bytes a param        GB")
     for name, size in rows.items():
         print(f"{name:50}{size:15.2f}{size * count / 1e9:10.1f}")
-    print("On the device come what the passes keep, and grads until they have left.\n")
+    print("The device also holds activations, and each grad until it has been copied to the host.\n")
     bandwidth, origin = _copy_bandwidth(options.gbps)
     update, norm = seconds_per_param(precision)
     copies = precision.param * count / bandwidth
@@ -109,7 +110,7 @@ def _advice(compute: float, seconds: float) -> str:
     if compute >= 0.8 * seconds:
         return "Offloading is nearly free: little of a step is not computing."
     return (
-        "If the first row fits beside what the passes keep, FusedAdam on the device is faster. Otherwise the device "
+        "If the first row fits beside the activations, FusedAdam on the device is faster. Otherwise the device "
         f"waits for {1 - compute / seconds:.0%} of a step: more micro-batches in a step (--accumulate) or 8-bit states "
         "make that less."
     )

@@ -43,7 +43,7 @@ class CheckpointedOffload(Optimizer):
 
     @state.setter
     def state(self, value: Any) -> None:
-        if value:
+        if value or "_ids" in vars(self):  # torch's constructor sets none
             raise AttributeError("the states of an offloaded optimizer are its inner one's; use load_state_dict()")
 
     def state_dict(self, **options: Any) -> dict[str, Any]:

@@ -80,10 +80,10 @@ class Entry:
         self.has_grad = True
 
     def arrive(self, device: Device) -> None:
-        """Waits until all grads are in `total`."""
-        adding, self.adding = self.adding, None
-        if adding is not None:
-            adding.result()
+        """Waits until all grads are in `total`. Raises, again and again, if one could not be added."""
+        if self.adding is not None:
+            self.adding.result()
+            self.adding = None
         if self.on_its_way is not None:
             device.synchronize(self.on_its_way)
             self.on_its_way = None
@@ -102,6 +102,8 @@ class Entry:
 
     def drop_grads(self, device: Device, to_zero: bool = False) -> None:
         """Forgets all grads; or sets them to zero, if there are any."""
+        if self.adding is not None and self.adding.exception() is not None:  # waits
+            self.adding, to_zero = None, False
         self.arrive(device)
         self.arrivals = 0
         if to_zero and self.has_grad:
@@ -121,6 +123,7 @@ class Chunk:
     begin: int  # position of the first one in the group
     entries: list[Entry]
     settings: StepSettings | None = None  # of the step that has been asked for, and is not done
+    is_updated: bool = False  # on the host, for that step
 
     @property
     def has_grads(self) -> bool:
@@ -133,7 +136,7 @@ class Chunk:
 
     def drop_grads(self, device: Device, to_zero: bool = False) -> None:
         """Forgets all grads, or sets them to zero, and with them an unfinished step."""
-        self.settings = None
+        self.settings, self.is_updated = None, False
         for entry in self.entries:
             entry.drop_grads(device, to_zero)
 

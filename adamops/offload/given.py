@@ -55,6 +55,17 @@ def check_arguments(
         )
 
 
+def check_model(model: nn.Module | None, groups: Sequence[Mapping[str, Any]]) -> None:
+    """Raises ValueError for a model whose blocks cannot wait for their params."""
+    params = {param for group in groups for param in params_of(group)}
+    if model is None:
+        return
+    if any(map(dtensor.is_sharded, params)):
+        raise ValueError("model= cannot be given for DTensors, which fully_shard() may read ahead of their block")
+    if params.isdisjoint(model.parameters()):
+        raise ValueError("model has none of the params of the optimizer")
+
+
 def groups_of(params: Any) -> list[dict[str, Any]]:
     """The param groups, each with a list of tensors, or of pairs of a name and a tensor."""
     if isinstance(params, (Tensor, str, bytes, nn.Module, dict)):
@@ -126,7 +137,7 @@ def check_trained(named: Mapping[str, Tensor], others: Iterable[Tensor]) -> torc
     for name, param in named.items():
         dtensor.check_placed(param, name)
         check_param(dtensor.local(param), name)
-    every = {**named, **{f"another param, the {i + 1}. of those before": param for i, param in enumerate(others)}}
+    every = {**named, **{f"a param of shape {tuple(p.shape)}, number {i}": p for i, p in enumerate(others)}}
     check_no_overlap({name: dtensor.local(param) for name, param in every.items()})
     devices = {param.device for param in every.values()}
     if len(devices) > 1:

@@ -29,6 +29,7 @@ from .chunks import Chunk, Entry, chunks_of, give_memory, group_on_host
 from .device import CudaDevice, Device
 from .given import (
     check_arguments,
+    check_model,
     check_params,
     check_trained,
     group_of,
@@ -103,6 +104,7 @@ class OffloadedOptimizer(CheckpointedOffload):
         check_arguments(optimizer, accumulate, chunk_mb, threads, update_in_backward, model, device)
         groups = groups_of(params)
         place = check_params(groups)
+        check_model(model, groups)
         self._pipeline = Pipeline(device or CudaDevice(offloadable_device(place)))
         self._accumulate = accumulate
         self._most_bytes = int(chunk_mb * _MEGABYTE)
@@ -130,8 +132,9 @@ class OffloadedOptimizer(CheckpointedOffload):
 
     def __repr__(self) -> str:
         if "_ids" not in vars(self):  # under construction
-            return super().__repr__()
+            return object.__repr__(self)
         pinned = f"{self.pinned_bytes / 1e6:.1f} MB of pinned memory"
+        self._give_settings()  # which it shows
         return f"{type(self).__name__}, with {pinned}, on the host: {self._inner!r}"
 
     @property
@@ -199,10 +202,6 @@ class OffloadedOptimizer(CheckpointedOffload):
 
     def _wait_by_block(self, model: nn.Module) -> None:
         """Has each block of a model wait for its params, and step() for the others."""
-        if any(map(dtensor.is_sharded, self._entries)):
-            raise ValueError("model= cannot be given for DTensors, which fully_shard() may read ahead of their block")
-        if self._entries.keys().isdisjoint(model.parameters()):
-            raise ValueError("model has none of the params of the optimizer")
         if _torch_compat.may_compile():
             torch.compiler.reset()  # what is compiled already would not call the hooks
         self._deferred = set(self._chunks)
@@ -287,7 +286,7 @@ class OffloadedOptimizer(CheckpointedOffload):
             entry.give_grad(self._pipeline.device)
 
     def _begin_anew(self) -> None:
-        """Waits for everything, and has steps that failed be done as the next step() says."""
+        """Waits for everything. What failed before will be updated with the settings of the next step()."""
         self.wait()
         self._collect()
         for chunk in self._chunks:

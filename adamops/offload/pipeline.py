@@ -20,7 +20,7 @@ from ..optim.step_settings import StepSettings
 from .chunks import Add, Chunk, Entry
 from .device import Device
 
-# Those with chunks in flight, and a method of the optimizer: it lives until somebody has waited for these.
+# Pipelines with chunks in flight, and a method that keeps their optimizer alive until somebody has waited for these.
 _busy: dict[Pipeline, Callable[[Chunk], None]] = {}
 
 
@@ -55,6 +55,11 @@ class Pipeline:
     def send(self, entry: Entry, chunk: Chunk, grad: Tensor, add: Add) -> None:
         """Sends a param's grad down, where it is added to others, and drops it."""
         with deferred_signals():
+            if chunk.is_updated:
+                raise RuntimeError(
+                    "Params were updated on the host, and could not be copied to the device: call step() to copy them "
+                    "before the next backward pass"
+                )
             chunk.settings = None  # a step that failed no longer belongs to these grads
             entry.send(grad, self.device, self._down, self._pool.submit, add)
             self.arrived[chunk] = None
@@ -111,9 +116,11 @@ class Pipeline:
         with torch.inference_mode(is_inference), torch.no_grad():
             if changed is not None:
                 self.device.synchronize(changed)
-            for entry in chunk.entries:
-                entry.give_grad(self.device)
-            update(chunk)
+            if not chunk.is_updated:  # else only its upload has failed
+                for entry in chunk.entries:
+                    entry.give_grad(self.device)
+                update(chunk)
+                chunk.is_updated = True
             self.device.wait(self._up, computed)
             are_as_known = _are_as_known(chunk)
             for entry in (entry for entry in chunk.entries if entry.has_grad):
