@@ -1,8 +1,8 @@
 """How much of an offloaded step overlaps, on a stand-in for an accelerator: python ci/offload_overlap.py [--help]
 
-The stand-in's copies take the time that a bandwidth gives them, and its computations are sleeps: neither needs a core,
-so that the updates have them, as they would beside a GPU. Each row compares a training step with the longest of its
-parts, with what adamops.offload.plan says of these parts, and with all of them one after another.
+The stand-in's computations are sleeps, and its copies take the time that a bandwidth gives them: a copy in memory, then
+a sleep. So the updates have most of the cores, as they would beside a GPU. Each row compares a training step with the
+longest of its parts, with what adamops.offload.plan says of these parts, and with all of them one after another.
 """
 
 from __future__ import annotations
@@ -18,10 +18,10 @@ from pathlib import Path
 import torch
 from torch import nn
 
-from adamops import DeepSpeedCPUAdam
+from adamops import DeepSpeedCPUAdam, get_num_threads, set_num_threads
 from adamops.offload import OffloadedAdam
 from adamops.offload.host_stand_in import HostStandIn
-from adamops.offload.plan import Times, simulated_step
+from adamops.offload.plan import MODES, Times, simulated_step
 
 MAX_NORM = 1.0
 
@@ -202,6 +202,7 @@ def milliseconds_of_an_update(options, clips):
     """The median time of the norm and the update of all params on the host, with nothing beside it."""
     hosts = [nn.Parameter(torch.randn(options.elements).bfloat16()) for _ in range(options.layers)]
     optimizer = DeepSpeedCPUAdam(hosts, **EIGHT_BIT)
+    set_num_threads(options.threads or get_num_threads())
     times = []
     for _ in range(options.steps + 2):
         for host in hosts:
@@ -244,25 +245,24 @@ def main():
         norm = update - milliseconds_of_an_update(options, False) if clips else 0.0
         in_series, alone = milliseconds_of_steps(InSeries, options, clips, **EIGHT_BIT)
         chunk = {"chunk_mb": 2 * options.elements / 2**20, "threads": options.threads}
-        kinds = {"no model given": {"model": None}, "with the model": {}}
-        if not clips:
-            kinds["in backward"] = {"update_in_backward": True, "model": None}
-            kinds["in backward, with the model"] = {"update_in_backward": True}
-        for name, arguments in kinds.items():
+        for name, mode in MODES.items():
+            if clips and mode.get("in_backward"):
+                continue
+            arguments = {"update_in_backward": mode.get("in_backward", False)}
+            arguments |= {} if mode.get("by_block") else {"model": None}
             step, parts = milliseconds_of_steps(OffloadedAdam, options, clips, **EIGHT_BIT, **chunk, **arguments)
             compute, parts = alone["compute"], [alone["compute"], parts["down"], update, parts["up"]]
             times = Times(compute / 3, 2 * compute / 3, parts[1], update - norm, parts[3], norm)
-            by_block = arguments.get("model", True) is not None
-            planned = simulated_step(times, options.layers, arguments.get("update_in_backward", False), by_block)
+            planned = simulated_step(times, options.layers, **mode)
             title = name + (", clipping" if clips else "")
             columns = "{:36}{:9.0f}{:6.0f}{:8.0f}{:6.0f}{:8.0f}{:17.2f}{:9.2f}{:19.2f}"
             print(columns.format(title, *parts, step, step / max(parts), step / planned, in_series / step), flush=True)
             pictures.append((title, list(SPANS)))
-            if name == "with the model":
+            if name == "model=":
                 ours = step
         for title, arguments in {} if clips else PEERS.items():
             step, _ = milliseconds_of_steps(OnOneStream, options, clips, **arguments)
-            print(f"{title:36}{'':29}{step:8.0f}  {step / ours:.2f} x that of ours with the model", flush=True)
+            print(f"{title:36}{'':29}{step:8.0f}  {step / ours:.2f} x that of ours with model=", flush=True)
     if options.trace:
         write_trace(options.trace)
     if options.plot:

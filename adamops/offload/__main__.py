@@ -9,16 +9,9 @@ from collections.abc import Sequence
 import torch
 
 from .device import CudaDevice
-from .plan import DTYPES, STATES, Precision, Times, copy_bandwidth, seconds_per_param, simulated_step
+from .plan import DTYPES, MODES, STATES, Precision, Times, copy_bandwidth, seconds_per_param, simulated_step
 
 _WITHOUT_DEVICE = 20e9  # bytes per second: PCIe 4.0 x16
-
-MODES = {
-    "step() waits": {},
-    "update_in_backward=True": {"in_backward": True},
-    "model= given": {"by_block": True},
-    "model= and update_in_backward=True": {"by_block": True, "in_backward": True},
-}
 
 
 def positive(text: str) -> float:

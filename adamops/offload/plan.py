@@ -18,6 +18,14 @@ from .device import Device
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 STATES: dict[str, Any] = {"fp32": torch.float32, "bf16": torch.bfloat16, "8bit": "8bit"}
 
+# By name, the arguments of simulated_step(): what step() waits for, and when updates begin.
+MODES: dict[str, dict[str, bool]] = {
+    "as it is": {},
+    "update_in_backward=True": {"in_backward": True},
+    "model=": {"by_block": True},
+    "model=, update_in_backward=True": {"by_block": True, "in_backward": True},
+}
+
 
 @dataclasses.dataclass(frozen=True)
 class Precision:
