@@ -131,7 +131,7 @@ def summary(report: dict[str, Any], width: int) -> Iterator[str]:
     """The lines that everyone wants to see."""
     yield from _wrapped(verdict(report), "", width)
     yield ""
-    column = max(12, *(len(op["name"]) + 2 for op in report["ops"])) if report["ops"] else 12
+    column = max([12, *(len(op["name"]) + 2 for op in report["ops"])])
     for op in report["ops"]:
         yield from _wrapped(_state_of(op), f"  {op['name']:<{column}}", width)
         if not op["ok"]:

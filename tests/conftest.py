@@ -11,6 +11,7 @@ import cuda_emulation
 import pytest
 import torch
 import torch.distributed as dist
+from offload_twins import DEVICES, new_device
 from optimizers import MAKERS, PATHS, STATES, EmulatedFusedAdam
 from torch.distributed.device_mesh import init_device_mesh
 
@@ -103,3 +104,11 @@ def mesh(tmp_path):
     dist.init_process_group("gloo", init_method=f"file://{tmp_path}/store", rank=0, world_size=1)
     yield init_device_mesh("cpu", (1,))
     dist.destroy_process_group()
+
+
+@pytest.fixture(params=DEVICES)
+def device(request, seed):
+    """A device to offload from, of each kind, on which no copy goes wrong."""
+    device = new_device(request.param, seed)
+    yield device
+    assert not getattr(device, "faults", [])

@@ -72,13 +72,6 @@ class Model(nn.Module):
         return (x * self.frozen).float().square().mean()
 
 
-@pytest.fixture(params=DEVICES)
-def device(request, seed):
-    device = new_device(request.param, seed)
-    yield device
-    assert not getattr(device, "faults", [])
-
-
 SCHEDULES = int(os.environ.get("ADAMOPS_TEST_SCHEDULES", "50"))
 
 

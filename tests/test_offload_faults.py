@@ -16,7 +16,6 @@ import weakref
 import pytest
 import torch
 from offload_twins import (
-    DEVICES,
     InOrder,
     assert_same_params,
     assert_same_state,
@@ -40,13 +39,6 @@ from adamops import DeepSpeedCPUAdam, OffloadedAdam, step_in_backward
 from adamops.offload.device import CudaDevice
 from adamops.offload.host_stand_in import HostStandIn
 from adamops.offload.pinned import _parts
-
-
-@pytest.fixture(params=DEVICES)
-def device(request, seed):
-    device = new_device(request.param, seed)
-    yield device
-    assert not getattr(device, "faults", [])
 
 
 @pytest.fixture

@@ -126,6 +126,11 @@ class Chunk:
     is_updated: bool = False  # on the host, for that step
 
     @property
+    def with_grads(self) -> list[Entry]:
+        """Those that an update writes."""
+        return [entry for entry in self.entries if entry.has_grad]
+
+    @property
     def has_grads(self) -> bool:
         """Whether there is anything to update."""
         return any(entry.has_grad for entry in self.entries)

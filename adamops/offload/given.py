@@ -5,7 +5,6 @@ from __future__ import annotations
 import gc
 import math
 import weakref
-from collections import OrderedDict
 from collections.abc import Collection, Iterable, Mapping, Sequence
 from typing import Any
 
@@ -14,6 +13,7 @@ from torch import Tensor, nn
 from torch.nn.parameter import is_lazy
 
 from ..optim import data_parallel, dtensor
+from ..optim.backward import OfParam
 from ..optim.batch import check_no_overlap, check_param
 from ..optim.optimizer import RuleOptimizer
 from ..optim.settings import check_flags
@@ -21,16 +21,11 @@ from ..optim.settings import check_flags
 _OWNER = "_adamops_offloaded"  # an attribute of each param that is offloaded
 
 
-class _Owner:
-    """The optimizer of a param, kept alive by others. A copy or pickle becomes an empty dict of a kind that
-    torch.load(weights_only=True) accepts.
-    """
+class _Owner(OfParam):
+    """The optimizer of a param, kept alive by others."""
 
     def __init__(self, optimizer: object) -> None:
         self.optimizer = weakref.ref(optimizer)
-
-    def __reduce__(self) -> Any:
-        return OrderedDict, ()
 
 
 def check_arguments(
@@ -57,9 +52,9 @@ def check_arguments(
 
 def check_model(model: nn.Module | None, groups: Sequence[Mapping[str, Any]]) -> None:
     """Raises ValueError for a model whose blocks cannot wait for their params."""
-    params = {param for group in groups for param in params_of(group)}
     if model is None:
         return
+    params = {param for group in groups for param in params_of(group)}
     if any(map(dtensor.is_sharded, params)):
         raise ValueError("model= cannot be given for DTensors, which fully_shard() may read ahead of their block")
     if params.isdisjoint(model.parameters()):

@@ -6,6 +6,7 @@ makes them, and the updated copies go back. Must not know any one rule, nor any 
 
 from __future__ import annotations
 
+import dataclasses
 import functools
 import sys
 import weakref
@@ -50,7 +51,7 @@ class OffloadedOptimizer(CheckpointedOffload):
     ``param.grad`` is None. step() updates the params chunk by chunk, about in the order in which their grads arrived;
     each chunk goes back to the device while the next one is updated. What is computed on the device after step() comes
     after all of them. step() also drops the grads that it used. Params that others write in between, as a model's
-    load_state_dict() does, are read again; not so through ``param.data``, which torch does not count.
+    load_state_dict() does, are read again; not so in-place writes through ``param.data``, which torch does not count.
 
     Results are bit-identical to the inner optimizer's on the same params and grads. Param groups, schedulers, hooks,
     torch.amp.GradScaler and state dicts are as with that one. Not thread-safe, like any optimizer.
@@ -193,8 +194,8 @@ class OffloadedOptimizer(CheckpointedOffload):
         hook = functools.partial(_on_grad, weakref.ref(self))
         for chunk in chunks:
             for entry in chunk.entries:
-                handle = register_hook(entry.param, hook)
-                self._hooks += [] if handle is None else [handle]
+                if (handle := register_hook(entry.param, hook)) is not None:
+                    self._hooks.append(handle)
                 take_ownership(entry.param, self)
                 self._entries[entry.param] = entry, chunk
         self._chunks += chunks
@@ -216,12 +217,12 @@ class OffloadedOptimizer(CheckpointedOffload):
         """What a block calls before its params are read."""
         self._pipeline.finish(self._blocks[index])
 
-    def _checked_settings(self, factor: float | Tensor = 1.0) -> list[StepSettings]:
+    def _checked_settings(self) -> list[StepSettings]:
         """The settings of a step of each group as they are now. Raises what step() raises for them."""
         self._give_settings()
         inner = self._inner
         return [
-            inner._step_settings(group, f"param group {i}", grad_factor=factor, threads=self._threads).as_numbers()
+            inner._step_settings(group, f"param group {i}", grad_factor=1.0, threads=self._threads).as_numbers()
             for i, group in enumerate(inner.param_groups)
         ]
 
@@ -280,14 +281,14 @@ class OffloadedOptimizer(CheckpointedOffload):
             self._on_grad(param)
 
     def _collect(self) -> None:
-        """Waits for all grads, and gives them to the inner optimizer."""
-        self._send_others()
+        """Waits for the grads that have been sent, and gives them to the inner optimizer."""
         for entry, _ in self._entries.values():
             entry.give_grad(self._pipeline.device)
 
     def _begin_anew(self) -> None:
         """Waits for everything. What failed before will be updated with the settings of the next step()."""
         self.wait()
+        self._send_others()
         self._collect()
         for chunk in self._chunks:
             chunk.settings = None
@@ -362,7 +363,8 @@ class OffloadedOptimizer(CheckpointedOffload):
             )
         if self._inner._clipped is not None:
             self._collect()
-            settings = self._checked_settings(self._inner._grad_factor())
+            factor = float(self._inner._grad_factor())
+            settings = [dataclasses.replace(one, grad_factor=factor) for one in settings]
         chunks = [chunk for chunk in pipeline.arrived if chunk.has_grads]
         if self._deferred:  # in the order in which the next forward pass reads them
             chunks.sort(key=lambda chunk: (chunk in self._deferred, self._chunks.index(chunk)))

@@ -82,7 +82,7 @@ class Pipeline:
                 _busy[self] = update
             for chunk in chunks:
                 chunk.settings = chunk.settings or settings[chunk.group_index]
-                changed = self._bring((entry for entry in chunk.entries if entry.has_grad), computed)
+                changed = self._bring(chunk.with_grads, computed)
                 task = (chunk, update, computed, changed, torch.is_inference_mode_enabled())
                 self.in_flight[chunk] = self._pool.submit(self._update_and_send, *task)
 
@@ -123,7 +123,7 @@ class Pipeline:
                 chunk.is_updated = True
             self.device.wait(self._up, computed)
             are_as_known = _are_as_known(chunk)
-            for entry in (entry for entry in chunk.entries if entry.has_grad):
+            for entry in chunk.with_grads:
                 held = dtensor.local(entry.param)
                 self.device.upload(held, dtensor.local(entry.host.detach()), self._up, "param")
                 self.device.keep(held, self._up)
@@ -182,14 +182,14 @@ class Pipeline:
 
 def _are_as_known(chunk: Chunk) -> bool:
     """Whether nobody has written params that are being updated since their last copy, up or down, was enqueued."""
-    return all(entry.which() == entry.known for entry in chunk.entries if entry.has_grad)
+    return all(entry.which() == entry.known for entry in chunk.with_grads)
 
 
 def _written(chunk: Chunk) -> RuntimeError:
     """The error for that. What the params hold now is read at their next update."""
     for entry in chunk.entries:
         entry.known = None
-    shapes = ", ".join(str(tuple(entry.host.shape)) for entry in chunk.entries if entry.has_grad)
+    shapes = ", ".join(str(tuple(entry.host.shape)) for entry in chunk.with_grads)
     return RuntimeError(
         f"Params were written while their update was on its way to them, and may hold either; they have the shapes "
         f"{shapes}. Call wait() of the optimizer before reading or writing params"

@@ -24,9 +24,17 @@ from .optimizer import RuleOptimizer
 _ANCHOR = "_adamops_in_backward"  # an attribute of each param that has a hook
 
 
-class _Anchor:
-    """Keeps the handle alive as long as its params, even if the caller drops it. Copied or pickled, it becomes an
-    empty dict of a kind that torch.load(weights_only=True) accepts.
+class OfParam:
+    """An attribute of a param. Copied or pickled with it, it becomes an empty dict of a kind that
+    torch.load(weights_only=True) accepts.
+    """
+
+    def __reduce__(self) -> Any:
+        return OrderedDict, ()
+
+
+class _Anchor(OfParam):
+    """Keeps the handle alive as long as its params, even if the caller drops it.
 
     The hooks themselves refer to the handle weakly: Python's garbage collector cannot see what C++ holds, so a cycle
     through them would never be freed.
@@ -34,9 +42,6 @@ class _Anchor:
 
     def __init__(self, handle: InBackward) -> None:
         self.handle = handle
-
-    def __reduce__(self) -> Any:
-        return OrderedDict, ()
 
 
 class InBackward:
