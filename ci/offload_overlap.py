@@ -66,6 +66,20 @@ def recorded(stream, label):
     SPANS.append((stream, label, begin, time.perf_counter()))
 
 
+class Nothing:
+    """No optimizer: what remains is the time of the forward and backward passes."""
+
+    def __init__(self, weights, model, device, **settings):
+        self.weights = list(weights)
+
+    def step(self):
+        for weight in self.weights:
+            weight.grad = None
+
+    def zero_grad(self):
+        pass
+
+
 class InSeries:
     """All grads go down after the backward pass; then a step; then all params go up."""
 
@@ -168,9 +182,9 @@ def milliseconds_of_steps(make, options, clips, **arguments):
 def record_updates(optimizer):
     update = optimizer._inner._step_params
 
-    def recorded_update(*arguments):
+    def recorded_update(*arguments, **named):
         with recorded("update", "update"):
-            update(*arguments)
+            update(*arguments, **named)
 
     optimizer._inner._step_params = recorded_update
 
@@ -243,7 +257,8 @@ def main():
     for clips in (False, True):
         update = milliseconds_of_an_update(options, clips)
         norm = update - milliseconds_of_an_update(options, False) if clips else 0.0
-        in_series, alone = milliseconds_of_steps(InSeries, options, clips, **EIGHT_BIT)
+        compute, _ = milliseconds_of_steps(Nothing, options, False)
+        in_series, _ = milliseconds_of_steps(InSeries, options, clips, **EIGHT_BIT)
         chunk = {"chunk_mb": 2 * options.elements / 2**20, "threads": options.threads}
         for name, mode in MODES.items():
             if clips and mode.get("in_backward"):
@@ -251,7 +266,7 @@ def main():
             arguments = {"update_in_backward": mode.get("in_backward", False)}
             arguments |= {} if mode.get("by_block") else {"model": None}
             step, parts = milliseconds_of_steps(OffloadedAdam, options, clips, **EIGHT_BIT, **chunk, **arguments)
-            compute, parts = alone["compute"], [alone["compute"], parts["down"], update, parts["up"]]
+            parts = [compute, parts["down"], update, parts["up"]]
             times = Times(compute / 3, 2 * compute / 3, parts[1], update - norm, parts[3], norm)
             planned = simulated_step(times, options.layers, **mode)
             title = name + (", clipping" if clips else "")

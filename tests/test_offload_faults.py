@@ -529,11 +529,11 @@ def test_a_retried_step_is_the_one_that_failed(device, monkeypatch, seed):
     model, twin, ours, theirs = twins(device, lr=0.1)
     update, failing = DeepSpeedCPUAdam._step_params, [True]
 
-    def fails_once(self, group_index, begin, *others):
+    def fails_once(self, group_index, begin, *others, **named):
         if begin == 0 and failing:
             failing.clear()
             raise Fails("no memory")
-        update(self, group_index, begin, *others)
+        update(self, group_index, begin, *others, **named)
 
     monkeypatch.setattr(DeepSpeedCPUAdam, "_step_params", fails_once)
     grads_for(model, twin)
@@ -553,7 +553,7 @@ def test_a_retried_step_is_the_one_that_failed(device, monkeypatch, seed):
 def test_an_error_is_raised_though_the_optimizer_was_dropped(device, monkeypatch, seed):
     model, _, ours, _ = twins(device)
 
-    def fails(*_):
+    def fails(*_, **__):
         raise Fails("no memory")
 
     monkeypatch.setattr(DeepSpeedCPUAdam, "_step_params", fails)

@@ -110,8 +110,8 @@ def seconds_of_a_step(times, chunks, in_backward, by_block):
 
         return pool.submit(task)
 
-    def timed_update(*arguments):
-        update(*arguments)
+    def timed_update(*arguments, **named):
+        update(*arguments, **named)
         clock.now += times.update / chunks
 
     optimizer._pipeline._pool = SimpleNamespace(submit=submit)

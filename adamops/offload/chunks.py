@@ -14,6 +14,7 @@ from torch.nn import Parameter
 
 from .._torch_compat import version_of
 from ..optim import dtensor
+from ..optim.step import GroupStep
 from ..optim.step_settings import StepSettings
 from .device import Device
 from .pinned import pinned_like
@@ -26,7 +27,8 @@ class Entry:
     """A param on the device, with what belongs to it on the host; for DTensors, what this process holds.
 
     `sent` is where grads arrive, in pinned memory. `total` is their sum since the last step: the same memory, as long
-    as there is one grad. Both are None for a frozen param until it gets a grad.
+    as there is one grad. Both are None for a frozen param until it gets a grad. If the update adds up, its pass reads
+    the grad in `sent` and the sum of those before.
     """
 
     param: Tensor
@@ -37,8 +39,9 @@ class Entry:
     has_grad: bool = False  # in `total`, or on its way there
     arrivals: int = 0  # grads since the last step
     was_left: bool = False  # on the device, as an error came before it could be sent
-    on_its_way: Any = None  # the event of a grad's arrival in `sent`, if that is `total`
+    on_its_way: Any = None  # the event of a grad's arrival in `sent`, if none of our threads waits for it
     adding: Future[None] | None = None  # of a grad that is added to `total` once it has arrived
+    update_adds: bool = False  # whether the grad in `sent` is not in `total`, as the update adds it
     known: Any = None  # which() of the param when it and its copy were last the same
 
     def which(self) -> tuple[Any, ...]:
@@ -62,9 +65,18 @@ class Entry:
         self.sent, self.known = sent, None
         self.total = torch.empty_like(sent, dtype=torch.float32) if self.accumulates else sent
 
-    def send(self, grad: Tensor, device: Device, stream: Any, submit: Callable[..., Future[None]], add: Add) -> None:
+    def send(
+        self,
+        grad: Tensor,
+        device: Device,
+        stream: Any,
+        submit: Callable[..., Future[None]],
+        add: Add,
+        update_adds: bool,
+    ) -> None:
         """Sends a grad, which may be dropped afterwards."""
         self.arrive(device)
+        self.add_sent(add)
         assert self.sent is not None and self.total is not None
         if self.has_grad and self.total is self.sent:
             self.total = self.sent.clone()
@@ -72,7 +84,8 @@ class Entry:
         device.download(self.sent, grad, stream, "grad")
         device.keep(grad, stream)
         arrival = device.record(stream)
-        if self.total is self.sent:
+        self.update_adds = update_adds and self.has_grad and self.accumulates
+        if self.total is self.sent or self.update_adds:
             self.on_its_way = arrival
         else:
             self.adding = submit(_add, add, device, arrival, self.total, self.sent, not self.has_grad)
@@ -80,7 +93,7 @@ class Entry:
         self.has_grad = True
 
     def arrive(self, device: Device) -> None:
-        """Waits until all grads are in `total`. Raises, again and again, if one could not be added."""
+        """Waits until all grads are there. Raises, again and again, if one could not be added to `total`."""
         if self.adding is not None:
             self.adding.result()
             self.adding = None
@@ -88,8 +101,15 @@ class Entry:
             device.synchronize(self.on_its_way)
             self.on_its_way = None
 
+    def add_sent(self, add: Add) -> None:
+        """Adds the grad that was left to the update, which has arrived."""
+        if self.update_adds:
+            assert self.sent is not None and self.total is not None
+            add(self.total, self.sent, False)
+            self.update_adds = False
+
     def give_grad(self, device: Device) -> None:
-        """Waits for the grads, and gives their sum to the inner optimizer's param."""
+        """Waits for the grads, and gives `total` to the inner optimizer's param."""
         self.arrive(device)
         if not self.has_grad:
             self.host.grad = None
@@ -105,7 +125,7 @@ class Entry:
         if self.adding is not None and self.adding.exception() is not None:  # waits
             self.adding, to_zero = None, False
         self.arrive(device)
-        self.arrivals = 0
+        self.arrivals, self.update_adds = 0, False
         if to_zero and self.has_grad:
             assert self.total is not None
             self.total.zero_()
@@ -138,6 +158,14 @@ class Chunk:
     def is_complete(self, arrivals: int) -> bool:
         """Whether as many grads as that have arrived for all params that get any."""
         return all(entry.arrivals == arrivals or not entry.param.requires_grad for entry in self.entries)
+
+    def add_grads(self, add: Add, step: GroupStep) -> None:
+        """Has a prepared step add the grads that were left to it; those that it cannot add are added now."""
+        left = [entry for entry in self.entries if entry.update_adds]
+        pairs = [(entry.total, entry.sent) for entry in left if entry.total.numel()]
+        if pairs and not step.adds_to_grads(*zip(*pairs, strict=True)):
+            for entry in left:
+                entry.add_sent(add)
 
     def drop_grads(self, device: Device, to_zero: bool = False) -> None:
         """Forgets all grads, or sets them to zero, and with them an unfinished step."""

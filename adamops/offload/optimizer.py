@@ -256,7 +256,8 @@ class OffloadedOptimizer(CheckpointedOffload):
                 with torch.inference_mode(False):
                     give_memory([entry], self._pipeline.device)
                 self._unfrozen = True
-            self._pipeline.send(entry, chunk, grad, self._add)
+            is_last = self._in_backward and entry.arrivals + 1 == self._accumulate
+            self._pipeline.send(entry, chunk, grad, self._add, update_adds=is_last)
             entry.was_left = False
             if self._in_backward and chunk.is_complete(self._accumulate):
                 self._check_unfrozen()
@@ -375,7 +376,8 @@ class OffloadedOptimizer(CheckpointedOffload):
     def _update(self, chunk: Chunk) -> None:
         """Updates the params of a chunk on the host."""
         begin, end = chunk.begin, chunk.begin + len(chunk.entries)
-        self._inner._step_params(chunk.group_index, begin, end, chunk.settings)
+        add_grads = functools.partial(chunk.add_grads, self._add)
+        self._inner._step_params(chunk.group_index, begin, end, chunk.settings, before=add_grads)
 
 
 def _on_grad(owner: weakref.ref[OffloadedOptimizer], param: Tensor) -> None:

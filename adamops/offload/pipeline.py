@@ -52,8 +52,8 @@ class Pipeline:
                 "after the fork, or start processes with 'spawn'"
             )
 
-    def send(self, entry: Entry, chunk: Chunk, grad: Tensor, add: Add) -> None:
-        """Sends a param's grad down, where it is added to others, and drops it."""
+    def send(self, entry: Entry, chunk: Chunk, grad: Tensor, add: Add, update_adds: bool) -> None:
+        """Sends a param's grad down, where it is added to others, by the update or before; and drops it."""
         with deferred_signals():
             if chunk.is_updated:
                 raise RuntimeError(
@@ -61,7 +61,7 @@ class Pipeline:
                     "before the next backward pass"
                 )
             chunk.settings = None  # a step that failed no longer belongs to these grads
-            entry.send(grad, self.device, self._down, self._pool.submit, add)
+            entry.send(grad, self.device, self._down, self._pool.submit, add, update_adds)
             self.arrived[chunk] = None
             entry.param.grad = None
 

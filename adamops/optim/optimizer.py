@@ -33,7 +33,7 @@ from .param_groups import check_settings, checked_params
 from .profiled import profiled
 from .settings import checked_seed, to_number
 from .state.precision import EIGHT_BIT, Precision, precision_of
-from .step import GroupToStep, check_shared_memory, checked_lowp_outs, evaluate, prepare, prepare_group
+from .step import GroupStep, GroupToStep, check_shared_memory, checked_lowp_outs, evaluate, prepare, prepare_group
 from .step_settings import StepSettings
 from .step_settings import rng_offset as rng_offset_of
 from .wrapper_shared_attribute import WrapperSharedAttribute
@@ -308,12 +308,25 @@ class RuleOptimizer(CheckpointedOptimizer):
             raise type(error)(str(error).replace(f"{where}, param 0", f"{where}, param {index}")) from None
 
     @torch.no_grad()
-    def _step_params(self, group_index: int, begin: int, end: int, settings: StepSettings | None = None) -> None:
-        """Updates params next to each other in a group, as step() would, or as one with these settings would have."""
+    def _step_params(
+        self,
+        group_index: int,
+        begin: int,
+        end: int,
+        settings: StepSettings | None = None,
+        before: Callable[[GroupStep], None] | None = None,
+    ) -> None:
+        """Updates params next to each other in a group, as step() would, or as one with these settings would have.
+
+        `before` is called with the prepared step before it is run.
+        """
         group, where = self.param_groups[group_index], f"param group {group_index}"
         settings = self._step_settings(group, where) if settings is None else settings
         own = GroupToStep(where, {**group, "params": group["params"][begin:end]}, settings.from_param(begin))
-        commit(self.state, [prepare_group(self, own, {})])
+        step = prepare_group(self, own, {})
+        if before is not None:
+            before(step)
+        commit(self.state, [step])
 
     def _steps_in_backward(self) -> bool:
         """Whether adamops.step_in_backward() updates all params, so that step() has nothing to do."""

@@ -54,6 +54,16 @@ class GroupStep:
     ran_python: bool = False  # whether preparing it ran Python code of tensor subclasses
     has_new_params: bool = False  # whether some were never checked for shared memory
 
+    def adds_to_grads(self, totals: Sequence[Tensor], grads: Sequence[Tensor]) -> bool:
+        """Has the op add grads to those in float32 that this was prepared with, in its pass over the params.
+
+        It leaves both as they are. False, and nothing is done, if it cannot.
+        """
+        if len(self.updates) != 1:
+            return False
+        backend, update = self.updates[0]
+        return backend.adds_in_step(update, totals, grads)
+
 
 def prepare(
     optimizer: Steppable, groups: Sequence[GroupToStep], outs: dict[Tensor, Tensor], zero_grads: bool

@@ -14,10 +14,9 @@
 namespace adamops {
 namespace ADAMOPS_TARGET {
 
-StepRange choose_staged_range(Dtypes dtypes, StepOptions options);           // cpu/staged.cpp
-double norm_range(const void* grad, Dtype dtype, Norm norm, int64_t count);  // cpu/grad_norm.cpp
-void add_range(float* sum, const void* grad, Dtype dtype, bool is_first, int64_t begin,
-               int64_t end);  // cpu/grad_sum.cpp
+StepRange choose_staged_range(Dtypes dtypes, StepOptions options);                              // cpu/staged.cpp
+double norm_range(const void* grad, Dtype dtype, Norm norm, int64_t count);                     // cpu/grad_norm.cpp
+void add_range(const float* former, const void* grad, Dtype dtype, float* sum, int64_t count);  // cpu/grad_sum.cpp
 
 namespace {
 

@@ -10,33 +10,33 @@ namespace adamops {
 namespace ADAMOPS_TARGET {
 namespace {
 
-template <bool kIsFirst, class T>
-void add(float* sum, const T* grad, int64_t count) {
-  const auto add_block = [](float* to, const T* block) {
+// `former` is a const float*, or a NoColumn for zeros.
+template <class T, class Former>
+void add(Former former, const T* grad, float* sum, int64_t count) {
+  const auto add_block = [](auto before, const T* block, float* to) {
     for (int64_t i = 0; i < kVectorBlock; i += Pair::kElements) {
       Pair x = load_pair(block + i);
-      if constexpr (!kIsFirst) {
-        const Pair before = load_pair(to + i);
-        x = {before.a + x.a, before.b + x.b};
+      if constexpr (!same_type<Former, NoColumn>) {
+        const Pair y = load_pair(before + i);
+        x = {y.a + x.a, y.b + x.b};
       }
       store_pair(to + i, x);
     }
   };
-  for_each_block(count, 0, add_block, sum, grad);
+  for_each_block(count, 0, add_block, former, grad, sum);
 }
 
 template <class T>
-void add(float* sum, const T* grad, bool is_first, int64_t count) {
-  is_first ? add<true>(sum, grad, count) : add<false>(sum, grad, count);
+void add(const float* former, const T* grad, float* sum, int64_t count) {
+  former ? add<T, const float*>(former, grad, sum, count) : add<T, NoColumn>({}, grad, sum, count);
 }
 
 }  // namespace
 
-void add_range(float* sum, const void* grad, Dtype dtype, bool is_first, int64_t begin, int64_t end) {
-  const int64_t count = end - begin;
-  if (dtype == kFloat32) return add(sum + begin, at<float>(grad, begin), is_first, count);
-  if (dtype == kBfloat16) return add(sum + begin, at<bf16>(grad, begin), is_first, count);
-  return add(sum + begin, at<fp16>(grad, begin), is_first, count);
+void add_range(const float* former, const void* grad, Dtype dtype, float* sum, int64_t count) {
+  if (dtype == kFloat32) return add(former, at<float>(grad, 0), sum, count);
+  if (dtype == kBfloat16) return add(former, at<bf16>(grad, 0), sum, count);
+  return add(former, at<fp16>(grad, 0), sum, count);
 }
 
 }  // namespace ADAMOPS_TARGET

@@ -30,8 +30,9 @@ using ProbeRange = void (*)(const Tensor&, int64_t begin, int64_t end, int prefe
 // double.
 using NormRange = double (*)(const void* grad, Dtype dtype, Norm norm, int64_t count);
 
-// Adds the elements [begin, end) of a grad to those of a sum, or begins a sum with them.
-using AddRange = void (*)(float* sum, const void* grad, Dtype dtype, bool is_first, int64_t begin, int64_t end);
+// Sets `count` elements of a sum to those of a former one, which may be the same or null for zeros, plus those of a
+// grad.
+using AddRange = void (*)(const float* former, const void* grad, Dtype dtype, float* sum, int64_t count);
 
 struct Target {
   const char* name;

@@ -73,25 +73,48 @@ class PreparedStep {
       return target.step_range(dtypes, options, in_blocks(dtypes, tensor, prefetch_bytes));
     });
     if (table.counts_on_device()) throw py::value_error("the CPU op takes step counts as numbers");
+    if (!table.added.empty() && options.zero_grads) throw py::value_error("a step cannot zero grads that it adds up");
+    add_range_ = target.add_range;
   }
 
   void run() {
     table_.count_writes(options_.zero_grads);
     table_.count_steps();  // before the update, while the states are still in the caches
     for_each_piece(sizes_, threads_, [&](size_t i, int64_t begin, int64_t end) {
-      ranges_[i](table_.tensors[i], {table_.dtypes[i], options_, scalars_[table_.step_rows[i]], prefetch_bytes_}, begin,
-                 end);
+      const Work work{table_.dtypes[i], options_, scalars_[table_.step_rows[i]], prefetch_bytes_};
+      if (!table_.added.empty() && table_.added[i].grad)
+        step_with_sum(i, work, begin, end);
+      else
+        ranges_[i](table_.tensors[i], work, begin, end);
     });
     table_.release();
   }
 
  private:
+  // The same for a tensor whose grad is a sum, which is formed in the cache and nowhere else.
+  void step_with_sum(size_t i, const Work& work, int64_t begin, int64_t end) const {
+    constexpr int64_t kPiece = 16 * Partition::kGrain;
+    alignas(64) float sum[kPiece];
+    const Table::Added& added = table_.added[i];
+    const auto* grads = static_cast<const char*>(added.grad);
+    const auto* former = static_cast<const float*>(table_.tensors[i].grad);
+    Tensor tensor = table_.tensors[i];
+    for (int64_t from = begin; from < end; from += kPiece) {
+      const int64_t to = std::min(from + kPiece, end);
+      add_range_(former + from, grads + from * size_of(added.dtype), added.dtype, sum, to - from);
+      // Its element `from` is sum[0].
+      tensor.grad = reinterpret_cast<void*>(reinterpret_cast<uintptr_t>(sum) - from * sizeof(float));
+      ranges_[i](tensor, work, from, to);
+    }
+  }
+
   Table& table_;
   StepOptions options_;
   int threads_, prefetch_bytes_;
   std::vector<int64_t> sizes_;
   std::vector<StepRange> ranges_;
   std::vector<StepScalars> scalars_;
+  AddRange add_range_;
 };
 
 void step_with_scalars(Table& table, const std::vector<ScalarRow>& scalars, int mode, int threads, bool zero_grads,
@@ -164,9 +187,11 @@ double grad_norm(const py::list& addresses, const py::list& numels, const py::li
 void add_grad(uintptr_t sum, uintptr_t grad, int64_t numel, int dtype, bool is_first, int threads) {
   if (dtype < 0 || dtype >= kDtypeCount) throw py::value_error("unknown dtype code " + std::to_string(dtype));
   const AddRange add_range = simd_targets.in_use().add_range;
+  const auto own_dtype = static_cast<Dtype>(dtype);
   for_each_piece({numel}, threads, [&](size_t, int64_t begin, int64_t end) {
-    add_range(reinterpret_cast<float*>(sum), reinterpret_cast<const void*>(grad), static_cast<Dtype>(dtype), is_first,
-              begin, end);
+    float* const to = reinterpret_cast<float*>(sum) + begin;
+    add_range(is_first ? nullptr : to, reinterpret_cast<const char*>(grad) + begin * size_of(own_dtype), own_dtype, to,
+              end - begin);
   });
 }
 

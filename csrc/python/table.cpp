@@ -64,6 +64,12 @@ int64_t blocks_of(int64_t numel) {
   return (numel + kQuantizationBlock - 1) / kQuantizationBlock;
 }
 
+Dtype dtype_of_number(const char* name, int count, size_t number) {
+  if (number >= static_cast<size_t>(count))
+    throw py::value_error(std::string(name) + " is " + std::to_string(number) + ", which is no dtype");
+  return static_cast<Dtype>(number);
+}
+
 Master master_of_number(int number) {
   if (number < kNoMaster || number > kRemainder16)
     throw py::value_error("unknown kind of master " + std::to_string(number));
@@ -108,12 +114,13 @@ class Row {
     for (const py::handle address : given) *to++ = reinterpret_cast<void*>(to_number("states", address.ptr()));
   }
 
-  Dtype dtype(const char* name) { return to_dtype(name, kDtypeCount, number(name)); }
-  Dtype state_dtype() { return to_dtype("state_dtype", kQuantized + 1, number("state_dtype")); }
+  Dtype dtype(const char* name) { return dtype_of_number(name, kDtypeCount, number(name)); }
+  Dtype state_dtype() { return dtype_of_number("state_dtype", kQuantized + 1, number("state_dtype")); }
 
   // The dtype of the 16-bit copy, which a row without one may leave out.
   Dtype lowp_dtype(bool is_needed) {
-    return to_dtype("lowp_dtype", kDtypeCount, is_needed ? number("lowp_dtype") : number("lowp_dtype", kFloat32));
+    return dtype_of_number("lowp_dtype", kDtypeCount,
+                           is_needed ? number("lowp_dtype") : number("lowp_dtype", kFloat32));
   }
 
   // A new reference to a dict; empty if there is none.
@@ -137,11 +144,6 @@ class Row {
     PyObject* const value = find(name);
     if (!value) throw py::value_error(std::string("a row of a table has no ") + name);
     return value;
-  }
-  static Dtype to_dtype(const char* name, int count, size_t found) {
-    if (found >= static_cast<size_t>(count))
-      throw py::value_error(std::string(name) + " is " + std::to_string(found) + ", which is no dtype");
-    return static_cast<Dtype>(found);
   }
   static size_t to_number(const char* name, PyObject* value) {
     const size_t number = PyLong_Check(value) ? PyLong_AsSize_t(value) : static_cast<size_t>(-1);
@@ -229,6 +231,23 @@ void Table::count_writes(bool zero_grads) {
     for (VersionCounter* const counter : grads_) count_write(*counter);
   written_.clear();
   grads_.clear();
+}
+
+bool Table::add_to_grads(const std::vector<uintptr_t>& grads, const std::vector<uintptr_t>& added,
+                         const std::vector<size_t>& added_dtypes) {
+  std::unordered_map<uintptr_t, size_t> row_of_grad;
+  for (size_t i = 0; i < tensors.size(); ++i)
+    if (tensors[i].numel && dtypes[i].grad == kFloat32)
+      row_of_grad.emplace(reinterpret_cast<uintptr_t>(tensors[i].grad), i);
+  std::vector<Added> all(tensors.size(), Added{nullptr, kFloat32});
+  for (size_t i = 0; i < grads.size(); ++i) {
+    const auto row = row_of_grad.find(grads[i]);
+    if (row == row_of_grad.end()) return false;
+    all[row->second] = {reinterpret_cast<const void*>(added.at(i)),
+                        dtype_of_number("added_dtypes", kDtypeCount, added_dtypes.at(i))};
+  }
+  this->added = std::move(all);
+  return true;
 }
 
 std::vector<Table::Span> Table::spans_of(int column) const {
@@ -604,6 +623,9 @@ void bind_table(py::module_& module, const StateSpec (&states)[kMostStates], int
       .def_property_readonly("spans", &Table::spans, "Of each tensor the address, and how many bytes are used.")
       .def("writes_overlap", &Table::writes_overlap, py::arg("zero_grads"),
            "Whether tensors that a step writes share memory with one another.")
+      .def("add_to_grads", &Table::add_to_grads, py::arg("grads"), py::arg("added"), py::arg("added_dtypes"),
+           "Has the CPU op's step add grads to some in fp32, all given as addresses; False if it has none of the "
+           "latter.")
       .def_readonly("sharded", &Table::sharded, "Whether there are DTensors among the params.")
       .def("count_writes", &Table::count_writes, py::arg("zero_grads"), "Bumps the versions of what a step writes.");
   module.def("grads_overlap", &grads_overlap, py::arg("tables"), "Whether grads share memory with one another.");

@@ -35,9 +35,19 @@ class Table {
   std::vector<int64_t> steps;        // the distinct step counts, this step included
   std::vector<uint32_t> step_rows;   // for each tensor, the index of its count in `steps`
   std::vector<float*> device_steps;  // or the address of each tensor's fp32 count, before this step
-  Py_ssize_t first_state = 0;        // the first tensor's position in the dict of states, as PyDict_Next counts
+  struct Added {
+    const void* grad;
+    Dtype dtype;
+  };
+  std::vector<Added> added;    // for each tensor, a grad that the CPU op adds to its own; null for none. Or empty
+  Py_ssize_t first_state = 0;  // the first tensor's position in the dict of states, as PyDict_Next counts
 
   void reserve(size_t count);
+
+  // Has the CPU op add grads of any dtype to those of some tensors in fp32, which it leaves as they are. All are given
+  // as addresses. Returns false, and does nothing, if one of the former is of no tensor.
+  bool add_to_grads(const std::vector<uintptr_t>& grads, const std::vector<uintptr_t>& added,
+                    const std::vector<size_t>& added_dtypes);
 
   // Records a tensor's step count, this step included.
   void add_step(int64_t step);

@@ -88,6 +88,9 @@ class Backend(Protocol):
     def add_grad(self, total: Tensor, grad: Tensor, is_first: bool, threads: int | None) -> None:
         """Adds a dense grad to a sum in float32 with the same memory layout, or begins a sum with it."""
 
+    def adds_in_step(self, update: Update, totals: Sequence[Tensor], grads: Sequence[Tensor]) -> bool:
+        """What GroupStep.adds_to_grads() does, for an update that this backend has prepared."""
+
     def samples(self, grads: Sequence[Tensor]) -> list[bytes | None]:
         """For each grad, some of its elements; None for one that cannot be read without waiting for a device."""
 

@@ -109,5 +109,9 @@ class NativeBackend(TableBackend):
         )
         count_writes([total])
 
+    def adds_in_step(self, update: Update, totals: Sequence[Tensor], grads: Sequence[Tensor]) -> bool:
+        codes = [self._dtype_codes[grad.dtype] for grad in grads]
+        return update.table.add_to_grads(addresses(totals, "a grad"), addresses(grads, "a grad"), codes)
+
     def _norm_of(self, columns: Columns, norm_type: float) -> float:
         return self.module.grad_norm(*columns, norm_type, get_num_threads())

@@ -120,6 +120,9 @@ class TableBackend:
     def add_grad(self, total: Tensor, grad: Tensor, is_first: bool, threads: int | None) -> None:
         add_in_pieces(total, grad, is_first)
 
+    def adds_in_step(self, update: Update, totals: Sequence[Tensor], grads: Sequence[Tensor]) -> bool:
+        return False
+
     def samples(self, grads: Sequence[Tensor]) -> list[bytes | None]:
         return [None] * len(grads)
 

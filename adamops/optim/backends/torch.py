@@ -90,6 +90,10 @@ class TorchBackend:
     def add_grad(self, total: Tensor, grad: Tensor, is_first: bool, threads: int | None) -> None:
         add_in_pieces(total, grad, is_first)
 
+    def adds_in_step(self, update: Update, totals: Sequence[Tensor], grads: Sequence[Tensor]) -> bool:
+        """Returns False: sums are formed before the step."""
+        return False
+
     def samples(self, grads: Sequence[Tensor]) -> list[bytes | None]:
         """None for each grad: an element read by torch would cost as much as a small grad's whole step."""
         return [None] * len(grads)
