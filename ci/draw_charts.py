@@ -1,7 +1,7 @@
 """Draws README's charts from measurements: python ci/draw_charts.py
 
 The measurements are in docs/figures: bench.json, put together of `python -m adamops.bench --json` and a run with
-`--models gpt2 llama-0.5b resnet50 lora-8b --repeat 9`, and memory.json, of `python ci/memory.py --json`. Measures
+`--models gpt2 llama-0.5b resnet50 lora-8b --repeat 11`, and memory.json, of `python ci/memory.py --json`. Measures
 nothing.
 """
 

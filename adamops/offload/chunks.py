@@ -146,6 +146,11 @@ class Chunk:
     is_updated: bool = False  # on the host, for that step
 
     @property
+    def end(self) -> int:
+        """Position in the group after the last one."""
+        return self.begin + len(self.entries)
+
+    @property
     def with_grads(self) -> list[Entry]:
         """Those that an update writes."""
         return [entry for entry in self.entries if entry.has_grad]
@@ -162,7 +167,7 @@ class Chunk:
     def add_grads(self, add: Add, step: GroupStep) -> None:
         """Has a prepared step add the grads that were left to it; those that it cannot add are added now."""
         left = [entry for entry in self.entries if entry.update_adds]
-        pairs = [(entry.total, entry.sent) for entry in left if entry.total.numel()]
+        pairs = [(entry.total, entry.sent) for entry in left if dtensor.local(entry.host).numel()]
         if pairs and not step.adds_to_grads(*zip(*pairs, strict=True)):
             for entry in left:
                 entry.add_sent(add)

@@ -357,7 +357,7 @@ class OffloadedOptimizer(CheckpointedOffload):
         pipeline.update([chunk for chunk in pipeline.arrived if chunk.settings is not None], settings, self._update)
         self._send_others()
         self._check_unfrozen()
-        if self._early_settings is not None and not all(map(_are_alike, settings, self._early_settings)):
+        if self._early_settings is not None and not all(map(StepSettings.is_like, settings, self._early_settings)):
             raise RuntimeError(
                 "Settings have changed after some params were updated with the former ones: with "
                 "update_in_backward=True, change them before the backward pass, or after step()"
@@ -375,9 +375,8 @@ class OffloadedOptimizer(CheckpointedOffload):
 
     def _update(self, chunk: Chunk) -> None:
         """Updates the params of a chunk on the host."""
-        begin, end = chunk.begin, chunk.begin + len(chunk.entries)
         add_grads = functools.partial(chunk.add_grads, self._add)
-        self._inner._step_params(chunk.group_index, begin, end, chunk.settings, before=add_grads)
+        self._inner._step_params(chunk.group_index, chunk.begin, chunk.end, chunk.settings, before=add_grads)
 
 
 def _on_grad(owner: weakref.ref[OffloadedOptimizer], param: Tensor) -> None:
@@ -395,7 +394,3 @@ def _remove(hooks: list[RemovableHandle]) -> None:
 def _is_grad_scaler(caller: FrameType) -> bool:
     """Whether a GradScaler of torch, or of a class derived from it, looks at grads."""
     return "unscale" in caller.f_code.co_name and isinstance(caller.f_locals.get("self"), torch.amp.GradScaler)
-
-
-def _are_alike(settings: StepSettings, others: StepSettings) -> bool:
-    return settings.hyper == others.hyper and settings.maximize == others.maximize

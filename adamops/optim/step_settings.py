@@ -61,6 +61,10 @@ class StepSettings:
             grad_factor=float(self.grad_factor),
         )
 
+    def is_like(self, other: StepSettings) -> bool:
+        """Whether a step with the other settings, of the same group, has the same hyper-parameters."""
+        return bool(self.hyper == other.hyper and self.maximize == other.maximize)
+
     def numbers(self) -> tuple[float, ...]:
         """The rule's hyper-parameters as floats."""
         hyper = self.hyper

@@ -93,7 +93,7 @@ class PreparedStep {
  private:
   // The same for a tensor whose grad is a sum, which is formed in the cache and nowhere else.
   void step_with_sum(size_t i, const Work& work, int64_t begin, int64_t end) const {
-    constexpr int64_t kPiece = 16 * Partition::kGrain;
+    constexpr int64_t kPiece = Partition::kGrain;  // longer ones are slower: the memory idles while one is summed
     alignas(64) float sum[kPiece];
     const Table::Added& added = table_.added[i];
     const auto* grads = static_cast<const char*>(added.grad);
