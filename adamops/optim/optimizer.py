@@ -33,7 +33,7 @@ from .param_groups import check_settings, checked_params
 from .profiled import profiled
 from .settings import checked_seed, to_number
 from .state.precision import EIGHT_BIT, Precision, precision_of
-from .step import GroupStep, GroupToStep, check_shared_memory, checked_lowp_outs, evaluate, prepare, prepare_group
+from .step import Before, GroupToStep, check_shared_memory, checked_lowp_outs, evaluate, prepare, prepare_group
 from .step_settings import StepSettings
 from .step_settings import rng_offset as rng_offset_of
 from .wrapper_shared_attribute import WrapperSharedAttribute
@@ -309,12 +309,7 @@ class RuleOptimizer(CheckpointedOptimizer):
 
     @torch.no_grad()
     def _step_params(
-        self,
-        group_index: int,
-        begin: int,
-        end: int,
-        settings: StepSettings | None = None,
-        before: Callable[[GroupStep], None] | None = None,
+        self, group_index: int, begin: int, end: int, settings: StepSettings | None = None, before: Before | None = None
     ) -> None:
         """Updates params next to each other in a group, as step() would, or as one with these settings would have.
 

@@ -65,6 +65,9 @@ class GroupStep:
         return backend.adds_in_step(update, totals, grads)
 
 
+Before = Callable[[GroupStep], None]  # is called before a prepared step is run
+
+
 def prepare(
     optimizer: Steppable, groups: Sequence[GroupToStep], outs: dict[Tensor, Tensor], zero_grads: bool
 ) -> list[GroupStep]:
