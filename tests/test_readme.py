@@ -1,4 +1,4 @@
-"""README's commands, as they stand there. `pip install .` and what follows it: tests/test_packaging.py."""
+"""README's commands, as they stand there."""
 
 import os
 import re
@@ -41,3 +41,71 @@ def test_tools_run(command, tmp_path):
     done = subprocess.run(words, cwd=tmp_path, env=environment, capture_output=True, text=True, timeout=120)
     assert done.returncode == 0, done.stderr
     assert "bench" in command or " works here: " in done.stdout.splitlines()[0]
+
+
+# A newcomer ---------------------------------------------------------------------------------------------------------
+
+
+class Newcomer:
+    """Someone with a fresh clone, and a shell that has Python, the system's programs and the way to PyPI."""
+
+    def __init__(self, folder):
+        self.home, self.clone = folder / "home", folder / "adamops"
+        self.home.mkdir()
+        self.path = [str(Path(sys.base_prefix, "bin")), "/usr/bin", "/bin"]
+        self.type(f"git clone --quiet '{ROOT}' '{self.clone}'", cwd=folder)
+
+    def type(self, command, cwd=None):
+        """What a command writes, which must end well."""
+        network = {name: value for name, value in os.environ.items() if re.match("PIP_|SSL_|https?_proxy", name)}
+        done = subprocess.run(
+            ["bash", "-c", command],
+            cwd=cwd or self.clone,
+            env={**network, "HOME": str(self.home), "PATH": os.pathsep.join(self.path), "LANG": "C.UTF-8"},
+            stdout=subprocess.PIPE,
+            stderr=subprocess.STDOUT,
+            text=True,
+            timeout=1500,
+        )
+        assert done.returncode == 0, f"{command}\n{done.stdout[-4000:]}"
+        return done.stdout
+
+
+@pytest.fixture(scope="module")
+def newcomer(tmp_path_factory):
+    if not (ROOT / ".git").exists() or not shutil.which("git"):
+        pytest.skip("needs a git checkout")
+    if not Path(sys.base_prefix, "bin", "python3").exists():
+        pytest.skip("needs a python3 beside this one")
+    return Newcomer(tmp_path_factory.mktemp("newcomer"))
+
+
+@pytest.mark.slow
+def test_the_demo_from_a_fresh_clone(newcomer):
+    """With fewer steps than the default's."""
+    shown = newcomer.type("bash ci/demo.sh --steps 60")
+    assert " works here: " in shown
+    assert "Next: change torch.optim.AdamW to adamops.AdamW" in shown
+    assert list((newcomer.clone / "demo_output").glob("*.png"))
+
+
+@pytest.mark.slow
+def test_the_installation_from_a_fresh_clone(newcomer):
+    """In the folder of the checkout, where every command stands; with a CPU build of torch from before, as README says."""
+    newcomer.type("python3 -m venv .venv && .venv/bin/pip install --quiet torch==2.13.0")
+    newcomer.path.insert(0, str(newcomer.clone / ".venv" / "bin"))
+    for command in COMMANDS:
+        if command == "pip install ." or command in TOOLS:
+            shown = newcomer.type(command + (" --help" if command.endswith("bench") else ""))
+            assert "bench" in command or "pip" in command or " works here: " in shown.splitlines()[0]
+    assert "the same bits" in newcomer.type("adamops-report --check")
+    # Outside of the checkout, Python imports what was installed.
+    used = newcomer.type("python -c 'import adamops; print(adamops.__file__)'", cwd=newcomer.home)
+    assert Path(used.strip()).is_relative_to(newcomer.clone / ".venv")
+
+
+@pytest.mark.slow
+def test_the_tests_from_a_fresh_clone(newcomer):
+    """All but the tests themselves: what runs this is that script."""
+    shown = newcomer.type("bash ci/test.sh --collect-only -q -k test_scripts_are_scripts")
+    assert re.search(r"^2/\d+ tests collected", shown.splitlines()[-1]), shown[-2000:]
