@@ -16,6 +16,7 @@ import re
 import shutil
 import subprocess
 import sys
+import warnings
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -147,7 +148,8 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("--check", action="store_true", help="also take steps with both optimizers, and compare bits")
     parser.add_argument("--json", action="store_true", help="print JSON, for machines")
     options = parser.parse_args(arguments)
-    with contextlib.redirect_stdout(sys.stderr):  # a plugin may print anything
+    with contextlib.redirect_stdout(sys.stderr), warnings.catch_warnings():  # a plugin may print anything
+        warnings.filterwarnings("ignore", "Failed to initialize NumPy")  # of torch, which does not need it
         report = collect()
         if options.check:
             report["check"] = _check()

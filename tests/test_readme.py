@@ -91,7 +91,7 @@ def test_the_demo_from_a_fresh_clone(newcomer):
 
 @pytest.mark.slow
 def test_the_installation_from_a_fresh_clone(newcomer):
-    """In the folder of the checkout, where every command stands; with a CPU build of torch from before, as README says."""
+    """In the folder of the checkout, with a CPU build of torch from before, as README says."""
     newcomer.type("python3 -m venv .venv && .venv/bin/pip install --quiet torch==2.13.0")
     newcomer.path.insert(0, str(newcomer.clone / ".venv" / "bin"))
     for command in COMMANDS:
