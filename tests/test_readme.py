@@ -77,7 +77,9 @@ def newcomer(tmp_path_factory):
         pytest.skip("needs a git checkout")
     if not Path(sys.base_prefix, "bin", "python3").exists():
         pytest.skip("needs a python3 beside this one")
-    return Newcomer(tmp_path_factory.mktemp("newcomer"))
+    folder = tmp_path_factory.mktemp("newcomer")
+    yield Newcomer(folder)
+    shutil.rmtree(folder)  # gigabytes
 
 
 @pytest.mark.slow
