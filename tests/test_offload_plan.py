@@ -10,6 +10,7 @@ from types import SimpleNamespace
 
 import pytest
 import torch
+from offload_twins import InOrder
 from torch import nn
 
 from adamops import OffloadedAdam
@@ -26,7 +27,7 @@ class Clock(threading.local):
     now = 0.0
 
 
-class ClockedDevice:
+class ClockedDevice(InOrder):
     """Copies are done when they are enqueued; streams and events have the times at which they would have been."""
 
     def __init__(self, clock, seconds_of_copy):
@@ -55,12 +56,6 @@ class ClockedDevice:
         stream.free = max(stream.free, self.clock.now) + self.seconds_of_copy[stream.name]
 
     upload = download
-
-    def keep(self, device, stream):
-        pass
-
-    def pinned(self, size):
-        return torch.empty(size, dtype=torch.uint8)
 
 
 class Passes(torch.autograd.Function):
