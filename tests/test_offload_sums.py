@@ -1,25 +1,36 @@
 """Grads of an accumulation that the update's pass adds up: the bits of adding them before."""
 
+import contextlib
+import copy
+import functools
 import random
+import signal
+import threading
+import time
 
 import pytest
 import torch
 from offload_twins import (
+    InOrder,
     assert_same_params,
     assert_same_state,
     backward,
     capture,
     give,
+    grads_for,
     offloaded,
+    place_of,
     small_model,
 )
+from torch import nn
+from torch.utils.checkpoint import checkpoint
 
 from adamops import DeepSpeedCPUAdam, FusedAdam, op_builder
 from adamops.optim.backends.cpu import NativeBackend
 from adamops.optim.backends.torch import TorchBackend
 
 needs_grad_dtype = pytest.mark.skipif(
-    not hasattr(torch.nn.Parameter(torch.ones(1)), "grad_dtype"), reason="16-bit params with grads in fp32: torch 2.10"
+    not hasattr(nn.Parameter(torch.ones(1)), "grad_dtype"), reason="16-bit params with grads in fp32: torch 2.10"
 )
 DTYPES = [torch.float32, torch.bfloat16, torch.float16]
 PRECISIONS = [
@@ -31,7 +42,7 @@ PRECISIONS = [
 
 
 def params_with_sums(sizes, dtype):
-    params = [torch.nn.Parameter((torch.randn(size) * 3).to(dtype)) for size in sizes]
+    params = [nn.Parameter((torch.randn(size) * 3).to(dtype)) for size in sizes]
     for param in params:
         if dtype != torch.float32:
             param.grad_dtype = torch.float32
@@ -57,7 +68,7 @@ def test_a_step_that_adds_up(cpu_adam, target, precision, dtype, cls, seed):
     draw = random.Random(seed)
     sizes = [1, 255, 256, 257, 4096, draw.randrange(1, 50_000), 3]
     params, added_dtype = params_with_sums(sizes, dtype), draw.choice(DTYPES)
-    twins = [torch.nn.Parameter(param.detach().clone()) for param in params]
+    twins = [nn.Parameter(param.detach().clone()) for param in params]
     ours, theirs = cls(params, lr=0.1, **precision), cls(twins, lr=0.1, **precision)
     for _ in range(3):
         to_add = {i: torch.randn(size).to(added_dtype) for i, size in enumerate(sizes) if draw.random() < 0.8}
@@ -103,7 +114,7 @@ def table_of(params):
 
 
 def test_what_the_op_refuses_to_add(seed):
-    params = [torch.nn.Parameter(torch.randn(10)) for _ in range(2)]
+    params = [nn.Parameter(torch.randn(10)) for _ in range(2)]
     for param in params:
         param.grad = torch.ones_like(param)
     optimizer, table = table_of(params)
@@ -122,7 +133,7 @@ def test_what_the_op_refuses_to_add(seed):
 
 
 def test_a_grad_in_16_bits_is_no_sum(seed):
-    param = torch.nn.Parameter(torch.randn(10).bfloat16())
+    param = nn.Parameter(torch.randn(10).bfloat16())
     param.grad = torch.ones_like(param)
     _, table = table_of([param])
     assert not table.add_to_grads([param.grad.data_ptr()], [param.grad.data_ptr()], [1])
@@ -234,3 +245,91 @@ def test_zeroed_grads_are_not_added(device, to_none, seed):
     give(sums)
     theirs.step()
     assert_same_params(model, twin)
+
+
+# Passes of a step that is open ----------------------------------------------------------------------------------------
+
+
+@needs_grad_dtype
+def test_a_layer_that_is_frozen_between_passes_is_updated_in_step(device, seed):
+    """It has a grad, so its update writes it: not while a checkpoint of the backward pass may read it again."""
+    model = nn.ModuleList([nn.Linear(8, 8), nn.Linear(8, 8), nn.Linear(8, 1)])
+    twin = copy.deepcopy(model)
+    model.to(place_of(device))
+    settings = {"lr": 0.1, "weight_decay": 0.5}
+    ours = offloaded(
+        [{"params": model[0].parameters()}, {"params": [*model[2].parameters(), *model[1].parameters()]}],
+        device,
+        accumulate=2,
+        update_in_backward=True,
+        **settings,
+    )
+    theirs = DeepSpeedCPUAdam(
+        [{"params": twin[0].parameters()}, {"params": [*twin[2].parameters(), *twin[1].parameters()]}], **settings
+    )
+    x = torch.randn(5, 8)
+    for param in model[2].parameters():
+        param.register_post_accumulate_grad_hook(lambda _: time.sleep(0.02))  # time for an update
+    for each in (model, twin):
+        for _ in range(2):
+            h = each[0](x.to(each[0].weight))
+            h = checkpoint(lambda h, layer=each[1]: layer(h.tanh()), h, use_reentrant=False)
+            each[2](h.sin()).square().mean().backward()
+            each[1].requires_grad_(False)
+    ours.step()
+    theirs.step()
+    assert_same_params(model, twin)
+
+
+def test_a_group_that_is_added_between_passes(device, seed):
+    models = [nn.Sequential(nn.Linear(3, 3), nn.Linear(3, 3))]
+    models.append(copy.deepcopy(models[0]))
+    models[0].to(place_of(device))
+    makers = functools.partial(offloaded, device=device, update_in_backward=True), DeepSpeedCPUAdam
+    for model, make in zip(models, makers, strict=True):
+        optimizer = make(model[0].parameters(), lr=0.1)
+        x = torch.ones(2, 3).to(model[0].weight)
+        model[0](x).sum().backward()
+        optimizer.add_param_group({"params": model[1].parameters(), "lr": 0.01})
+        model[1](x).sum().backward()
+        optimizer.step()
+    assert_same_params(*models)
+
+
+@pytest.mark.parametrize("call", range(1, 9))
+def test_ctrl_c_in_a_step_leaves_it_closed_or_open(call, seed):
+    """With update_in_backward, as the rest is submitted: the next backward pass works if all is on its way."""
+    device = Interrupts()
+    model, twin = small_model(device)
+    ours = offloaded(model.parameters(), device, chunk_mb=1e-6, update_in_backward=True)
+    theirs = DeepSpeedCPUAdam(twin.parameters())
+    sums = capture(model, twin)
+    model[0](torch.randn(6, 8).to(model[0].weight)).sum().backward()
+    give(sums)
+    for each in (model, twin):
+        each[2].weight.grad = torch.ones_like(each[2].weight)
+    device.left = call
+    with contextlib.suppress(KeyboardInterrupt):
+        ours.step()
+    device.left = 0
+    ours.wait()
+    theirs.step()
+    if not torch.equal(model[2].weight, twin[2].weight):  # it came before
+        ours.step()
+    assert_same_params(model, twin)
+    grads_for(model, twin)
+    ours.step()
+    theirs.step()
+    assert_same_params(model, twin)
+
+
+class Interrupts(InOrder):
+    """A device whose `left`th event is recorded while Ctrl-C arrives."""
+
+    left = 0
+
+    def record(self, stream):
+        self.left -= 1
+        if self.left == 0 and threading.current_thread() is threading.main_thread():
+            signal.raise_signal(signal.SIGINT)
+        return stream

@@ -161,8 +161,10 @@ class Chunk:
         return any(entry.has_grad for entry in self.entries)
 
     def is_complete(self, arrivals: int) -> bool:
-        """Whether as many grads as that have arrived for all params that get any."""
-        return all(entry.arrivals == arrivals or not entry.param.requires_grad for entry in self.entries)
+        """Whether as many grads as that have arrived for all params that get any, or have got some before."""
+        return all(
+            entry.arrivals == arrivals or not (entry.param.requires_grad or entry.has_grad) for entry in self.entries
+        )
 
     def add_grads(self, add: Add, step: GroupStep) -> None:
         """Has a prepared step add the grads that were left to it; those that it cannot add are added now."""

@@ -22,6 +22,7 @@ from .. import _torch_compat
 from ..optim import dtensor
 from ..optim.backward import register_hook
 from ..optim.batch import check_param
+from ..optim.interrupts import deferred_signals
 from ..optim.optimizer import RuleOptimizer
 from ..optim.step_settings import StepSettings
 from .blocks import before_access, params_by_block
@@ -40,8 +41,6 @@ from .given import (
     take_ownership,
 )
 from .pipeline import Pipeline
-
-_MEGABYTE = 2**20
 
 
 class OffloadedOptimizer(CheckpointedOffload):
@@ -108,7 +107,7 @@ class OffloadedOptimizer(CheckpointedOffload):
         check_model(model, groups)
         self._pipeline = Pipeline(device or CudaDevice(offloadable_device(place)))
         self._accumulate = accumulate
-        self._most_bytes = int(chunk_mb * _MEGABYTE)
+        self._most_bytes = int(chunk_mb * 2**20)
         self._threads = threads
         self._in_backward = bool(update_in_backward)
         self._chunks: list[Chunk] = []
@@ -261,9 +260,12 @@ class OffloadedOptimizer(CheckpointedOffload):
             entry.was_left = False
             if self._in_backward and chunk.is_complete(self._accumulate):
                 self._check_unfrozen()
-                self._early_settings = self._early_settings or self._checked_settings()
-                self._pipeline.update([chunk], self._early_settings, self._update)
-                self._early.add(chunk)
+                early = self._early_settings or []
+                if len(early) < len(self.param_groups):
+                    early = self._early_settings = early + self._checked_settings()[len(early) :]
+                with deferred_signals():
+                    self._pipeline.update([chunk], early, self._update)
+                    self._early.add(chunk)
 
     def _check_unfrozen(self) -> None:
         """Checks params that were frozen before together with the others."""
@@ -355,22 +357,23 @@ class OffloadedOptimizer(CheckpointedOffload):
         pipeline.finish([chunk for chunk in pipeline.in_flight if chunk not in self._early])
         settings = self._checked_settings()
         pipeline.update([chunk for chunk in pipeline.arrived if chunk.settings is not None], settings, self._update)
-        self._send_others()
-        self._check_unfrozen()
-        if self._early_settings is not None and not all(map(StepSettings.is_like, settings, self._early_settings)):
-            raise RuntimeError(
-                "Settings have changed after some params were updated with the former ones: with "
-                "update_in_backward=True, change them before the backward pass, or after step()"
-            )
-        if self._inner._clipped is not None:
-            self._collect()
-            factor = float(self._inner._grad_factor())
-            settings = [dataclasses.replace(one, grad_factor=factor) for one in settings]
-        chunks = [chunk for chunk in pipeline.arrived if chunk.has_grads]
-        if self._deferred:  # in the order in which the next forward pass reads them
-            chunks.sort(key=lambda chunk: (chunk in self._deferred, self._chunks.index(chunk)))
-        pipeline.update(chunks, settings, self._update)
-        self._early, self._early_settings, self._inner._clipped = set(), None, None
+        with deferred_signals():
+            self._send_others()
+            self._check_unfrozen()
+            if self._early_settings is not None and not all(map(StepSettings.is_like, settings, self._early_settings)):
+                raise RuntimeError(
+                    "Settings have changed after some params were updated with the former ones: with "
+                    "update_in_backward=True, change them before the backward pass, or after step()"
+                )
+            if self._inner._clipped is not None:
+                self._collect()
+                factor = float(self._inner._grad_factor())
+                settings = [dataclasses.replace(one, grad_factor=factor) for one in settings]
+            chunks = [chunk for chunk in pipeline.arrived if chunk.has_grads]
+            if self._deferred:  # in the order in which the next forward pass reads them
+                chunks.sort(key=lambda chunk: (chunk in self._deferred, self._chunks.index(chunk)))
+            pipeline.update(chunks, settings, self._update)
+            self._early, self._early_settings, self._inner._clipped = set(), None, None
         pipeline.finish([chunk for chunk in pipeline.in_flight if chunk not in self._deferred])
 
     def _update(self, chunk: Chunk) -> None:
