@@ -66,7 +66,7 @@ def draw(cases: Mapping[str, Mapping[str, Any]], facts: Mapping[str, Any], path:
     most = max([2.0, *(speed for *_, speed in rows)])
     for i, title in enumerate(titles):
         own = [(peer, speed) for row, peer, speed in rows if row == title]
-        height = 0.8 / len(own)
+        height = 0.8 / len(PEERS)
         for j, (peer, speed) in enumerate(own):
             y = i + (j - (len(own) - 1) / 2) * height
             axes.barh(y, speed, height * 0.92, color=PEERS[peer], label=peer)
@@ -79,7 +79,7 @@ def draw(cases: Mapping[str, Mapping[str, Any]], facts: Mapping[str, Any], path:
     axes.set_title(f"A step of adamops beside its peers\n{_machine(facts)}", loc="left", fontsize=10)
     axes.spines[["top", "right"]].set_visible(False)
     shown = dict(zip(*reversed(axes.get_legend_handles_labels()), strict=True))
-    names = [f"beside {name}" for name in shown]
+    names = [f"against {name}" for name in shown]
     axes.legend(shown.values(), names, loc="lower right", bbox_to_anchor=(1, 1), frameon=False, fontsize=9)
     figure.savefig(path, dpi=150)
     plt.close(figure)

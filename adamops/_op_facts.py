@@ -16,6 +16,8 @@ from .op_builder.cuda_architectures import coverage, visible_gpus
 from .op_builder.spec import Op, RecordedOp, SituationalOp
 
 FALLBACK = "torch_adam"
+NOT_BUILT = "a build at first use, not done yet"
+NUMPY_IS_MISSING = "Failed to initialize NumPy"  # begin of a warning of torch, which does not need it
 
 
 def describe(op: op_builder.RegisteredOp) -> dict[str, Any]:
@@ -109,7 +111,7 @@ def _usable(builder: Op, compatible: bool, prebuilt: bool) -> dict[str, Any]:
         return {"ok": False, "in_use": "nothing", "error": str(error)}
     except Exception as error:
         return {"ok": False, "in_use": without, "error": f"{why}\n{in_words(error)}".strip()}
-    return {**described, "in_use": "a build at first use, not done yet"}
+    return {**described, "in_use": NOT_BUILT}
 
 
 def _facts(builder: Op) -> dict[str, Any]:

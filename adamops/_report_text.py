@@ -6,7 +6,7 @@ import textwrap
 from collections.abc import Iterator
 from typing import Any, NamedTuple
 
-from ._op_facts import FALLBACK
+from ._op_facts import FALLBACK, NOT_BUILT
 
 _LABEL = 30  # columns of a label, where there are 80
 _ERROR_LINES = 8  # of an error in the summary
@@ -118,23 +118,25 @@ def verdict(report: dict[str, Any]) -> str:
     name = f"adamops {report['machine']['adamops']}"
     if report["ok"]:
         return f"{name} works here: every op that this machine can use is compiled, and loads."
-    bad = [op["name"] for op in report["ops"] if not op["ok"]]
+    bad = [op["name"] for op in report["ops"] if not op["ok"] and not _is_to_be_built(op)]
     if report["environment"]["errors"]:
         bad.append("environment variables")
     if report["machine"]["threads"] is None:  # torch is missing or broken
         bad.append("torch")
     bad += [f"the steps of {outcome['name']}" for outcome in report.get("check", []) if not outcome["ok"]]
+    if not bad:
+        return f"{name} is not compiled here yet: the first step does that, once, in about a minute."
     return f"{name} is NOT OK here. Missing or broken: {', '.join(bad)}."
 
 
-def summary(report: dict[str, Any], width: int) -> Iterator[str]:
-    """The lines that everyone wants to see."""
+def summary(report: dict[str, Any], width: int, is_verbose: bool = False) -> Iterator[str]:
+    """The lines that everyone wants to see, with what else can be asked for."""
     yield from _wrapped(verdict(report), "", width)
     yield ""
     column = max([12, *(len(op["name"]) + 2 for op in report["ops"])])
     for op in report["ops"]:
         yield from _wrapped(_state_of(op), f"  {op['name']:<{column}}", width)
-        if not op["ok"]:
+        if not op["ok"] and not _is_to_be_built(op):
             yield from _problem(op.get("error") or op.get("reason", ""), width)
     machine, variables = report["machine"], report["environment"]
     yield ""
@@ -149,8 +151,18 @@ def summary(report: dict[str, Any], width: int) -> Iterator[str]:
     for problem in [*filter(None, [machine["installation"]["hint"]]), *variables["errors"], *variables["unknown"]]:
         yield ""
         yield from _wrapped(problem, "! ", width)
+    hints = [] if is_verbose else ["--verbose shows everything"]
+    hints += [] if "check" in report else ["--check takes steps and compares their bits"]
+    if hints:
+        yield ""
+        yield from _wrapped(f"{'; '.join(hints)}.", "", width)
+
+
+def steps_taken(outcomes: list[dict[str, Any]], width: int) -> Iterator[str]:
+    """How the steps of --check ended."""
     yield ""
-    yield from _wrapped("--verbose shows everything; --check takes steps and compares their bits.", "", width)
+    for outcome in outcomes:
+        yield from _wrapped(f"{outcome['name']}: {outcome['text']}", "ok  " if outcome["ok"] else "NOT OK  ", width)
 
 
 def _state_of(op: dict[str, Any]) -> str:
@@ -163,7 +175,14 @@ def _state_of(op: dict[str, Any]) -> str:
         return f"not needed: {op['not_applicable_reason']}"
     chosen = op.get("simd", {}).get("chosen")
     used = f"in use: {op['in_use']}" + (f", {chosen}" if chosen else "")
+    if _is_to_be_built(op):
+        return "not built yet: the first step builds it, in about a minute"
     return used if op["ok"] else f"NOT OK, {used}"
+
+
+def _is_to_be_built(op: dict[str, Any]) -> bool:
+    """Whether nothing is wrong with an op but that nobody has used it yet."""
+    return not op["ok"] and op.get("in_use") == NOT_BUILT and not op.get("error")
 
 
 def _problem(text: str, width: int) -> Iterator[str]:
@@ -193,7 +212,8 @@ def details(report: dict[str, Any], width: int) -> Iterator[str]:
 
 def _wrapped(text: str, begin: str, width: int) -> Iterator[str]:
     """A line, or several if it is longer than the width; those after the first are indented."""
-    indent = " " * (len(begin) if len(begin) < width // 2 else 6)
+    fits = len(begin) < width // 2 and len(begin) + len((text.split() or [""])[0]) <= width
+    indent = " " * (len(begin) if fits else 4)
     wrapper = textwrap.TextWrapper(width, subsequent_indent=indent, replace_whitespace=False)
     wrapper.break_on_hyphens = wrapper.break_long_words = False  # paths and flags stay whole
     yield from wrapper.wrap(begin + text) or [begin.rstrip()]

@@ -36,6 +36,7 @@ from torch.optim import Optimizer
 from . import __version__, functional, op_builder
 from ._bench_models import MODELS, described
 from ._bench_text import PROBE, draw, header, in_words, lines_of
+from ._counts import count
 from .ops.adam import DeepSpeedCPUAdam
 from .optim.state.precision import DTYPES
 from .report import cpu_name
@@ -605,16 +606,6 @@ def plan(cases: Sequence[str], options: Options) -> str:
         f"{len(cases)} cases: about {in_words(seconds)}{shared}, with up to {memory / 1e9:.1f} GB of memory. "
         "Ctrl-C keeps what is finished."
     )
-
-
-def count(text: str) -> int:
-    """Parses a positive number, such as 100000000 or 100M, for argparse."""
-    factors = {"K": 10**3, "M": 10**6, "G": 10**9}
-    digits = text[:-1] if text[-1:].upper() in factors else text
-    value = int(digits) if digits.isdigit() else 0
-    if value < 1:
-        raise argparse.ArgumentTypeError(f"{text!r} is not a positive integer, such as 100000000 or 100M")
-    return value * factors.get(text[-1:].upper(), 1)
 
 
 def output_file(text: str) -> Path:

@@ -13,11 +13,12 @@ import signal
 import subprocess
 import sys
 import tempfile
+import warnings
 from pathlib import Path
 from typing import Any
 
 from . import op_builder
-from ._op_facts import describe_plugin
+from ._op_facts import NUMPY_IS_MISSING, describe_plugin
 
 
 def describe(entry_point: importlib.metadata.EntryPoint, seconds: float) -> dict[str, Any]:
@@ -60,6 +61,7 @@ def _run(arguments: list[str], seconds: float) -> str:
 
 def main(name: str, value: str, output: str) -> None:
     """Describes the plugin of the entry point with this name and value."""
+    warnings.filterwarnings("ignore", NUMPY_IS_MISSING)
     found = next(entry for entry in op_builder.plugins() if (entry.name, entry.value) == (name, value))
     text = json.dumps(describe_plugin(found))
     unfinished = Path(f"{output}.unfinished")

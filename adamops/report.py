@@ -23,8 +23,8 @@ from typing import Any
 
 from . import __version__, op_builder, plugin_process
 from ._installation import frameworks, installation
-from ._op_facts import describe, in_words, torch_facts
-from ._report_text import details, rows_of_op, summary
+from ._op_facts import NUMPY_IS_MISSING, describe, in_words, torch_facts
+from ._report_text import details, rows_of_op, steps_taken, summary
 from .op_builder import environment
 from .op_builder.nvcc import Nvcc
 from .op_builder.simd import targets_of
@@ -145,11 +145,11 @@ def main(arguments: list[str] | None = None) -> int:
     """Prints the report; returns 0 if the optimizers are natively available, 1 if something is missing or broken."""
     parser = argparse.ArgumentParser(prog="python -m adamops.report", description=__doc__.partition(":")[0] + ".")
     parser.add_argument("--verbose", action="store_true", help="print all that is known")
-    parser.add_argument("--check", action="store_true", help="also take steps with both optimizers, and compare bits")
+    parser.add_argument("--check", action="store_true", help="also take steps, and compare their bits")
     parser.add_argument("--json", action="store_true", help="print JSON, for machines")
     options = parser.parse_args(arguments)
     with contextlib.redirect_stdout(sys.stderr), warnings.catch_warnings():  # a plugin may print anything
-        warnings.filterwarnings("ignore", "Failed to initialize NumPy")  # of torch, which does not need it
+        warnings.filterwarnings("ignore", NUMPY_IS_MISSING)
         report = collect()
         if options.check:
             report["check"] = _check()
@@ -182,12 +182,12 @@ def _lines(report: dict[str, Any], is_verbose: bool) -> Iterator[str]:
     # In a file or a pipe, lines are as long as they are, unless COLUMNS says otherwise.
     is_wide = not sys.stdout.isatty() and "COLUMNS" not in os.environ
     width = 10_000 if is_wide else max(40, shutil.get_terminal_size().columns)
-    yield from summary(report, width)
+    yield from summary(report, width, is_verbose)
     if is_verbose:
         yield ""
         yield from details(report, width)
-    for outcome in report.get("check", []):
-        yield f"{'ok' if outcome['ok'] else 'NOT OK'}  {outcome['name']}: {outcome['text']}"
+    if "check" in report:
+        yield from steps_taken(report["check"], width)
 
 
 if __name__ == "__main__":

@@ -39,8 +39,8 @@ LEARNING_RATE, WEIGHT_DECAY, WARMUP_STEPS = 2e-3, 0.01, 40
 AGREEMENT, AGREEMENT_16_BIT = 0.02, 0.06
 LEARNT = 0.75
 
-NEXT = """
-Next: change torch.optim.AdamW to adamops.AdamW in your own code; python -m adamops.bench times both here;
+NEXT = f"""
+Next: change torch.optim.AdamW to adamops.AdamW in your own code; {sys.executable} -m adamops.bench times both here;
 docs/low-precision.md has the options of the last run."""
 
 
@@ -207,11 +207,15 @@ def train_all(text: Text, steps: int, console: Console) -> dict[str, Run]:
     columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
     with Progress(*columns, TextColumn("{task.fields[losses]}"), console=console) as progress:
         task = progress.add_task(f"{len(runs)} runs in turns", total=steps, losses="")
-        for _ in range(steps):
+        begin = time.perf_counter()
+        for step in range(1, steps + 1):
             for run in order.sample(list(runs.values()), len(runs)):
                 run.step()
             losses = " ".join(f"{run.losses[-1]:.3f}" for run in runs.values())
             progress.update(task, advance=1, losses=f"losses {losses}")
+            if step % 50 == 0 and not console.is_terminal:
+                left = (time.perf_counter() - begin) * (steps - step) / step / 60
+                print(f"step {step} of {steps}: losses {losses}, {left:.1f} minutes left", flush=True)
     return runs
 
 
@@ -234,10 +238,9 @@ def print_summary(runs: dict[str, Run], console: Console) -> None:
 
 
 def smoothed(values: list[float]) -> list[float]:
-    """Means over windows centered on each step, narrower near the ends. Unlike a running average, they do not lag."""
+    """Means over windows around each step, cut off at the ends. Unlike a running average, they do not lag."""
     half = len(values) // 50
-    reach = (min(half, i, len(values) - 1 - i) for i in range(len(values)))
-    return [statistics.fmean(values[i - r : i + r + 1]) for i, r in enumerate(reach)]
+    return [statistics.fmean(values[max(0, i - half) : i + half + 1]) for i in range(len(values))]
 
 
 def plot(runs: dict[str, Run], path: Path) -> None:

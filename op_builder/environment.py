@@ -176,8 +176,13 @@ def cache_dir() -> Path:
     value = os.environ.get("ADAMOPS_CACHE_DIR", "").strip()
     if value:
         return Path(value).expanduser()
-    import platformdirs
-
+    try:
+        import platformdirs
+    except ImportError:  # in a checkout that was not installed
+        raise ValueError(
+            "platformdirs is missing, which finds the user's cache folder: pip install platformdirs, or set "
+            "ADAMOPS_CACHE_DIR"
+        ) from None
     return Path(platformdirs.user_cache_dir("adamops", appauthor=False))
 
 

@@ -8,6 +8,7 @@ from collections.abc import Sequence
 
 import torch
 
+from .._counts import count
 from .device import CudaDevice
 from .plan import DTYPES, MODES, STATES, Precision, Times, copy_bandwidth, seconds_per_param, simulated_step
 
@@ -25,23 +26,16 @@ def positive(text: str) -> float:
     return value
 
 
-def positive_int(text: str) -> int:
-    """The same for whole numbers."""
-    if not text.isdigit() or int(text) < 1:
-        raise argparse.ArgumentTypeError(f"{text!r} is not a positive integer")
-    return int(text)
-
-
 def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(prog="python -m adamops.offload", description=__doc__.partition(":")[0])
-    parser.add_argument("--params", type=positive, required=True, help="how many, such as 7e9")
+    parser.add_argument("--params", type=count, required=True, help="how many, such as 7e9 or 7B")
     parser.add_argument("--param-dtype", choices=DTYPES, default="bf16")
     parser.add_argument("--state-dtype", choices=STATES, default="fp32")
     parser.add_argument("--masters", type=int, choices=[24, 32], help="bits of split master weights")
-    parser.add_argument("--accumulate", type=positive_int, default=1, help="backward passes in a step")
+    parser.add_argument("--accumulate", type=count, default=1, help="backward passes in a step")
     parser.add_argument("--gbps", type=positive, help="GB/s of copies each way (default: as measured here, on CUDA)")
     parser.add_argument("--compute", type=positive, help="seconds of forward and backward passes in a step")
-    parser.add_argument("--chunks", type=positive_int, default=32, help="of params, updated one after another")
+    parser.add_argument("--chunks", type=count, default=32, help="of params, updated one after another")
     parser.add_argument("--clip", action="store_true", help="with clip_grad_norm_()")
     return parser.parse_args(arguments)
 
