@@ -12,10 +12,10 @@ def count(text: str) -> int:
     factor = _FACTORS.get(text[-1:].upper(), 1)
     digits = text if factor == 1 else text[:-1]
     try:
-        value = int(digits) if digits.isdigit() else float(digits) * factor
-        whole = value * factor if isinstance(value, int) else int(value)
-    except (ValueError, OverflowError):
-        whole, value = 0, 0
-    if whole < 1 or (isinstance(value, float) and value != whole):
+        value = (int(digits) if digits.isdigit() else float(digits)) * factor
+        whole = int(value)
+    except (ValueError, OverflowError):  # no number, or no finite one
+        whole = value = 0
+    if whole < 1 or whole != value:
         raise argparse.ArgumentTypeError(f"{text!r} is not a positive integer, such as 100000000, 100M or 1e8")
     return whole
