@@ -308,7 +308,7 @@ def verdict(runs: dict[str, Run], console: Console) -> bool:
 def main() -> int:
     """Trains, compares, prints and plots; returns the exit status."""
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
-    parser.add_argument("--steps", type=int, default=400, help="of each run (default: 400)")
+    parser.add_argument("--steps", type=int, default=320, help="of each run (default: 320)")
     default_output = Path(__file__).resolve().parent.parent / "demo_output"
     parser.add_argument("--output", type=Path, default=default_output, help="the folder of the plot")
     args = parser.parse_args()

@@ -9,6 +9,11 @@ import re
 import sys
 from pathlib import Path
 
+if sys.version_info >= (3, 11):
+    import tomllib
+else:
+    import tomli as tomllib  # which Sphinx needs there
+
 from docutils import nodes
 from pygments.lexers.special import TextLexer
 from sphinx import addnodes
@@ -23,6 +28,8 @@ project = "adamops"
 author = "the adamops developers"
 copyright = "2026, the adamops developers"
 version = release = adamops.__version__
+URLS = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"].get("urls", {})
+REPOSITORY = URLS.get("Repository", "").rstrip("/")
 
 extensions = ["myst_parser", "sphinx.ext.autodoc", "sphinx.ext.napoleon"]
 exclude_patterns = ["examples/*/build", "_build"]
@@ -46,6 +53,8 @@ html_theme = "furo"
 html_title = f"adamops {release}"
 html_static_path = ["_static"]
 html_css_files = ["adamops.css"]
+if REPOSITORY:  # "edit this page"
+    html_theme_options = {"source_repository": REPOSITORY, "source_branch": "main", "source_directory": "docs/"}
 html_copy_source = False
 html_show_sphinx = False
 
@@ -54,7 +63,8 @@ PAGE_OF = {"CHANGELOG.md": "changelog", "CONTRIBUTING.md": "contributing", "SECU
 
 
 def link_outside(app, doctree):
-    """Links to files and folders that are no page: to the page that includes them, to the README inside, or no link.
+    """Links to files and folders that are no page: to the page that includes them, to the README inside, or to the
+    repository. While that has no address, the words of the link stay.
 
     A link to what does not exist is left as it is, and so fails.
     """
@@ -85,7 +95,9 @@ def link_outside(app, doctree):
                 )
             )
         elif app.env.path2doc(target) not in app.env.found_docs:
-            node.replace_self(node.children)
+            address = f"{REPOSITORY}/blob/main/{target.relative_to(ROOT)}"
+            words = node.children
+            node.replace_self(nodes.reference("", "", *words, refuri=address) if REPOSITORY else words)
 
 
 def keep_units(app, doctree):

@@ -2,6 +2,7 @@
 
 import importlib
 import re
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -105,3 +106,59 @@ def test_a_source_distribution_has_the_files_of_the_project():
     words = (ROOT / "MANIFEST.in").read_text().split()
     for name in ("CHANGELOG.md", "CITATION.cff", "CODE_OF_CONDUCT.md", "CONTRIBUTING.md", "SECURITY.md"):
         assert name in words and (ROOT / name).is_file()
+
+
+# The README on an index ---------------------------------------------------------------------------------------------
+
+
+def description(folder, repository=None):
+    """The long description of a build from a copy of the sources, which declares an address or has none."""
+    for name in ("setup.py", "README.md", "LICENSE"):
+        shutil.copy(ROOT / name, folder / name)
+    shutil.copytree(ROOT / "op_builder", folder / "op_builder", ignore=shutil.ignore_patterns("__pycache__"))
+    shutil.copytree(ROOT / "csrc", folder / "csrc")
+    (folder / "adamops").mkdir()
+    shutil.copy(ROOT / "adamops" / "__init__.py", folder / "adamops" / "__init__.py")
+    declared = re.sub(
+        r"^\[project\.urls\].*?(?=^\[)", "", (ROOT / "pyproject.toml").read_text(), flags=re.DOTALL | re.MULTILINE
+    )
+    urls = f'[project.urls]\nRepository = "{repository}"\n\n' if repository else ""
+    (folder / "pyproject.toml").write_text(declared.replace("[project.scripts]", f"{urls}[project.scripts]"))
+    code = "from setuptools import build_meta; print(build_meta.prepare_metadata_for_build_wheel('.'))"
+    done = subprocess.run([sys.executable, "-c", code], cwd=folder, capture_output=True, text=True, timeout=300)
+    assert done.returncode == 0, done.stderr
+    (metadata,) = folder.glob("*.dist-info/METADATA")
+    return metadata.read_text().partition("\n\n")[2]
+
+
+def as_shown(text):
+    """The targets of links and pictures in what PyPI would show, without those of headings to themselves."""
+    html = pytest.importorskip("readme_renderer.markdown").render(text)
+    return re.findall(r'<a href="([^#"][^"]*)"', html), re.findall(r'<img[^>]* src="([^"]*)"', html)
+
+
+def test_with_an_address_the_readmes_links_lead_to_the_repository(tmp_path):
+    ours = "https://example.com/adamops"
+    links, pictures = as_shown(description(tmp_path, f"{ours}/"))
+    files = [link.removeprefix(f"{ours}/blob/v{adamops.__version__}/") for link in links]
+    files += [picture.removeprefix(f"{ours}/raw/v{adamops.__version__}/") for picture in pictures]
+    assert len(pictures) == 2 and len(files) > 20
+    for file in files:
+        assert (ROOT / file.partition("#")[0]).exists(), file
+
+
+def test_without_an_address_no_link_of_the_readme_leads_nowhere(tmp_path):
+    text = description(tmp_path)
+    links, pictures = as_shown(text)
+    assert not pictures and all(link.startswith("https:") for link in links), links
+    readme = (ROOT / "README.md").read_text()
+    words = re.sub(r"!\[[^]]*\]\([^)]*\)", "", readme)
+    assert text.strip() == re.sub(r"\[([^]]*)\]\((?!https:)[^)]*\)", r"\1", words).strip()
+
+
+def test_the_address_is_the_same_everywhere():
+    urls = PROJECT["project"].get("urls")
+    if urls is None:
+        assert "repository-code" not in CITATION
+    else:
+        assert cited("repository-code").strip('"') == urls["Repository"]
