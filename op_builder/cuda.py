@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import platform
+import re
 from collections.abc import Sequence
 from typing import Any
 
@@ -143,6 +144,8 @@ class CUDAOpBuilder(OpBuilder):
             return Compatibility(False, f"no nvcc that runs was found {where}")
         if missing := nvcc.missing():
             return Compatibility(False, f"nvcc {nvcc.version} has no {missing}")
-        if not choose_architectures(nvcc).enabled:
-            return Compatibility(False, f"nvcc {nvcc.version} knows none of this machine's GPUs")
+        choice = choose_architectures(nvcc)
+        if not choice.enabled:
+            numbers = ", ".join(re.sub(r"(\d\D?)$", r".\1", name) for name, _ in choice.dropped)
+            return Compatibility(False, f"nvcc {nvcc.version} does not know {numbers} ({choice.requested})")
         return Compatibility(True, f"nvcc {nvcc.version} on {platform.machine()}")

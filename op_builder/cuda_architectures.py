@@ -92,20 +92,23 @@ def coverage(architectures: Sequence[str], gpu: str) -> Coverage:
 def choose_architectures(nvcc: Nvcc) -> ArchitectureChoice:
     """Those of ADAMOPS_CUDA_ARCHS, else of TORCH_CUDA_ARCH_LIST, else of the visible GPUs, else of the wheels.
 
-    Raises ValueError if a variable names an architecture that does not exist or that this nvcc does not know, or asks
-    for this machine's GPUs where there are none.
+    TORCH_CUDA_ARCH_LIST is meant for other packages, too: what this nvcc does not know of it is dropped, and without a
+    GPU its "native" is no wish. Raises ValueError if a variable names what is no architecture, or ADAMOPS_CUDA_ARCHS
+    one that this nvcc does not know, or this machine's GPUs where there are none.
     """
     asked = environment.cuda_archs(nvcc.known)
-    if asked and asked[1] not in (["native"], ["all"]):
-        return ArchitectureChoice(asked[0], tuple(asked[1]), ())
-    words = asked[1] if asked else []
-    gpus = visible_gpus() if words != ["all"] else ()
-    if words == ["native"] and not gpus:
-        raise ValueError(f"{asked[0] if asked else ''} asks for the GPUs of this machine, but nvidia-smi shows none")
+
+    def dropped(numbers: Sequence[str]) -> tuple[tuple[str, str], ...]:
+        return tuple((number, f"nvcc {nvcc.version} does not know it") for number in numbers)
+
+    if asked and asked.names not in (["native"], ["all"]):
+        return ArchitectureChoice(asked.said, tuple(asked.names), dropped(asked.unknown))
+    gpus = () if asked and asked.names == ["all"] else visible_gpus()
+    if asked and asked.said == "ADAMOPS_CUDA_ARCHS=native" and not gpus:
+        raise ValueError(f"{asked.said} asks for the GPUs of this machine, but nvidia-smi shows none")
     wanted = gpus or WHEEL_ARCHITECTURES
     enabled = [number for number in wanted if number in nvcc.known]
-    dropped = [(number, f"nvcc {nvcc.version} does not know it") for number in wanted if number not in nvcc.known]
     if enabled:  # the driver compiles PTX of the newest for GPUs that are newer still
         enabled[-1] += "+PTX"
-    source = asked[0] if asked else "the visible GPUs" if gpus else "the list of the wheel"
-    return ArchitectureChoice(source, tuple(enabled), tuple(dropped))
+    source = asked.said if asked else "the visible GPUs" if gpus else "the list of the wheel"
+    return ArchitectureChoice(source, tuple(enabled), dropped([name for name in wanted if name not in nvcc.known]))

@@ -9,6 +9,7 @@ import os
 import re
 from collections.abc import Iterable, Sequence
 from pathlib import Path
+from typing import NamedTuple
 
 # Those that adamops reads, besides ADAMOPS_BUILD_ and the name of an op.
 VARIABLES = (
@@ -73,6 +74,11 @@ def cpu_targets(valid: Sequence[str]) -> list[str] | str | None:
 
 # torch's names for compute capabilities in TORCH_CUDA_ARCH_LIST (torch/utils/cpp_extension.py).
 _NAMED_ARCHITECTURES = {
+    "Maxwell+Tegra": ["5.3"],
+    "Maxwell": ["5.0", "5.2+PTX"],
+    "Pascal": ["6.0", "6.1+PTX"],
+    "Volta+Tegra": ["7.2"],
+    "Volta": ["7.0+PTX"],
     "Turing": ["7.5+PTX"],
     "Ampere": ["8.0", "8.6+PTX"],
     "Ampere+Tegra": ["8.7"],
@@ -83,11 +89,21 @@ _NAMED_ARCHITECTURES = {
 }
 
 
-def cuda_archs(valid: Sequence[str]) -> tuple[str, list[str]] | None:
-    """ADAMOPS_CUDA_ARCHS, else TORCH_CUDA_ARCH_LIST: the variable as "NAME=value", and what it lists; None if unset.
+class CudaArchs(NamedTuple):
+    """What a variable asks for. 9.0 is "90", 9.0a is "90a", and 9.0+PTX is "90+PTX"."""
 
-    Torch's syntax: "8.0;9.0+PTX", names such as "Hopper", or one of the words "native" and "all". In the result, 9.0
-    is "90", 9.0a is "90a", and 9.0+PTX is "90+PTX". `valid` lists the numbers.
+    said: str  # the variable, as "NAME=value"
+    names: list[str]  # or one word, "native" or "all"
+    unknown: list[
+        str
+    ]  # what this nvcc does not compile for; only a list that is meant for other packages, too, has such
+
+
+def cuda_archs(valid: Sequence[str]) -> CudaArchs | None:
+    """ADAMOPS_CUDA_ARCHS, else TORCH_CUDA_ARCH_LIST; None if neither is set.
+
+    Torch's syntax: "8.0;9.0+PTX", names such as "Hopper", or one of the words "native" and "all". `valid` lists the
+    numbers that nvcc knows.
     """
     for variable in ("ADAMOPS_CUDA_ARCHS", "TORCH_CUDA_ARCH_LIST"):
         value = os.environ.get(variable, "").strip()
@@ -97,20 +113,23 @@ def cuda_archs(valid: Sequence[str]) -> tuple[str, list[str]] | None:
         return None
     said = f"{variable}={value}"
     if value in ("native", "all"):
-        return said, [value]
+        return CudaArchs(said, [value], [])
     found: list[str] = []
+    unknown: list[str] = []
     for word in value.replace(",", " ").replace(";", " ").split():
         for entry in _NAMED_ARCHITECTURES.get(word, [word]):
             number, plus, ptx = entry.partition("+")
             match = re.fullmatch(r"(\d+)\.(\d)([af]?)", number)  # nvcc does not list the names with a letter
-            if not match or match[1] + match[2] not in valid or (plus and ptx != "PTX"):
+            known = match is not None and match[1] + match[2] in valid
+            if not match or (plus and ptx != "PTX") or (not known and variable == "ADAMOPS_CUDA_ARCHS"):
                 numbers = [f"{name[:-1]}.{name[-1]}" for name in valid]
                 raise ValueError(
                     f"{variable}={value!r}: {word!r} is not an architecture that this nvcc knows; use native, all, or "
                     f"a list of {', '.join(numbers)}, {', '.join(_NAMED_ARCHITECTURES)}, with +PTX where PTX is wanted"
                 )
-            found.append("".join(match.groups()) + ("+PTX" if plus else ""))
-    return said, list(dict.fromkeys(found))
+            name = "".join(match.groups())
+            found.append(name + ("+PTX" if plus else "")) if known else unknown.append(name)
+    return CudaArchs(said, list(dict.fromkeys(found)), list(dict.fromkeys(unknown)))
 
 
 def num_threads() -> int | None:

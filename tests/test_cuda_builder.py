@@ -60,9 +60,9 @@ def fake_nvcc(folder, gpu_code="sm_80 sm_90", version="release 12.4, V12.4.1", w
 )
 def test_architectures_in_torchs_syntax(monkeypatch, value, expected):
     monkeypatch.setenv("TORCH_CUDA_ARCH_LIST", value)
-    assert environment.cuda_archs(KNOWN) == (f"TORCH_CUDA_ARCH_LIST={value}", expected)
+    assert environment.cuda_archs(KNOWN) == (f"TORCH_CUDA_ARCH_LIST={value}", expected, [])
     monkeypatch.setenv("ADAMOPS_CUDA_ARCHS", "10.0")
-    assert environment.cuda_archs(KNOWN) == ("ADAMOPS_CUDA_ARCHS=10.0", ["100"])
+    assert environment.cuda_archs(KNOWN) == ("ADAMOPS_CUDA_ARCHS=10.0", ["100"], [])
 
 
 @pytest.mark.parametrize("value", ["9.9", "90", "sm_90", "8.0+SASS", "Pascal", "8.0;oops", "9.9a", "9.0b"])
@@ -70,6 +70,30 @@ def test_an_unknown_architecture_names_the_valid_ones(monkeypatch, value):
     monkeypatch.setenv("ADAMOPS_CUDA_ARCHS", value)
     with pytest.raises(ValueError, match=r"is not an architecture that this nvcc knows.* 7\.5, .*9\.0, 10\.0.*Hopper"):
         choose_architectures(NVCC)
+
+
+@pytest.mark.parametrize("value", ["90", "sm_90", "8.0+SASS", "8.0;oops", "9.0b"])
+def test_torchs_list_names_architectures_only(monkeypatch, value):
+    monkeypatch.setenv("TORCH_CUDA_ARCH_LIST", value)
+    with pytest.raises(ValueError, match=r"^TORCH_CUDA_ARCH_LIST=.* is not an architecture that this nvcc knows"):
+        choose_architectures(NVCC)
+
+
+def test_what_nvcc_does_not_know_of_torchs_list_is_dropped(monkeypatch):
+    """The list is in many images, for all packages, and older than their nvcc or newer."""
+    monkeypatch.setenv("TORCH_CUDA_ARCH_LIST", "5.2 Volta 7.0 8.0 9.0+PTX 10.3a")
+    choice = choose_architectures(NVCC)
+    assert choice.enabled == ("80", "90+PTX")
+    assert choice.dropped == tuple((name, "nvcc 13.0 does not know it") for name in ("52", "70", "103a"))
+    monkeypatch.setenv("TORCH_CUDA_ARCH_LIST", "native")  # and there is no GPU
+    assert choose_architectures(NVCC).enabled == ("75", "80", "86", "90", "100", "120+PTX")
+
+
+def test_the_op_is_left_out_if_nothing_of_torchs_list_is_left(monkeypatch, tmp_path):
+    monkeypatch.setenv("CUDA_HOME", str(fake_nvcc(tmp_path)))
+    monkeypatch.setenv("TORCH_CUDA_ARCH_LIST", "7.5;10.3a")
+    reason = "nvcc 12.4 does not know 7.5, 10.3a (TORCH_CUDA_ARCH_LIST=7.5;10.3a)"
+    assert FusedAdamBuilder().compatibility().reason == reason
 
 
 def test_without_settings_or_gpus_the_wheels_list_is_built():
@@ -194,7 +218,10 @@ def test_reasons_why_the_op_cannot_be_built(monkeypatch, tmp_path):
     monkeypatch.setenv("CUDA_HOME", str(fake_nvcc(tmp_path / "c", version="not a compiler")))
     assert "no nvcc that runs" in FusedAdamBuilder().compatibility().reason
     monkeypatch.setenv("CUDA_HOME", str(fake_nvcc(tmp_path / "d", gpu_code="sm_52")))
-    assert FusedAdamBuilder().compatibility().reason == "nvcc 12.4 knows none of this machine's GPUs"
+    assert (
+        FusedAdamBuilder().compatibility().reason
+        == "nvcc 12.4 does not know 7.5, 8.0, 8.6, 8.9, 9.0, 10.0, 12.0 (the list of the wheel)"
+    )
     with pytest.raises(op_builder.BuildError, match="must|nvcc|failed"):
         compile_op(FusedAdamBuilder(), tmp_path / "op.so")
 
