@@ -317,7 +317,6 @@ def time_beside_the_probe(
 # How a training script imports each.
 IMPORTS = {
     OURS: "from adamops import DeepSpeedCPUAdam",
-    "torch fused": "from torch.optim import AdamW",
     "DeepSpeed": "from deepspeed.ops.adam import DeepSpeedCPUAdam",
 }
 
