@@ -66,4 +66,4 @@ MODELS: dict[str, Callable[[], list[int]]] = {
 def described(name: str) -> str:
     """What a model is, for a title: its name, the number of its tensors and of its params."""
     sizes = MODELS[name]()
-    return f"{name}: {len(sizes)} tensors, {sum(sizes) / 1e6:.3g} M fp32"
+    return f"{name}: {len(sizes)} tensors, {sum(sizes) / 1e6:.3g} M, fp32"

@@ -332,24 +332,24 @@ def human(count: int) -> str:
 def one_fp32_tensor(options: Options) -> Result:
     """One large fp32 tensor."""
     work = Work([options.elements], torch.float32, torch.float32)
-    return time_work(f"{human(options.elements)} fp32", work, options, rounds=15)
+    return time_work(f"{human(options.elements)}, fp32", work, options, rounds=15)
 
 
 def one_bf16_tensor_with_fp32_states(options: Options) -> Result:
     """One large tensor, with bf16 params and grads and fp32 states."""
     work = Work([options.elements], torch.bfloat16, torch.float32)
-    return time_work(f"{human(options.elements)} bf16 params+grads, fp32 states", work, options, rounds=15)
+    return time_work(f"{human(options.elements)}, bf16 params and grads, fp32 states", work, options, rounds=15)
 
 
 def one_bf16_tensor(options: Options) -> Result:
     """One large tensor, with bf16 params, grads and states."""
     work = Work([options.elements], torch.bfloat16, torch.bfloat16)
-    return time_work(f"{human(options.elements)} bf16 everything", work, options, rounds=15)
+    return time_work(f"{human(options.elements)}, bf16 params, grads and states", work, options, rounds=15)
 
 
 def fp32_params_with_bf16_grads(options: Options) -> Result:
     """One large fp32 tensor with bf16 grads, which the others must widen first."""
-    title = f"{human(options.elements)} fp32, bf16 grads"
+    title = f"{human(options.elements)}, fp32, bf16 grads"
     (param,) = new_params([options.elements], torch.float32)
     if not hasattr(param, "grad_dtype"):
         return Result(title, {}, skipped={OURS: "before torch 2.10 a float32 param takes no bfloat16 grad"})
@@ -396,7 +396,7 @@ def eight_bit_states(options: Options) -> Result:
     if "torch fused fp32" in optimizers:
         share_states(optimizers["adamops fp32"], optimizers["torch fused fp32"])
     calls = {name: optimizer.step for name, optimizer in optimizers.items()}
-    title = f"{human(options.elements)} fp32, 8-bit states"
+    title = f"{human(options.elements)}, fp32, 8-bit states"
     return Result(title, time_in_rounds(calls, options.repeat or 5), skipped=skipped)
 
 
@@ -424,7 +424,7 @@ def clip_step_and_zero(options: Options) -> Result:
             theirs.zero_grad(set_to_none=False)
 
         calls["torch fused"] = step_of_torch
-    title = f"clip, step and zero, 200 x {human(sizes[0])} fp32"
+    title = f"clip, step, zero grads: 200 tensors of {human(sizes[0])}"
     return Result(title, time_in_rounds(calls, options.repeat or 15))
 
 
@@ -432,7 +432,7 @@ def many_tensors(options: Options) -> Result:
     """A thousand small tensors, where overhead counts. Memory is not shared, as the caches hold many of them."""
     numel = max(1, min(4000, options.elements // 1000))
     work = Work([numel] * 1000, torch.float32, torch.float32)
-    return time_work(f"1000 x {numel} fp32", work, options, rounds=50, shared=False)
+    return time_work(f"1000 tensors of {numel}, fp32", work, options, rounds=50, shared=False)
 
 
 def time_model(name: str, options: Options) -> Result:
@@ -453,14 +453,14 @@ def functional_call(options: Options) -> Result:
     ours, step = f"{OURS}.functional", f"{OURS} step"
     call = functools.partial(functional.adamw_, params, grads, *states, step=2, **settings)
     calls: dict[str, Callable[[], object]] = {ours: call, step: optimizer.step}
-    title = f"functional call, 1000 x {numel} fp32"
+    title = f"functional call, 1000 tensors of {numel}, fp32"
     return Result(title, time_in_rounds(calls, options.repeat or 50), ours)
 
 
 def forced_avx2(options: Options) -> Result:
     """AVX2 on a CPU that supports more: one optimizer, with its SIMD target switched between steps."""
     module = op_builder.get("cpu_adam").load()
-    best, title = module.target(), f"{human(options.elements)} fp32, AVX2 forced"
+    best, title = module.target(), f"{human(options.elements)}, fp32, AVX2 forced"
     ours, other = f"{OURS} avx2", f"{OURS} {best}"
     if best == "avx2" or "avx2" not in module.supported_targets():
         return Result(title, {}, ours, {ours: f"the SIMD target here is {best}"})

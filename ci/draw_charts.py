@@ -29,7 +29,7 @@ def speed() -> None:
 
 
 def memory() -> None:
-    """Bytes a param, with its grad, while training."""
+    """Bytes per param, with its grad, while training."""
     measured = json.loads((FIGURES / "memory.json").read_text())["bytes_per_param"]
     names, sizes = list(measured), [kept for kept, _ in measured.values()]
     figure, axes = plt.subplots(figsize=(9, 0.8 + 0.42 * len(names)), layout="constrained")
@@ -38,7 +38,7 @@ def memory() -> None:
     axes.bar_label(drawn, fmt="%.1f", padding=3, fontsize=9)
     axes.invert_yaxis()
     axes.margins(x=0.08)
-    axes.set_xlabel("bytes a param: param, grad, states and master weights, as measured while training")
+    axes.set_xlabel("bytes per param: param, grad, states and master weights, as measured while training")
     axes.set_title("Memory of training with adamops, and with torch's AdamW", loc="left", fontsize=10)
     axes.tick_params(labelsize=9)
     axes.spines[["top", "right"]].set_visible(False)

@@ -104,7 +104,7 @@ def case(title: str, sizes: list[int], dtype: torch.dtype, masters: bool, bandwi
     found = medians(calls, rounds)
     width = dtype.itemsize
     each = 2 * 8 + 2 * width + (2 * 4 if masters else width)  # states; grad in, param out; master or param
-    print(f"\n{title}: {sum(sizes) / 1e6:.1f} M elements in {len(sizes)} tensors, {each} bytes an element")
+    print(f"\n{title}: {sum(sizes) / 1e6:.1f} M elements in {len(sizes)} tensors, {each} bytes per element")
     for name, took in found.items():
         part = each * sum(sizes) / (took * 1e-3) / bandwidth
         print(
@@ -131,7 +131,7 @@ def less_precision(elements: int, bandwidth: float, rounds: int) -> None:
     each = 2 + 2 * 2 + 2 * 1 + 2 * 2 + 2 / 64  # grad in; param, remainder and states in and out; scales
     part = each * elements / (took * 1e-3) / bandwidth
     print(
-        f"\n8-bit states, 24-bit masters: {took:.3f} ms, {each:.2f} bytes an element, {part:.2f} of a copy's bandwidth"
+        f"\n8-bit states, 24-bit masters: {took:.3f} ms, {each:.2f} bytes per element, {part:.2f} of a copy's bandwidth"
     )
 
     params = [torch.nn.Parameter(torch.randn(elements // 200, device=GPU)) for _ in range(200)]

@@ -150,7 +150,7 @@ def main() -> None:
     cases = [("step", name, name) for name in KINDS]
     cases += [("backward", name, f"a model of float32, steps {name} the backward pass") for name in ("after", "inside")]
     cases += [("offloading", name, f"bfloat16, offloaded: {name}, on the host") for name in OFFLOADED]
-    table = Table("bytes a param, grads included", "kept", "peak", title=f"{args.elements:,} params")
+    table = Table("bytes per param, grads included", "kept", "peak", title=f"{args.elements:,} params")
     steps = {}
     for what, name, title in cases:
         figures = measure(what, name, args.elements)

@@ -621,7 +621,7 @@ SCRIPT = """
 
 @pytest.fixture(scope="module")
 def memory_of_conversions():
-    """Of each in turn, in one process: its resident memory at the peak, and afterwards, in bytes a param."""
+    """Of each in turn, in one process: its resident memory at the peak, and afterwards, in bytes per param."""
     paths = os.pathsep.join([str(Path(__file__).parent), *sys.path])
     environment = {**os.environ, "PYTHONPATH": paths}
     command = [sys.executable, "-c", textwrap.dedent(SCRIPT)]
@@ -634,7 +634,7 @@ def memory_of_conversions():
 def test_conversions_take_little_memory_besides_what_is_kept(memory_of_conversions, name):
     """What is computed on the way needs some 45 MB in all, however many params there are."""
     most, kept = memory_of_conversions[name]
-    assert most - kept < 5, f"{most:.1f} bytes a param at the peak, {kept:.1f} kept"
+    assert most - kept < 5, f"{most:.1f} bytes per param at the peak, {kept:.1f} kept"
 
 
 @pytest.mark.parametrize("cls", CLASSES)

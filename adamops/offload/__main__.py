@@ -53,7 +53,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
         "down in a step, grads": precision.param * options.accumulate,
         "up in a step, params": precision.param,
     }
-    print(f"{'':50}  bytes a param        GB")
+    print(f"{'':50}bytes per param        GB")
     for name, size in rows.items():
         print(f"{name:50}{size:15.2f}{size * count / 1e9:10.1f}")
     print("The device also holds activations, and each grad until it has been copied to the host.\n")
