@@ -1,7 +1,6 @@
-"""Adam and AdamW for training on the CPU, compiled ahead of time.
+"""Adam and AdamW for PyTorch, compiled ahead of time.
 
-    from adamops import DeepSpeedCPUAdam
-    optimizer = DeepSpeedCPUAdam(model.parameters(), lr=1e-3)
+    optimizer = adamops.AdamW(model.parameters(), lr=1e-3)  # the arguments of torch.optim.AdamW
 
 `python -m adamops.report` shows which ops are built and in use here, and why not; `python -m adamops.bench` times them.
 Importing adamops does not import torch; the first access to an optimizer does.
@@ -89,4 +88,4 @@ def __getattr__(name: str) -> Any:
 
 
 def __dir__() -> list[str]:
-    return sorted({*globals(), *__all__, *_SUBMODULES})
+    return sorted({*(name for name in globals() if name.startswith("__")), *__all__, *_SUBMODULES})

@@ -1,4 +1,4 @@
-"""Steps of both optimizers whose bits are known: python -m adamops.report --check. Must not know how they are shown."""
+"""Steps of the optimizers whose bits are known: python -m adamops.report --check. Must not know how they are shown."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from . import op_builder
-from .ops.adam import DeepSpeedCPUAdam, FusedAdam
+from .ops.adam import AdamW, DeepSpeedCPUAdam, FusedAdam
 from .threads import get_num_threads, set_num_threads
 
 STEPS = 3
@@ -31,8 +31,8 @@ class Outcome(NamedTuple):
 
 
 def run() -> Iterator[Outcome]:
-    """Takes the steps with both optimizers, on all that they can use here."""
-    for cls in (DeepSpeedCPUAdam, FusedAdam):
+    """Takes the steps with each class, on all that it can use here."""
+    for cls in (AdamW, DeepSpeedCPUAdam, FusedAdam):
         yield _tried(cls.__name__, functools.partial(_on_cpu, cls))
     if torch.cuda.is_available():
         name = f"FusedAdam on {torch.cuda.get_device_name()}"

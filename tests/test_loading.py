@@ -5,6 +5,7 @@ import io
 import json
 import os
 import pickle
+import re
 import subprocess
 import sys
 import textwrap
@@ -13,7 +14,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from adamops import DeepSpeedCPUAdam, FusedAdam, portable_state_dicts
+from adamops import AdamW, DeepSpeedCPUAdam, FusedAdam, portable_state_dicts
 from adamops.ops.adam.adam import AdamRule
 from adamops.optim.state.precision import SCALES, names_of
 
@@ -360,6 +361,30 @@ def test_checkpoints_of_other_optimizers_are_refused_by_name(cls, state, group, 
     with pytest.raises(ValueError, match=message):
         optimizer.load_state_dict(saved)
     assert not optimizer.state and optimizer.param_groups[0]["eps"] == 1e-8
+
+
+@pytest.mark.parametrize("cls", [*CLASSES, AdamW])
+@pytest.mark.parametrize(
+    ("saved", "error", "message"),
+    [
+        ({}, ValueError, "a state dict has no 'state', but nothing; this is not"),
+        ({"model": {}, "optimizer": {}}, ValueError, "has no 'state', but 'model', 'optimizer'; this is not"),
+        ({"state": {}}, ValueError, "has no 'param_groups', but 'state'"),
+        ({"state": [], "param_groups": []}, TypeError, "has a list as 'state'"),
+        ({"state": {}, "param_groups": 3}, TypeError, "has a int as 'param_groups'"),
+        ({"state": {}, "param_groups": [{}]}, ValueError, "param group 0 has no params"),
+        ({"state": {}, "param_groups": [{"params": 3}]}, ValueError, "param group 0 has no params"),
+        ({"state": {}, "param_groups": [[0]]}, ValueError, "param group 0 has no params"),
+        (None, TypeError, "Invalid state dict: a NoneType; expected a dict"),
+        ([], TypeError, "Invalid state dict: a list; expected a dict"),
+    ],
+    ids=str,
+)
+def test_what_is_no_state_dict_of_an_optimizer_is_refused(cls, saved, error, message):
+    optimizer = cls([torch.nn.Parameter(torch.ones(3))], lr=0.25)
+    with pytest.raises(error, match=re.escape(message)):
+        optimizer.load_state_dict(saved)
+    assert not optimizer.state and optimizer.param_groups[0]["lr"] == 0.25
 
 
 @pytest.mark.parametrize("cls", CLASSES)

@@ -537,6 +537,10 @@ def test_what_a_printed_optimizer_says(cpu_adam):
         f"Updates: cpu by the compiled op cpu_adam ({cpu_adam.target()})",
     ]
     assert "Parameter Group 1" in lines
+    mixed = adamops.Adam([{"params": params[:1]}, {"params": params[1:], "decoupled_weight_decay": True}])
+    assert "Rule: Adam: weight decay decoupled, or added to the grads, by param group\n" in repr(mixed)
+    del mixed.param_groups[0]
+    assert "Rule: AdamW: decoupled weight decay\n" in repr(mixed)
     slow = DeepSpeedCPUAdam(params, stochastic_rounding=True, fp32_optimizer_states=False)
     slow._backends = {torch.device("cpu"): TorchBackend()}
     assert "Precision: states of their param's dtype, no master weights, stochastic rounding\n" in repr(slow)

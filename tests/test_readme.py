@@ -108,7 +108,7 @@ def test_the_installation_from_a_fresh_clone(newcomer):
         newcomer.type(command + (" --help" if command.endswith("bench") else ""), cwd=newcomer.home)
     shown = newcomer.type("adamops-report --check")
     assert shown.startswith(f"adamops {adamops.__version__} works here: every op that this machine can use is compiled")
-    assert shown.count(": the expected bits") == 2
+    assert shown.count(": the expected bits") == 3
     used = newcomer.type("python -c 'import adamops; print(adamops.__file__)'", cwd=newcomer.home)
     assert Path(used.strip()).is_relative_to(newcomer.clone / ".venv")
 

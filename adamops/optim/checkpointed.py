@@ -5,7 +5,7 @@ Must not know how a step is done.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from multiprocessing.context import get_spawning_popen
 from typing import Any
 
@@ -108,8 +108,11 @@ class CheckpointedOptimizer(Optimizer):
         Raises
         ------
         ValueError, TypeError
-            If a state does not fit its param; the optimizer is then unchanged.
+            If it is not the state dict of an optimizer, or a state does not fit its param; the optimizer is then
+            unchanged.
         """
+        if not isinstance(state_dict, Mapping):
+            raise TypeError(f"Invalid state dict: a {type(state_dict).__name__}; expected a dict")
         is_called_for = True
 
         def shield(optimizer: Optimizer, state_dict: dict[str, Any]) -> dict[str, Any]:

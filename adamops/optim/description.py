@@ -23,7 +23,7 @@ def described(optimizer: Any, text: str) -> str:
         f"{device} by {_in_words(optimizer._backends.get(device))}" for device in devices or [torch.device("cpu")]
     )
     lines = {
-        "Rule": str(optimizer.rule),
+        "Rule": optimizer.rule.in_words(optimizer.param_groups),
         "Precision": "; ".join(dict.fromkeys(precisions)),
         "Updates": ", ".join(updates),
     }

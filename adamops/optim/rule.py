@@ -177,6 +177,10 @@ class Rule(abc.ABC):
         """In words, for those who print an optimizer."""
         return type(self).__name__
 
+    def in_words(self, groups: Sequence[Mapping[str, Any]]) -> str:
+        """In words, as these param groups use it."""
+        return str(self)
+
     def __init_subclass__(cls, **kwargs: Any) -> None:
         super().__init_subclass__(**kwargs)
         if "settings" in cls.__dict__ and (not cls.settings or cls.settings[0].name != "lr"):

@@ -117,13 +117,18 @@ def _root():
     return Path(adamops.__file__).parents[1]
 
 
+# A process that ends right after a step is aborted now and then: a thread of gloo still holds the last reference to one
+# of the step's tensors, and needs the GIL, which Python no longer gives (pytorch/pytorch#190489). DeepSpeed keeps the
+# process groups, so destroying them would not wait for that thread. A second without the GIL lets it finish.
+END = "\nimport time\n\ntime.sleep(1)\n"
+
 LAUNCHER = ("-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2")
 
 
 @pytest.mark.parametrize("has_compiler", [False, True])
 def test_the_pages_script_compiles_nothing(tmp_path, has_compiler):
     path = {"PATH": os.environ["PATH"]} if has_compiler else {}
-    done = run_script(tmp_path, script_of("deepspeed"), *LAUNCHER, "train.py", **path)
+    done = run_script(tmp_path, script_of("deepspeed") + END, *LAUNCHER, "train.py", **path)
     assert done.returncode == 0, done.stdout + done.stderr
     losses = [float(line.split()[-1]) for line in done.stdout.splitlines() if line.startswith("step ")]
     assert len(losses) >= 10 and losses[-1] < 0.7 * losses[0]
@@ -138,7 +143,7 @@ def without_patch():
 
 
 def test_a_script_that_knows_nothing_of_adamops_runs_through_the_module(tmp_path):
-    done = run_script(tmp_path, without_patch(), *LAUNCHER, "-m", "adamops.deepspeed", "train.py")
+    done = run_script(tmp_path, without_patch() + END, *LAUNCHER, "-m", "adamops.deepspeed", "train.py")
     assert done.returncode == 0, done.stdout + done.stderr
     assert "step 0" in done.stdout
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 from torch import Tensor
@@ -53,7 +53,16 @@ class _TorchAdamRule(AdamRule):
 
     def hyper_of_group(self, group: Mapping[str, Any], where: str, to_number: Callable[..., Any]) -> tuple[Any, ...]:
         *numbers, _ = super().hyper_of_group(group, where, to_number)
-        return (*numbers, 1.0 if group.get("decoupled_weight_decay", self._adamw_mode) else 0.0)
+        return (*numbers, 1.0 if self._is_decoupled(group) else 0.0)
+
+    def in_words(self, groups: Sequence[Mapping[str, Any]]) -> str:
+        decoupled = set(map(self._is_decoupled, groups))
+        if len(decoupled) == 2:
+            return "Adam: weight decay decoupled, or added to the grads, by param group"
+        return str(_ADAMW if decoupled.pop() else _ADAM)
+
+    def _is_decoupled(self, group: Mapping[str, Any]) -> bool:
+        return bool(group.get("decoupled_weight_decay", self._adamw_mode))
 
     def check_group(self, group: Mapping[str, Any], defaults: Mapping[str, Any], where: str) -> None:
         Rule.check_group(self, group, defaults, where)  # not AdamRule's: here groups may differ in their weight decay
@@ -134,7 +143,27 @@ class Adam(AdamOptimizer):
 class AdamW(Adam):
     """AdamW (arXiv 1711.05101, Algorithm 2) with the signature and the defaults of ``torch.optim.AdamW``.
 
-    See Adam, whose arguments these are; weight decay is decoupled, and 0.01 by default.
+    Like Adam, but for weight decay, which is decoupled, and 0.01 by default. What goes beyond torch, as 8-bit states,
+    master weights or stochastic rounding, is in FusedAdam.
+
+    Parameters
+    ----------
+    params
+        Params to optimize, named or not, or dicts of param groups. Each param is a dense tensor in float32, bfloat16 or
+        float16. States are float32 for all of them, where torch's have the params' dtype.
+    lr, betas, eps, weight_decay, amsgrad, maximize
+        As in torch, numbers or tensors of one element.
+    capturable
+        Whether steps on CUDA devices are CUDA-graph capturable. Has no effect on the CPU.
+    foreach, fused
+        Accepted and kept in the param groups, for torch if it loads their state dict. There is one implementation here.
+    differentiable
+        Must be false: autograd does not record a step.
+
+    Raises
+    ------
+    ValueError, TypeError
+        As in DeepSpeedCPUAdam; also for ``differentiable=True``, and for `foreach` and `fused` together.
     """
 
     def __init__(

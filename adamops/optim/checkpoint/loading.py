@@ -36,7 +36,11 @@ def _shielded(value: Any) -> _Shielded:
 
 
 def shield_states(state_dict: dict[str, Any], states: tuple[State, ...]) -> dict[str, Any]:
-    """A state dict whose state tensors are shielded from the casts of Optimizer.load_state_dict."""
+    """A state dict whose state tensors are shielded from the casts of Optimizer.load_state_dict.
+
+    Raises ValueError or TypeError if it has not the form of an optimizer's.
+    """
+    _check_form(state_dict)
     names = {*tensors_of(states), *saved_names(states).values()}
     shielded = {
         key: {name: _shielded(value) if name in names else value for name, value in entry.items()}
@@ -44,10 +48,20 @@ def shield_states(state_dict: dict[str, Any], states: tuple[State, ...]) -> dict
         else entry
         for key, entry in state_dict["state"].items()
     }
-    for i, group in enumerate(state_dict["param_groups"]):
-        if "params" not in group:
-            raise ValueError(f"param group {i} has no params; this is not the state dict of an optimizer")
     return {**state_dict, "state": shielded}
+
+
+def _check_form(state_dict: Mapping[str, Any]) -> None:
+    for name, kind in (("state", Mapping), ("param_groups", Sequence)):
+        if name not in state_dict:
+            keys = ", ".join(map(repr, list(state_dict)[:5])) or "nothing"
+            raise ValueError(f"a state dict has no {name!r}, but {keys}; this is not the state dict of an optimizer")
+        if not isinstance(state_dict[name], kind):
+            found = type(state_dict[name]).__name__
+            raise TypeError(f"a state dict has a {found} as {name!r}; this is not the state dict of an optimizer")
+    for i, group in enumerate(state_dict["param_groups"]):
+        if not isinstance(group, Mapping) or not isinstance(group.get("params"), Sequence):
+            raise ValueError(f"param group {i} has no params; this is not the state dict of an optimizer")
 
 
 def keep_own_settings(groups: Sequence[dict[str, Any]], own: Sequence[Mapping[str, Any]]) -> None:
