@@ -215,7 +215,7 @@ def train_all(text: Text, steps: int, console: Console) -> dict[str, Run]:
             progress.update(task, advance=1, losses=f"losses {losses}")
             if step % 50 == 0 and not console.is_terminal:
                 left = (time.perf_counter() - begin) * (steps - step) / step / 60
-                print(f"step {step} of {steps}: losses {losses}, {left:.1f} minutes left", flush=True)
+                print(f"step {step} of {steps}: losses of the batch {losses}, {left:.1f} minutes left", flush=True)
     return runs
 
 
@@ -227,7 +227,7 @@ def disagreement(run: Run, first: Run) -> float:
 def print_summary(runs: dict[str, Run], console: Console) -> None:
     """Prints the runs below each other."""
     first = next(iter(runs.values())).median_ms()
-    table = Table("", "loss", "step, ms", "speed", "bytes a param", box=None)
+    table = Table("", "loss", "step, ms", "speed", "bytes", box=None)
     for name, run in runs.items():
         speed, size = f"{first / run.median_ms():.1f} x", f"{run.bytes_per_param():.1f}"
         table.add_row(name, f"{run.final_loss():.3f}", f"{run.median_ms():.2f}", speed, size)
@@ -235,6 +235,7 @@ def print_summary(runs: dict[str, Run], console: Console) -> None:
     for column in table.columns[1:]:
         column.justify = "right"
     console.print(table)
+    console.print("loss: the mean of the last tenth of the steps; bytes: of each param, with its grad and states")
 
 
 def smoothed(values: list[float]) -> list[float]:
@@ -261,14 +262,14 @@ def plot(runs: dict[str, Run], path: Path) -> None:
         curves.plot(steps, smoothed(run.losses), color=run.kind.color, linewidth=width, alpha=0.8)
     curves.legend([f"{name}: {run.final_loss():.3f}" for name, run in runs.items()], frameon=False, fontsize=10)
     curves.set(xlabel="step", ylabel="loss: cross-entropy, nats per character", xlim=(0, len(steps)))
-    curves.set_title("Loss, and its mean at the end", loc="left")
+    curves.set_title("Loss of each (all coincide), and the mean of its last tenth", loc="left")
     curves.grid(alpha=0.25)
 
     colors = [run.kind.color for run in runs.values()]
     names = ["torch", "torch\nfused", "adamops", "adamops\nbf16, 8-bit"]
     bars(times, "optimizer.step(), ms", names, [run.median_ms() for run in runs.values()], colors, "{:.2f}")
     memory = [run.bytes_per_param() for run in runs.values()]
-    bars(sizes, "Bytes a param, with grads", names, memory, colors, "{:.1f}")
+    bars(sizes, "Bytes per param, with grads", names, memory, colors, "{:.1f}")
     path.parent.mkdir(parents=True, exist_ok=True)
     figure.savefig(path, dpi=140)
 

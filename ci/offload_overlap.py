@@ -209,7 +209,7 @@ def draw(axes, title):
         bars = [(1e3 * (b - start), 1e3 * (e - b)) for stream, _, b, e in SPANS if stream == track]
         axes.broken_barh(bars, (y - 0.4, 0.8), facecolors=color, edgecolors="white", linewidth=0.3)
     axes.set_yticks(range(len(tracks)), list(tracks))
-    axes.set_title(title, loc="left", fontsize=10)
+    axes.set_title(title, loc="left")
 
 
 def milliseconds_of_an_update(options, clips):
@@ -232,12 +232,13 @@ def milliseconds_of_an_update(options, clips):
 def plot(path, pictures):
     import matplotlib.pyplot as plt
 
-    figure, rows = plt.subplots(len(pictures), 1, sharex=True, figsize=(10, 1.5 * len(pictures)), layout="constrained")
+    plt.rcParams.update({"font.size": 14, "axes.titlesize": 14})  # to be read in a narrow window, too
+    figure, rows = plt.subplots(len(pictures), 1, sharex=True, figsize=(8, 1.5 * len(pictures)), layout="constrained")
     for axes, (title, spans) in zip(rows, pictures, strict=True):
         SPANS[:] = spans
         draw(axes, title)
     rows[-1].set_xlabel("ms, two steps")
-    figure.savefig(path, dpi=120)
+    figure.savefig(path, dpi=150)
 
 
 def main():

@@ -147,9 +147,9 @@ def plot(runs: dict[str, dict[int, Run]], path: Path) -> None:
     curves.set_title("Loss, mean of the seeds", loc="left")
     curves.grid(alpha=0.25)
     curves.legend(frameon=False)
-    ends.axvspan(-0.5, 0.5, color="#000000", alpha=0.06)
+    ends.axvspan(-0.5, 0.5, color="#000000", alpha=0.06)  # a scale, with no other meaning
     ends.set_yticks([-i for i in range(len(runs))], list(runs))
-    ends.set(xlabel="% more than float32 with the same seed")
+    ends.set(xlabel="% more than float32 with the same seed (grey: ±0.5 %)")
     ends.set_title("Loss at the end; a bar is the mean", loc="left")
     ends.grid(axis="x", alpha=0.25)
     path.parent.mkdir(parents=True, exist_ok=True)

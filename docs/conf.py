@@ -101,10 +101,12 @@ def link_outside(app, doctree):
 
 
 def keep_units(app, doctree):
-    """`1.5 ×` stays on one line: tables have many of them in narrow columns."""
+    """`1.5 ×`, `0.4 %` and `7.1 M` stay on one line: tables have many of them in narrow columns."""
     for text in list(doctree.findall(nodes.Text)):
-        if " ×" in text and not isinstance(text.parent, nodes.literal | nodes.literal_block):
-            text.parent.replace(text, nodes.Text(re.sub(r"(?<=\d) ×", "\u00a0×", text)))
+        if not isinstance(text.parent, nodes.literal | nodes.literal_block):
+            kept = re.sub(r"(?<=\d) (?=[×%]|M\b)", "\u00a0", text)
+            if kept != text:
+                text.parent.replace(text, nodes.Text(kept))
 
 
 def setup(app):

@@ -95,8 +95,8 @@ def test_the_summary_fits(tmp_path, columns, cpu_adam):
 def test_steps_whose_bits_are_known(tmp_path, cpu_adam):
     done = shown_at(tmp_path, 200, "--check")
     assert done.returncode == 0, done.stdout
-    last = done.stdout.splitlines()[-2:]
-    assert [line.split(":")[0] for line in last] == ["ok  DeepSpeedCPUAdam", "ok  FusedAdam"]
+    last = done.stdout.splitlines()[-3:]
+    assert [line.split(":")[0] for line in last] == ["ok  AdamW", "ok  DeepSpeedCPUAdam", "ok  FusedAdam"]
     assert all("the expected bits" in line and cpu_adam.supported_targets()[-1] in line for line in last)
 
 
@@ -104,7 +104,7 @@ def test_steps_with_other_bits_are_a_failure(tmp_path, monkeypatch):
     before = "from adamops import _smoke_step; _smoke_step.DIGEST = 'another'"
     output, status = report(tmp_path, "--check", before=before)
     assert status == 1 and "NOT OK  DeepSpeedCPUAdam: other bits than expected:" in output
-    assert "Missing or broken: the steps of DeepSpeedCPUAdam, the steps of FusedAdam." in output.splitlines()[0]
+    assert "Missing or broken: the steps of AdamW, the steps of DeepSpeedCPUAdam, the steps of FusedAdam." in output
 
 
 def test_steps_without_an_op(tmp_path):

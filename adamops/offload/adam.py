@@ -13,7 +13,9 @@ class OffloadedAdam(OffloadedOptimizer):
 
     ::
 
-        optimizer = adamops.OffloadedAdam(model.parameters(), lr=1e-3, state_dtype="8bit", master_weight_bits=24)
+        optimizer = adamops.OffloadedAdam(
+            model.parameters(), lr=1e-3, state_dtype="8bit", master_weight_bits=24
+        )
         loss.backward()
         optimizer.clip_grad_norm_(1.0)
         optimizer.step()
