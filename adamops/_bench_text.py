@@ -7,6 +7,8 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
+from ._report_text import wrapped
+
 WIDTH = 80
 PROBE = "bandwidth probe"
 PEERS = {"torch fused": "tab:orange", "torch foreach": "tab:red", "DeepSpeed": "tab:blue"}  # with their colors
@@ -17,11 +19,15 @@ EXPLANATION = (
 )
 
 
-def header(facts: Mapping[str, Any], plan: str) -> Iterator[str]:
+def header(facts: Mapping[str, Any], plan: str, warning: str | None) -> Iterator[str]:
     """The lines before the first case."""
-    yield f"{facts['cpu']}, {facts['cores']} cores; SIMD target {facts['simd_target']}; {facts['threads']} threads"
+    cores, threads = numbered(facts["cores"], "core"), numbered(facts["threads"], "thread")
+    yield f"{facts['cpu']}, {cores}; SIMD target {facts['simd_target']}; {threads}"
     deepspeed = f"DeepSpeed {facts['deepspeed']}" if facts["deepspeed"] else "DeepSpeed is not installed"
     yield f"adamops {facts['adamops']}, torch {facts['torch']}, {deepspeed}"
+    if warning:
+        yield ""
+        yield from wrapped(warning, "! ", WIDTH)
     yield ""
     yield from textwrap.wrap(EXPLANATION, WIDTH)
     yield ""
@@ -86,7 +92,12 @@ def draw(cases: Mapping[str, Mapping[str, Any]], facts: Mapping[str, Any], path:
 
 
 def _machine(facts: Mapping[str, Any]) -> str:
-    return f"{facts['cpu']}, {facts['threads']} threads, {facts['simd_target']}, torch {facts['torch']}"
+    return f"{facts['cpu']}, {numbered(facts['threads'], 'thread')}, {facts['simd_target']}, torch {facts['torch']}"
+
+
+def numbered(number: int, noun: str) -> str:
+    """A count with its noun: "1 case", "2 cases"."""
+    return f"{number} {noun}{'' if number == 1 else 's'}"
 
 
 def in_words(seconds: float) -> str:

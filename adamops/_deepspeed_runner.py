@@ -24,8 +24,9 @@ from ._import_hooks import when_imported
 USAGE = """usage: python -m adamops.deepspeed SCRIPT [ARGUMENT ...]
        python -m adamops.deepspeed -m MODULE [ARGUMENT ...]
 
-Runs a Python script, the console script of a package, or a module with adamops.deepspeed.patch() done. Options before
-SCRIPT or -m, such as the --local_rank=N of launchers, are passed on with the ARGUMENTs."""
+Runs a Python script, the console script of a package, or a module with
+adamops.deepspeed.patch() done. Options before SCRIPT or -m, such as the
+--local_rank=N of launchers, are passed on with the ARGUMENTs."""
 _CONVERTER = "deepspeed.checkpoint.ds_to_universal"
 _WITH_VALUE = ("--local_rank", "--local-rank")  # launchers write --local_rank=N; people also write --local_rank N
 

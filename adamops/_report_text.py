@@ -131,11 +131,11 @@ def verdict(report: dict[str, Any]) -> str:
 
 def summary(report: dict[str, Any], width: int, is_verbose: bool = False) -> Iterator[str]:
     """The lines that everyone wants to see, with what else can be asked for."""
-    yield from _wrapped(verdict(report), "", width)
+    yield from wrapped(verdict(report), "", width)
     yield ""
     column = max([12, *(len(op["name"]) + 2 for op in report["ops"])])
     for op in report["ops"]:
-        yield from _wrapped(_state_of(op), f"  {op['name']:<{column}}", width)
+        yield from wrapped(_state_of(op), f"  {op['name']:<{column}}", width)
         if not op["ok"] and not _is_to_be_built(op):
             yield from _problem(op.get("error") or op.get("reason", ""), width)
     machine, variables = report["machine"], report["environment"]
@@ -147,22 +147,22 @@ def summary(report: dict[str, Any], width: int, is_verbose: bool = False) -> Ite
         "threads of a step": _as_text(machine["step_threads"]),
     }
     for label, value in facts.items():
-        yield from _wrapped(value, f"  {label}: ", width)
+        yield from wrapped(value, f"  {label}: ", width)
     for problem in [*filter(None, [machine["installation"]["hint"]]), *variables["errors"], *variables["unknown"]]:
         yield ""
-        yield from _wrapped(problem, "! ", width)
+        yield from wrapped(problem, "! ", width)
     hints = [] if is_verbose else ["--verbose shows everything"]
     hints += [] if "check" in report else ["--check takes steps and compares their bits"]
     if hints:
         yield ""
-        yield from _wrapped(f"{'; '.join(hints)}.", "", width)
+        yield from wrapped(f"{'; '.join(hints)}.", "", width)
 
 
 def steps_taken(outcomes: list[dict[str, Any]], width: int) -> Iterator[str]:
     """How the steps of --check ended."""
     yield ""
     for outcome in outcomes:
-        yield from _wrapped(f"{outcome['name']}: {outcome['text']}", "ok  " if outcome["ok"] else "NOT OK  ", width)
+        yield from wrapped(f"{outcome['name']}: {outcome['text']}", "ok  " if outcome["ok"] else "NOT OK  ", width)
 
 
 def _state_of(op: dict[str, Any]) -> str:
@@ -188,7 +188,7 @@ def _is_to_be_built(op: dict[str, Any]) -> bool:
 def _problem(text: str, width: int) -> Iterator[str]:
     lines = [line for line in text.splitlines() if line.strip()]
     for line in lines[:_ERROR_LINES]:
-        yield from _wrapped(line.strip(), "      ", width)
+        yield from wrapped(line.strip(), "      ", width)
     if len(lines) > _ERROR_LINES:
         yield f"      ... and {len(lines) - _ERROR_LINES} more lines: --verbose"
 
@@ -204,13 +204,13 @@ def details(report: dict[str, Any], width: int) -> Iterator[str]:
         yield title
         for label, text in rows:
             first, *others = text.splitlines() or [""]
-            yield from _wrapped(first, f"  {label + ': ':<{column}}", width)
+            yield from wrapped(first, f"  {label + ': ':<{column}}", width)
             for line in others:
-                yield from _wrapped(line, " " * (column + 2 if column else 6), width)
+                yield from wrapped(line, " " * (column + 2 if column else 6), width)
         yield ""
 
 
-def _wrapped(text: str, begin: str, width: int) -> Iterator[str]:
+def wrapped(text: str, begin: str, width: int) -> Iterator[str]:
     """A line, or several if it is longer than the width; those after the first are indented."""
     fits = len(begin) < width // 2 and len(begin) + len((text.split() or [""])[0]) <= width
     indent = " " * (len(begin) if fits else 4)

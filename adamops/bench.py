@@ -35,8 +35,10 @@ from torch.optim import Optimizer
 
 from . import __version__, functional, op_builder
 from ._bench_models import MODELS, described
-from ._bench_text import PROBE, draw, header, in_words, lines_of
+from ._bench_text import PROBE, draw, header, in_words, lines_of, numbered
 from ._counts import count
+from ._installation import installation
+from ._limits import cores, free_memory
 from .ops.adam import DeepSpeedCPUAdam
 from .optim.state.precision import DTYPES
 from .report import cpu_name
@@ -50,6 +52,16 @@ HYPER: dict[str, Any] = {"lr": 1e-3, "betas": (0.9, 0.999), "eps": 1e-8, "weight
 WARMUP_ROUNDS = 2
 
 _PROCESS_BYTES = 500_000_000  # of torch itself, before any case
+
+# About how many bytes the params, grads and states take per element, and how many with peers: these make states before
+# they share ours, and torch's foreach has intermediates. A case without a row is as fp32.
+_BYTES_PER_ELEMENT = {
+    "fp32": (16, 28),
+    "bf16-params": (12, 20),
+    "bf16": (8, 14),
+    "bf16-grads": (26, 30),
+    "8bit": (10, 30),
+}
 
 # Elements in the untimed work before each call; see _as_after_a_backward_pass().
 WARM_ELEMENTS = 2_000_000
@@ -526,6 +538,9 @@ def first_step_ms(name: str, threads: int) -> float:
     return 1e3 * (time.perf_counter() - start)
 
 
+# Those that never call DeepSpeed's op, which it compiles first.
+_WITHOUT_DEEPSPEEDS_OP = {"8bit", "clip", "functional", "avx2", "import"}
+
 CASES: dict[str, Callable[[Options], Result]] = {
     "fp32": one_fp32_tensor,
     "bf16-params": one_bf16_tensor_with_fp32_states,
@@ -562,18 +577,17 @@ def environment() -> dict[str, Any]:
     }
 
 
-def elements_of(name: str, options: Options) -> int:
-    """About how many params a case has."""
+def elements_of(name: str, elements: int) -> int:
+    """About how many params a case has, where the large tensors have this many elements."""
     if name in MODELS:
         return sum(MODELS[name]())
-    return {"import": 0, "first-step": 20_000, "many-tensors": 4_000_000, "functional": 4_000_000}.get(
-        name, options.elements
-    )
+    return {"import": 0, "first-step": 20_000, "many-tensors": 4_000_000, "functional": 4_000_000}.get(name, elements)
 
 
-def bytes_needed(cases: Sequence[str], options: Options) -> int:
-    """About how much memory the largest of the cases takes: four fp32 tensors, and what torch's foreach adds."""
-    return _PROCESS_BYTES + max(elements_of(name, options) for name in cases) * (28 if options.peers else 16)
+def bytes_needed(name: str, elements: int, peers: bool) -> int:
+    """About how much memory a case takes."""
+    alone, with_peers = _BYTES_PER_ELEMENT.get(name, _BYTES_PER_ELEMENT["fp32"])
+    return _PROCESS_BYTES + elements_of(name, elements) * (with_peers if peers else alone)
 
 
 def seconds_needed(cases: Sequence[str], options: Options) -> float:
@@ -586,7 +600,9 @@ def seconds_needed(cases: Sequence[str], options: Options) -> float:
     rounds = WARMUP_ROUNDS + (options.repeat or 15)
     processes = (options.repeat or 3) * (4 if options.peers else 1) * 3.0  # each imports torch
     return sum(
-        processes if name in ("import", "first-step") else 2 + rounds * calls * elements_of(name, options) * per_element
+        processes
+        if name in ("import", "first-step")
+        else 2 + rounds * calls * elements_of(name, options.elements) * per_element
         for name in cases
     )
 
@@ -597,13 +613,14 @@ def _seconds(call: Callable[[], object]) -> float:
     return time.perf_counter() - begin
 
 
-def plan(cases: Sequence[str], options: Options) -> str:
-    """What a run will take, in words."""
-    memory, seconds = bytes_needed(cases, options), seconds_needed(cases, options)
-    shared = " where nothing else runs, and more where DeepSpeed compiles its op first" if options.peers else ""
+def plan(cases: Sequence[str], options: Options, deepspeed: str | None) -> str:
+    """What a run will take, in words. `deepspeed` is the version of DeepSpeed, if it is installed."""
+    memory = max(bytes_needed(name, options.elements, options.peers) for name in cases)
+    compiles = options.peers and deepspeed and not _WITHOUT_DEEPSPEEDS_OP.issuperset(cases)
+    more = ", and more where DeepSpeed compiles its op first" if compiles else ""
     return (
-        f"{len(cases)} cases: about {in_words(seconds)}{shared}, with up to {memory / 1e9:.1f} GB of memory. "
-        "Ctrl-C keeps what is finished."
+        f"{numbered(len(cases), 'case')}: about {in_words(seconds_needed(cases, options))} where nothing else runs"
+        f"{more}, with up to {memory / 1e9:.1f} GB of memory. Ctrl-C keeps what is finished."
     )
 
 
@@ -621,6 +638,35 @@ def output_file(text: str) -> Path:
     return path
 
 
+def chart_file(text: str) -> Path:
+    """A file that matplotlib can draw into, for argparse."""
+    path = output_file(text)
+    if path.suffix[1:] and importlib.util.find_spec("matplotlib"):  # without a suffix, it adds one
+        from matplotlib.backend_bases import FigureCanvasBase
+
+        if path.suffix[1:].lower() not in FigureCanvasBase.get_supported_filetypes():
+            raise argparse.ArgumentTypeError(f"{text}: matplotlib does not write {path.suffix}; use .png, .svg or .pdf")
+    return path
+
+
+def threads(text: str) -> int:
+    """A number of threads for which this process has the cores, for argparse. With more, a call may never end."""
+    number = count(text)
+    if number > cores():
+        raise argparse.ArgumentTypeError(f"{text} is too many: this process has {numbered(cores(), 'core')}")
+    return number
+
+
+def why_too_large(cases: Sequence[str], elements: int, peers: bool) -> str | None:
+    """Why the cases do not fit into memory, and what would; None if they do, or if the system does not say."""
+    needed, largest = max((bytes_needed(name, elements, peers), name) for name in cases)
+    free = free_memory()
+    if free is None or needed <= free:
+        return None
+    smaller = f"leave out --models {largest}" if largest in MODELS else "use a smaller --elements"
+    return f"needs {needed / 1e9:.1f} GB of memory, and {free / 1e9:.1f} GB are free: {smaller}"
+
+
 def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
     """Parses the command line."""
     parser = argparse.ArgumentParser(prog="python -m adamops.bench", description=(__doc__ or "").partition(":")[0])
@@ -630,9 +676,9 @@ def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
                         help=f"the params of real models: {', '.join(MODELS)}; all, if none is named")  # fmt: skip
     parser.add_argument("--elements", type=count, default=100_000_000, help="of the large tensors (default: 100M)")
     parser.add_argument("--repeat", type=count, help="rounds that are counted (default: as suits the case)")
-    parser.add_argument("--threads", type=count, help="for all implementations (default: adamops.get_num_threads())")
+    parser.add_argument("--threads", type=threads, help="for all implementations (default: adamops.get_num_threads())")
     parser.add_argument("--json", type=output_file, metavar="FILE", help="also write all times there, case by case")
-    parser.add_argument("--plot", type=output_file, metavar="FILE", help="also draw a chart there; needs matplotlib")
+    parser.add_argument("--plot", type=chart_file, metavar="FILE", help="also draw a chart there; needs matplotlib")
     parser.add_argument("--no-peers", action="store_true", help="time only adamops and the bandwidth probe")
     args = parser.parse_args(arguments)
     if args.plot and importlib.util.find_spec("matplotlib") is None:
@@ -641,6 +687,8 @@ def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
         parser.error("--plot draws adamops beside its peers, and --no-peers leaves them out")
     models = list(MODELS) if args.models == [] else args.models or []
     args.names = list(dict.fromkeys([*(args.cases or ([] if models else CASES)), *models]))
+    if reason := why_too_large(args.names, args.elements, not args.no_peers):
+        parser.error(reason)
     return args
 
 
@@ -654,8 +702,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
         print(error, file=sys.stderr)
         return 1
     options = Options(args.elements, args.repeat, torch.get_num_threads(), not args.no_peers)
-    report: dict[str, Any] = {"environment": environment(), "cases": {}}
-    show(*header(report["environment"], plan(args.names, options)))
+    facts = environment()
+    report: dict[str, Any] = {"environment": facts, "cases": {}}
+    show(*header(facts, plan(args.names, options, facts["deepspeed"]), installation()["hint"]))
     status, said = 0, set[str]()
     try:
         for name in args.names:
@@ -670,7 +719,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         show("", f"Interrupted after {len(report['cases'])} of {len(args.names)} cases.")
         status = 130
     if args.plot and report["cases"]:
-        draw(report["cases"], report["environment"], args.plot)
+        draw(report["cases"], facts, args.plot)
     return status
 
 

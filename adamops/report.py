@@ -143,7 +143,9 @@ def _showable(op: dict[str, Any]) -> dict[str, Any]:
 
 def main(arguments: list[str] | None = None) -> int:
     """Prints the report; returns 0 if the optimizers are natively available, 1 if something is missing or broken."""
-    parser = argparse.ArgumentParser(prog="python -m adamops.report", description=__doc__.partition(":")[0] + ".")
+    is_script = Path(sys.argv[0]).stem == "adamops-report"
+    prog = "adamops-report" if is_script else "python -m adamops.report"
+    parser = argparse.ArgumentParser(prog=prog, description=__doc__.partition(":")[0] + ".")
     parser.add_argument("--verbose", action="store_true", help="print all that is known")
     parser.add_argument("--check", action="store_true", help="also take steps, and compare their bits")
     parser.add_argument("--json", action="store_true", help="print JSON, for machines")

@@ -2,18 +2,14 @@
 
 from __future__ import annotations
 
-import math
 import operator
 import os
-from collections.abc import Iterator
-from pathlib import Path
 from typing import NamedTuple
 
 import torch
 
+from . import _limits
 from .op_builder import environment
-
-_CGROUPS, _MEMBERSHIP = Path("/sys/fs/cgroup"), Path("/proc/self/cgroup")
 
 
 class Threads(NamedTuple):
@@ -95,7 +91,7 @@ def explained() -> Threads:
 
 def _find_rule() -> _Rule:
     global _rule
-    cores, fixed = _cores(), None
+    cores, fixed = _limits.cores(), None
     if _chosen is not None:
         fixed = Threads(_chosen, "set by adamops.set_num_threads()")
     elif (count := environment.num_threads()) is not None:
@@ -118,46 +114,6 @@ def _share(cores: int) -> Threads:
         return Threads(1, "as many as torch uses")
     why = f"share of the cores ({cores}) by processes here ({ranks}): OMP_NUM_THREADS=1 is taken for torchrun's own"
     return Threads(max(1, cores // int(ranks)), why)
-
-
-def _cores() -> int:
-    return max(1, min([environment.cores(), *map(math.ceil, _quotas())]))
-
-
-def _quotas() -> Iterator[float]:
-    """The cores' worth of time that each cgroup around this process allows (cgroups(7), version 2 or 1)."""
-    try:
-        lines = _MEMBERSHIP.read_text(errors="surrogateescape").splitlines()
-    except OSError:  # not Linux
-        return
-    for _, controllers, path in (line.split(":", 2) for line in lines if line.count(":") > 1):
-        if not controllers:
-            root, read = _CGROUPS, _quota_of_version_2
-        elif "cpu" in controllers.split(","):
-            root, read = _CGROUPS / "cpu", _quota_of_version_1
-        else:
-            continue
-        own = root / path.lstrip("/")
-        for folder in (own, *own.parents):
-            try:
-                quota, period = read(folder)
-                yield quota / period
-            except (OSError, ValueError, ZeroDivisionError):  # no limit, or a folder that this namespace does not show
-                pass
-            if folder == root:
-                break
-
-
-def _quota_of_version_2(folder: Path) -> tuple[int, int]:
-    quota, period = (folder / "cpu.max").read_text().split()  # "max 100000" where there is no limit
-    return int(quota), int(period)
-
-
-def _quota_of_version_1(folder: Path) -> tuple[int, int]:
-    quota = int((folder / "cpu.cfs_quota_us").read_text())
-    if quota <= 0:  # no limit
-        raise ValueError
-    return quota, int((folder / "cpu.cfs_period_us").read_text())
 
 
 def _forget() -> None:

@@ -22,6 +22,15 @@ def offer(folder, name, code, target, distribution="fake-ops", group="adamops.op
     return {**os.environ, "PYTHONPATH": python_path(folder)}
 
 
+def offer_installation(folder):
+    """Makes a folder look as if adamops 9 were installed in it."""
+    (folder / "adamops").mkdir(parents=True)
+    (folder / "adamops" / "__init__.py").touch()
+    info = folder / "adamops-9.dist-info"
+    info.mkdir()
+    (info / "METADATA").write_text("Metadata-Version: 2.1\nName: adamops\nVersion: 9\n")
+
+
 GOOD = """
 from adamops.op_builder import Compatibility, OpBuilder
 

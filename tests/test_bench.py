@@ -7,9 +7,9 @@ import sys
 
 import pytest
 import torch
-from plugins import python_path
+from plugins import offer_installation, python_path
 
-from adamops import bench, op_builder
+from adamops import _limits, bench, op_builder
 from adamops._bench_models import MODELS
 
 CASES = [
@@ -104,7 +104,7 @@ def test_table_in_a_pipe_is_plain_text(small_run):
     assert report["environment"]["simd_target"] in text
     for case in report["cases"].values():
         assert case["title"] in text
-    assert max(map(len, text.splitlines())) <= 80
+    assert all(len(line) <= 80 for line in text.splitlines() if "/" not in line)  # paths stay whole
     assert "cases: about" in text and "GB of memory" in text  # before the first case
     assert text.index("GB of memory") < text.index("10000 fp32")
 
@@ -147,6 +147,108 @@ def test_a_chart_without_peers_is_an_error(tmp_path):
     assert done.returncode == 2 and "--no-peers leaves them out" in done.stderr
 
 
+@pytest.mark.parametrize("name", ["x.foo", "x.png.gz"])
+def test_a_chart_that_matplotlib_does_not_write_is_an_error_before_anything_runs(tmp_path, name):
+    done = run_bench(tmp_path, f"--plot={name}")
+    suffix = name[name.rindex(".") :]
+    message = f"argument --plot: {name}: matplotlib does not write {suffix}; use .png, .svg or .pdf"
+    assert done.returncode == 2 and not done.stdout and message in done.stderr
+    assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize("name", ["x.PNG", "x.svg", "x.pdf", "x"])
+def test_charts_that_matplotlib_writes(tmp_path, name):
+    assert bench.chart_file(str(tmp_path / name)) == tmp_path / name
+
+
+def test_more_threads_than_cores_are_an_error(tmp_path):
+    done = run_bench(tmp_path, "--threads=99999")
+    assert done.returncode == 2 and not done.stdout
+    assert "argument --threads: 99999 is too many: this process has " in done.stderr
+    assert bench.threads(str(_limits.cores())) == _limits.cores()
+
+
+def test_more_memory_than_there_is_is_an_error_before_anything_runs(tmp_path):
+    if _limits.free_memory() is None:
+        pytest.skip("the system does not say how much memory is free")
+    done = run_bench(tmp_path, "--cases=fp32", "--elements=99999999999")
+    assert done.returncode == 2 and not done.stdout
+    last = done.stderr.splitlines()[-1]
+    assert "error: needs 2800.5 GB of memory, and " in last and last.endswith(" GB are free: use a smaller --elements")
+
+
+@pytest.mark.parametrize(
+    ("arguments", "free", "reason"),
+    [
+        (["--cases=fp32", "--elements=1G"], 29e9, None),
+        (["--cases=fp32", "--elements=1G"], 28e9, "28.5 GB of memory, and 28.0 GB are free: use a smaller --elements"),
+        (["--cases=bf16", "--elements=1G", "--no-peers"], 9e9, None),
+        (["--models=gpt2"], 2e9, "needs 4.0 GB of memory, and 2.0 GB are free: leave out --models gpt2"),
+        (["--elements=1000G"], None, None),
+    ],
+)
+def test_memory_that_is_needed_and_free(monkeypatch, capsys, arguments, free, reason):
+    monkeypatch.setattr(bench, "free_memory", lambda: free)
+    if reason is None:
+        bench.parse(arguments)
+    else:
+        with pytest.raises(SystemExit, match="2"):
+            bench.parse(arguments)
+        assert reason in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("membership", "files", "free"),
+    [
+        (None, {}, None),
+        (None, {"meminfo": "MemTotal:  9 kB\nMemAvailable:    5 kB"}, 5120),
+        ("0::/a\n", {"a/memory.max": "max", "memory.max": "4096", "meminfo": "MemAvailable:    5 kB"}, 4096),
+        ("0::/a\n", {"a/memory.max": "8192", "meminfo": "MemAvailable:    5 kB"}, 5120),
+        ("4:memory:/a\n0::/\n", {"memory/a/memory.limit_in_bytes": "2048", "meminfo": "MemAvailable:    5 kB"}, 2048),
+        (
+            "4:memory:/\n",
+            {"memory/memory.limit_in_bytes": "9223372036854771712", "meminfo": "MemAvailable: 5 kB"},
+            5120,
+        ),
+    ],
+)
+def test_free_memory(monkeypatch, tmp_path, membership, files, free):
+    for name, text in files.items():
+        (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / name).write_text(text + "\n")
+    if membership is not None:
+        (tmp_path / "membership").write_text(membership)
+    monkeypatch.setattr(_limits, "_CGROUPS", tmp_path)
+    monkeypatch.setattr(_limits, "_MEMBERSHIP", tmp_path / "membership")
+    monkeypatch.setattr(_limits, "_MEMINFO", tmp_path / "meminfo")
+    assert _limits.free_memory() == free
+
+
+@pytest.mark.parametrize(
+    ("cases", "peers", "deepspeed", "compiles"),
+    [
+        (["fp32"], True, "0.19", True),
+        (["clip", "mlp"], True, "0.19", True),
+        (["clip", "8bit", "functional", "avx2", "import"], True, "0.19", False),
+        (["fp32"], False, "0.19", False),
+        (["fp32"], True, None, False),
+    ],
+)
+def test_deepspeeds_build_is_announced_where_there_is_one(cases, peers, deepspeed, compiles):
+    text = bench.plan(cases, bench.Options(elements=1000, repeat=1, threads=1, peers=peers), deepspeed)
+    assert ("DeepSpeed compiles its op first" in text) is compiles
+    assert text.startswith("1 case: " if len(cases) == 1 else f"{len(cases)} cases: ")
+
+
+def test_a_copy_that_hides_an_installation_is_named(tmp_path):
+    offer_installation(tmp_path / "site")
+    path = os.pathsep.join([*sys.path, str(tmp_path / "site")])
+    done = run_bench(tmp_path, "--cases=avx2", "--elements=10", "--repeat=1", PYTHONPATH=path)
+    said = " ".join(done.stdout.split())
+    assert f"which hides the adamops installed in {tmp_path / 'site'}: start Python in another folder" in said
+    assert "\n! Python imports " in done.stdout
+
+
 def test_what_is_finished_is_kept_at_ctrl_c(tmp_path):
     code = """
 from adamops import bench
@@ -179,7 +281,7 @@ def test_no_peers_and_threads(tmp_path):
     done = run_bench(tmp_path, "--cases=fp32", "--elements=100", "--repeat=1", "--threads=1", "--no-peers")
     assert done.returncode == 0, done.stderr
     assert "torch fused" not in done.stdout
-    assert "1 threads" in done.stdout
+    assert "; 1 thread\n" in done.stdout and "\n1 case: about" in done.stdout
 
 
 @pytest.mark.parametrize(("dtype", "state_dtype"), [

@@ -239,6 +239,7 @@ def test_a_script_that_is_not_there_is_named(tmp_path):
 def test_help_is_no_failure(tmp_path):
     done = run("--help", cwd=tmp_path)
     assert done.returncode == 0 and done.stdout.startswith("usage: python -m adamops.deepspeed SCRIPT")
+    assert max(map(len, done.stdout.splitlines())) <= 80
 
 
 def test_the_script_may_set_the_environment_that_deepspeed_reads(tmp_path):

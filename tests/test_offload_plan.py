@@ -215,3 +215,9 @@ def test_numbers_that_are_none(option, value, capsys):
 def test_the_bandwidth_of_copies_is_that_of_the_device():
     """At most: a machine under load is slower."""
     assert 0 < copy_bandwidth(HostStandIn(gigabytes_per_second=0.1), "cpu", 2**20) <= 0.1e9
+
+
+def test_advice_that_is_followed_is_not_given():
+    assert "(--accumulate) or 8-bit states make that less." in planner._advice(1.0, 5.0, "fp32")
+    assert "(--accumulate) make that less." in planner._advice(1.0, 5.0, "8bit")
+    assert "nearly free" in planner._advice(4.5, 5.0, "8bit")

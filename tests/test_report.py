@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from plugins import GOOD, offer
+from plugins import GOOD, offer, offer_installation
 
 import adamops
 
@@ -115,13 +115,20 @@ def test_steps_without_an_op(tmp_path):
 
 def test_a_copy_that_hides_an_installation_is_named(tmp_path):
     """As a checkout does in its own folder, after pip install."""
-    info = tmp_path / "site" / "adamops-9.dist-info"
-    (tmp_path / "site" / "adamops").mkdir(parents=True)
-    (tmp_path / "site" / "adamops" / "__init__.py").touch()
-    info.mkdir()
-    (info / "METADATA").write_text("Metadata-Version: 2.1\nName: adamops\nVersion: 9\n")
+    offer_installation(tmp_path / "site")
     done = shown_at(tmp_path, 500, PYTHONPATH=os.pathsep.join([*sys.path, str(tmp_path / "site")]))
     assert f"which hides the adamops installed in {tmp_path / 'site'}: start Python in another folder" in done.stdout
+
+
+@pytest.mark.parametrize("script, name", [("adamops-report", "adamops-report"), (None, "python -m adamops.report")])
+def test_usage_has_the_name_it_was_called_by(tmp_path, script, name):
+    command = ["-m", "adamops.report"]
+    if script is not None:
+        (tmp_path / script).write_text("from adamops.report import main\nmain()\n")
+        command = [script]
+    command = [sys.executable, *command, "--nonsense"]
+    done = subprocess.run(command, cwd=tmp_path, env=os.environ, capture_output=True, text=True, timeout=120)
+    assert done.stderr.startswith(f"usage: {name} [-h]") and f"\n{name}: error: " in done.stderr
 
 
 def test_python_m_adamops_names_the_tools(tmp_path):

@@ -9,7 +9,7 @@ import pytest
 import torch
 
 import adamops
-from adamops import report, threads
+from adamops import _limits, report, threads
 from adamops._report_text import rows_of_machine
 
 CORES = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else 1
@@ -39,7 +39,7 @@ def found_out_anew(monkeypatch):
 
 
 def has(monkeypatch, cores, torchs=1, **variables):
-    monkeypatch.setattr(threads, "_cores", lambda: cores)
+    monkeypatch.setattr(_limits, "cores", lambda: cores)
     monkeypatch.setattr(torch, "get_num_threads", lambda: torchs)
     for name, value in variables.items():
         monkeypatch.setenv(name, value)
@@ -126,10 +126,10 @@ def test_quotas_of_cgroups(monkeypatch, tmp_path, membership, files, cores):
         (tmp_path / name).write_text(text + "\n")
     if membership is not None:
         (tmp_path / "membership").write_text(membership)
-    monkeypatch.setattr(threads, "_CGROUPS", tmp_path)
-    monkeypatch.setattr(threads, "_MEMBERSHIP", tmp_path / "membership")
+    monkeypatch.setattr(_limits, "_CGROUPS", tmp_path)
+    monkeypatch.setattr(_limits, "_MEMBERSHIP", tmp_path / "membership")
     monkeypatch.setattr(os, "sched_getaffinity", lambda process: set(range(64)))
-    assert threads._cores() == cores
+    assert _limits.cores() == cores
 
 
 def run(code, tmp_path, *prefix, **environment):

@@ -79,7 +79,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
         print(
             f"{name:40}{seconds:8.2f} s, {times.in_series / seconds:.2f} x as fast, {compute / seconds:4.0%} computing"
         )
-    print(_advice(compute, best))
+    print(_advice(compute, best, options.state_dtype))
 
 
 def _copy_bandwidth(gigabytes: float | None) -> tuple[float, str]:
@@ -92,13 +92,14 @@ def _copy_bandwidth(gigabytes: float | None) -> tuple[float, str]:
     return _WITHOUT_DEVICE, "assumed, as there is no CUDA device here"
 
 
-def _advice(compute: float, seconds: float) -> str:
-    """Who should offload."""
+def _advice(compute: float, seconds: float, state_dtype: str) -> str:
+    """Who should offload, and what else would make the device wait less."""
     if compute >= 0.8 * seconds:
         return "Offloading is nearly free: little of a step is not computing."
+    smaller_states = "" if state_dtype == "8bit" else "or 8-bit states "
     return (
         "If the first row fits beside the activations, FusedAdam on the device is faster. Otherwise the device "
-        f"waits for {1 - compute / seconds:.0%} of a step: more micro-batches in a step (--accumulate) or 8-bit states "
+        f"waits for {1 - compute / seconds:.0%} of a step: more micro-batches in a step (--accumulate) {smaller_states}"
         "make that less."
     )
 
