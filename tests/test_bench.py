@@ -106,7 +106,7 @@ def test_table_in_a_pipe_is_plain_text(small_run):
         assert case["title"] in text
     assert all(len(line) <= 80 for line in text.splitlines() if "/" not in line)  # paths stay whole
     assert "cases: about" in text and "GB of memory" in text  # before the first case
-    assert text.index("GB of memory") < text.index("10000 fp32")
+    assert text.index("GB of memory") < text.index("10000, fp32")
 
 
 def test_an_unknown_case_is_an_error_that_names_the_valid_ones(tmp_path):
@@ -273,7 +273,7 @@ def test_models(tmp_path):
         "mlp": 669_706,
     }
     done = run_bench(tmp_path, "--models", "mlp", "--repeat=1", "--plot=chart.png")
-    assert "mlp: 6 tensors, 0.67 M fp32" in done.stdout and "--models mlp" in done.stdout, done.stderr
+    assert "mlp: 6 tensors, 0.67 M, fp32" in done.stdout and "--models mlp" in done.stdout, done.stderr
     assert (tmp_path / "chart.png").read_bytes().startswith(b"\x89PNG")
 
 
