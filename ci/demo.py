@@ -185,13 +185,14 @@ class Run:
         """The median time of a step, without the first ones, which make the states."""
         return statistics.median(self.step_ms[2:])
 
-    def end(self) -> list[float]:
-        """The losses of the last tenth of the steps."""
-        return self.losses[-max(1, len(self.losses) // 10) :]
-
     def final_loss(self) -> float:
-        """The mean loss over the last tenth of the steps."""
-        return statistics.fmean(self.end())
+        """The mean loss at the end."""
+        return statistics.fmean(end_of(self.losses))
+
+
+def end_of(losses: list[float]) -> list[float]:
+    """Those of the last tenth of the steps."""
+    return losses[-max(1, len(losses) // 10) :]
 
 
 def rate_factor(step: int, steps: int) -> float:
@@ -221,7 +222,9 @@ def train_all(text: Text, steps: int, console: Console) -> dict[str, Run]:
 
 def disagreement(run: Run, first: Run) -> float:
     """The mean relative difference between the losses over the last tenth of the steps."""
-    return statistics.fmean(abs(a - b) / max(abs(a), 1e-9) for a, b in zip(first.end(), run.end(), strict=True))
+    return statistics.fmean(
+        abs(a - b) / max(abs(a), 1e-9) for a, b in zip(end_of(first.losses), end_of(run.losses), strict=True)
+    )
 
 
 def print_summary(runs: dict[str, Run], console: Console) -> None:

@@ -114,7 +114,7 @@ def of_offloading(name: str, elements: int) -> tuple[int, int]:
         return optimizer
 
     train([nn.Parameter(torch.ones(64).bfloat16())])
-    params = [nn.Parameter(torch.full((1024**2,), 0.5).bfloat16()) for _ in range(elements // 1024**2)]
+    params = [nn.Parameter(torch.full((1024**2,), 0.5).bfloat16()) for _ in range(max(1, elements // 1024**2))]
     before = memory("VmRSS")
     kept = train(params)
     result = memory("VmRSS") - before, memory("VmHWM") - before

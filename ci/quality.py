@@ -20,7 +20,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from demo import LEARNING_RATE, WEIGHT_DECAY, CharTransformer, Run, Size, Text, rate_factor, smoothed
+from demo import LEARNING_RATE, WEIGHT_DECAY, CharTransformer, Size, Text, end_of, rate_factor, smoothed
 from rich.console import Console
 from rich.progress import Progress
 from rich.table import Table
@@ -28,6 +28,8 @@ from torch import nn
 from torch.nn import functional as F
 
 from adamops import DeepSpeedCPUAdam
+
+Runs = dict[int, list[float]]  # the losses of each step, by seed
 
 SIZE = Size(context=64, batch=16, width=96, heads=4, blocks=2)
 
@@ -93,37 +95,42 @@ def train(job: tuple[str, int, int]) -> tuple[str, int, list[float]]:
     return name, seed, losses
 
 
-def train_all(names: list[str], seeds: list[int], steps: int, jobs: int) -> dict[str, dict[int, Run]]:
+def train_all(names: list[str], seeds: list[int], steps: int, jobs: int) -> dict[str, Runs]:
     """The runs of each kind, by seed; `jobs` runs at a time, in single-threaded processes."""
     todo = [(name, seed, steps) for seed in seeds for name in names]
-    runs: dict[str, dict[int, Run]] = {name: {} for name in names}
+    runs: dict[str, Runs] = {name: {} for name in names}
     with multiprocessing.get_context("spawn").Pool(jobs) as pool, Progress() as progress:
         task = progress.add_task(f"{len(todo)} runs of {steps} steps", total=len(todo))
         for name, seed, losses in pool.imap_unordered(train, todo):
-            runs[name][seed] = Run(losses)
+            runs[name][seed] = losses
             progress.advance(task)
     return runs
 
 
-def mean_loss(runs: dict[int, Run]) -> float:
+def final_loss(losses: list[float]) -> float:
+    """The mean loss at the end of a run."""
+    return statistics.fmean(end_of(losses))
+
+
+def mean_loss(runs: Runs) -> float:
     """The mean final loss over the seeds."""
-    return statistics.fmean(run.final_loss() for run in runs.values())
+    return statistics.fmean(map(final_loss, runs.values()))
 
 
-def print_table(runs: dict[str, dict[int, Run]], console: Console) -> None:
+def print_table(runs: dict[str, Runs], console: Console) -> None:
     """Prints each kind's loss, by seed and on average, and how it compares with float32's."""
     reference = mean_loss(runs[FP32])
     seeds = sorted(runs[FP32])
     table = Table("params and states", *(f"seed {seed}" for seed in seeds), "mean", "to float32")
     for name, own in runs.items():
-        losses = [f"{own[seed].final_loss():.4f}" for seed in seeds]
+        losses = [f"{final_loss(own[seed]):.4f}" for seed in seeds]
         table.add_row(name, *losses, f"{mean_loss(own):.4f}", f"{100 * (mean_loss(own) / reference - 1):+.2f} %")
     for column in table.columns[1:]:
         column.justify = "right"
     console.print(table, soft_wrap=True)
 
 
-def plot(runs: dict[str, dict[int, Run]], path: Path) -> None:
+def plot(runs: dict[str, Runs], path: Path) -> None:
     """Plots the loss over the steps and, next to it, the final losses relative to float32's with the same seed."""
     import matplotlib
 
@@ -133,15 +140,13 @@ def plot(runs: dict[str, dict[int, Run]], path: Path) -> None:
     pyplot.rcParams.update({"font.size": 11, "axes.spines.top": False, "axes.spines.right": False})
     figure, (curves, ends) = pyplot.subplots(1, 2, figsize=(13, 5), width_ratios=(3, 2), layout="constrained")
     for i, (name, own) in enumerate(runs.items()):
-        mean = smoothed(
-            [statistics.fmean(losses) for losses in zip(*(run.losses for run in own.values()), strict=True)]
-        )
+        mean = smoothed([statistics.fmean(losses) for losses in zip(*own.values(), strict=True)])
         shown = len(mean) - len(mean) // 50  # beyond that, a mean covers only a few steps
         curves.plot(range(1, shown + 1), mean[:shown], color=KINDS[name].color, linewidth=1.4, label=name)
-        relative = [100 * (run.final_loss() / runs[FP32][seed].final_loss() - 1) for seed, run in own.items()]
+        relative = [100 * (final_loss(losses) / final_loss(runs[FP32][seed]) - 1) for seed, losses in own.items()]
         ends.plot(relative, [-i] * len(relative), "o", color=KINDS[name].color, alpha=0.6)
         ends.plot(statistics.fmean(relative), -i, "|", color=KINDS[name].color, markersize=24, markeredgewidth=2)
-    top = statistics.fmean(run.losses[len(run.losses) // 8] for run in runs[FP32].values())
+    top = statistics.fmean(losses[len(losses) // 8] for losses in runs[FP32].values())
     floor = min(mean_loss(own) for own in runs.values())
     curves.set(xlabel="step", ylabel="cross-entropy, nats per character", ylim=(0.97 * floor, 1.1 * top))
     curves.set_title("Loss, mean of the seeds", loc="left")
@@ -171,8 +176,7 @@ def main() -> None:
     runs = train_all(list(dict.fromkeys([FP32, *args.kinds])), args.seeds, args.steps, args.jobs)
     print_table(runs, Console(highlight=False))
     if args.json:
-        losses = {name: {seed: run.losses for seed, run in own.items()} for name, own in runs.items()}
-        args.json.write_text(json.dumps(losses))
+        args.json.write_text(json.dumps(runs))
     if args.plot:
         plot(runs, args.plot)
 
