@@ -10,8 +10,10 @@ import re
 import signal
 import subprocess
 import sys
+import threading
 import time
 import weakref
+from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 import torch
@@ -39,6 +41,7 @@ from adamops import DeepSpeedCPUAdam, OffloadedAdam, step_in_backward
 from adamops.offload.device import CudaDevice
 from adamops.offload.host_stand_in import HostStandIn
 from adamops.offload.pinned import _parts
+from adamops.offload.task import Task
 
 
 @pytest.fixture
@@ -568,6 +571,38 @@ def test_an_error_is_raised_though_the_optimizer_was_dropped(device, monkeypatch
         with contextlib.suppress(Fails):
             loss_of(model)
     assert left() is None  # and no cycle keeps it
+
+
+@pytest.mark.parametrize("lines", range(1, 16))
+def test_a_wait_within_a_wait_takes_nothing_from_it(lines):
+    """As of a signal handler, after some lines of the wait that it interrupts: both end."""
+    gate, ended = threading.Event(), []
+
+    def wait():
+        task = Task(executor, gate.wait)
+        seen = 0
+
+        def after_each_line(frame, event, _):
+            nonlocal seen
+            seen += event == "line"
+            if seen == lines:
+                sys.settrace(None)
+                gate.set()
+                assert task.exception() is None
+            return after_each_line
+
+        sys.settrace(after_each_line)
+        try:
+            ended.append(task.exception())
+        finally:
+            sys.settrace(None)
+
+    with ThreadPoolExecutor(1) as executor:
+        threading.Timer(0.2, gate.set).start()  # where the wait has fewer lines
+        thread = threading.Thread(target=wait, daemon=True)
+        thread.start()
+        thread.join(30)
+    assert ended == [None]
 
 
 @pytest.mark.parametrize("times", range(5))

@@ -5,7 +5,6 @@ from __future__ import annotations
 import dataclasses
 import weakref
 from collections.abc import Callable, Mapping, Sequence
-from concurrent.futures import Future
 from typing import Any
 
 import torch
@@ -18,6 +17,7 @@ from ..optim.step import GroupStep
 from ..optim.step_settings import StepSettings
 from .device import Device
 from .pinned import pinned_like
+from .task import Task
 
 Add = Callable[[Tensor, Tensor, bool], None]  # a backend's add_grad()
 
@@ -40,7 +40,7 @@ class Entry:
     arrivals: int = 0  # grads since the last step
     was_left: bool = False  # on the device, as an error came before it could be sent
     on_its_way: Any = None  # the event of a grad's arrival in `sent`, if none of our threads waits for it
-    adding: Future[None] | None = None  # of a grad that is added to `total` once it has arrived
+    adding: Task | None = None  # of a grad that is added to `total` once it has arrived
     update_adds: bool = False  # whether the grad in `sent` is not in `total`, as the update adds it
     known: Any = None  # which() of the param when it and its copy were last the same
 
@@ -70,7 +70,7 @@ class Entry:
         grad: Tensor,
         device: Device,
         stream: Any,
-        submit: Callable[..., Future[None]],
+        submit: Callable[..., Task],
         add: Add,
         update_adds: bool,
     ) -> None:

@@ -7,7 +7,6 @@ is a thread, which takes its time. Must not know of params, grads or optimizers.
 from __future__ import annotations
 
 import random
-import threading
 import time
 import weakref
 from collections.abc import Callable
@@ -15,6 +14,8 @@ from concurrent.futures import ThreadPoolExecutor
 
 import torch
 from torch import Tensor
+
+from ..optim.interrupts import Latch, deferred_signals
 
 
 class _Stream:
@@ -25,7 +26,8 @@ class _Stream:
         self._thread = ThreadPoolExecutor(1, name)  # Python waits for it before it ends
 
     def enqueue(self, task: Callable[..., object], *arguments: object) -> None:
-        self._thread.submit(task, *arguments)
+        with deferred_signals():  # a handler may enqueue, too, and the executor's locks are not reentrant
+            self._thread.submit(task, *arguments)
 
 
 def _drop(_: Tensor) -> None:
@@ -62,21 +64,21 @@ class HostStandIn:
     def current_stream(self) -> None:
         """The caller itself: what it has computed is done."""
 
-    def record(self, stream: _Stream | None) -> threading.Event:
-        event = threading.Event()
+    def record(self, stream: _Stream | None) -> Latch:
+        event = Latch()
         if stream is None:
             event.set()
         else:
             stream.enqueue(event.set)
         return event
 
-    def wait(self, stream: _Stream | None, event: threading.Event) -> None:
+    def wait(self, stream: _Stream | None, event: Latch) -> None:
         if stream is None:
             event.wait()
         else:
             stream.enqueue(event.wait)
 
-    def synchronize(self, event: threading.Event) -> None:
+    def synchronize(self, event: Latch) -> None:
         event.wait()
 
     def download(self, host: Tensor, device: Tensor, stream: _Stream, label: str) -> None:

@@ -8,7 +8,7 @@ from __future__ import annotations
 import os
 import threading
 from collections.abc import Callable, Iterable, Sequence
-from concurrent.futures import Future, ThreadPoolExecutor
+from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
 import torch
@@ -19,6 +19,7 @@ from ..optim.interrupts import deferred_signals
 from ..optim.step_settings import StepSettings
 from .chunks import Add, Chunk, Entry
 from .device import Device
+from .task import Task
 
 # Pipelines with chunks in flight, and a method that keeps their optimizer alive until somebody has waited for these.
 _busy: dict[Pipeline, Callable[[Chunk], None]] = {}
@@ -38,7 +39,7 @@ class Pipeline:
     def __init__(self, device: Device) -> None:
         self.device = device
         self.arrived: dict[Chunk, None] = {}
-        self.in_flight: dict[Chunk, Future[Any]] = {}
+        self.in_flight: dict[Chunk, Task] = {}
         self.lock = threading.RLock()  # autograd has threads of its own
         self._down, self._up = (device.new_stream(name) for name in ("down", "up"))
         self._pool = ThreadPoolExecutor(1, "adamops offload")
@@ -52,6 +53,9 @@ class Pipeline:
                 "after the fork, or start processes with 'spawn'"
             )
 
+    def _submit(self, function: Callable[..., Any], *arguments: object) -> Task:
+        return Task(self._pool, function, *arguments)
+
     def send(self, entry: Entry, chunk: Chunk, grad: Tensor, add: Add, update_adds: bool) -> None:
         """Sends a param's grad down, where it is added to others, by the update or before; and drops it."""
         with deferred_signals():
@@ -61,7 +65,7 @@ class Pipeline:
                     "before the next backward pass"
                 )
             chunk.settings = None  # a step that failed no longer belongs to these grads
-            entry.send(grad, self.device, self._down, self._pool.submit, add, update_adds)
+            entry.send(grad, self.device, self._down, self._submit, add, update_adds)
             self.arrived[chunk] = None
             entry.param.grad = None
 
@@ -84,7 +88,7 @@ class Pipeline:
                 chunk.settings = chunk.settings or settings[chunk.group_index]
                 changed = self._bring(chunk.with_grads, computed)
                 task = (chunk, update, computed, changed, torch.is_inference_mode_enabled())
-                self.in_flight[chunk] = self._pool.submit(self._update_and_send, *task)
+                self.in_flight[chunk] = self._submit(self._update_and_send, *task)
 
     def bring_changed(self, chunks: Iterable[Chunk]) -> None:
         """Waits until the host has what others have written to params, as load_state_dict() of a model does."""
@@ -140,7 +144,7 @@ class Pipeline:
             return
         self.check_process()
         errors: list[BaseException] = []
-        failed = None
+        failed = done = None
         with self.lock:
             for chunk in chunks:
                 if chunk not in self.in_flight:
@@ -165,7 +169,7 @@ class Pipeline:
             if errors:
                 raise errors[0]
         finally:
-            del errors, failed  # they refer to this frame
+            del errors, failed, done  # they refer to this frame
 
     def settle(self) -> None:
         """finish() for everything."""

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import _thread
 import functools
 import operator
 import os
@@ -16,35 +15,9 @@ from .._torch_compat import step_post_hooks, without_torch_function
 from ..threads import get_num_threads
 from .backends.base import Backend, Update
 from .dynamo_disabled import dynamo_disabled
-from .interrupts import deferred_signals
+from .interrupts import Latch, deferred_signals
 
 _Method = TypeVar("_Method", bound=Callable[..., Any])
-
-
-class _Flag:
-    """A substitute for threading.Event that uses only operations in C. Event is written in Python: a signal handler may
-    raise while it holds the lock, and every waiter, and the thread that is to set it, would then block forever.
-    """
-
-    _LONGEST = 0.2  # seconds until a waiter checks again, as another may have been interrupted holding the lock
-
-    def __init__(self) -> None:
-        self._is_set = False
-        self._lock = _thread.allocate_lock()
-        self._lock.acquire()
-
-    def is_set(self) -> bool:
-        return self._is_set
-
-    def set(self) -> None:
-        """Must be called only once."""
-        self._is_set = True
-        self._lock.release()
-
-    def wait(self) -> None:
-        while not self._is_set:
-            if self._lock.acquire(timeout=self._LONGEST):
-                self._lock.release()
 
 
 class AsyncStep:
@@ -58,7 +31,7 @@ class AsyncStep:
         self.threads = min(threads, 2**31 - 1)  # a C int; the op itself caps the number of threads
         self._updates: list[tuple[Backend | None, Update]] = []
         self._kept: list[object] = []
-        self._ended = _Flag()  # not join(): when interrupted, it takes a running thread for ended
+        self._ended = Latch()  # not join(): when interrupted, it takes a running thread for ended
         self._process = os.getpid()
         self._is_inference = torch.is_inference_mode_enabled()
         self._error: BaseException | None = None

@@ -1,7 +1,9 @@
-"""Lets Python code finish before a signal handler may raise, so that a step is done entirely or not at all."""
+"""Lets Python code finish before a signal handler may raise, so that a step is done entirely or not at all; and lets
+threads wait for each other whatever handlers do meanwhile."""
 
 from __future__ import annotations
 
+import _thread
 import contextlib
 import signal
 import threading
@@ -49,3 +51,32 @@ def _restore(handlers: dict[int, Callable[[int, FrameType | None], Any]]) -> Non
     except BaseException:  # a handler already restored may raise here; the others must be restored too
         _restore(handlers)
         raise
+
+
+class Latch:
+    """A substitute for threading.Event that uses only operations in C.
+
+    Event is written in Python. A signal handler may raise while the thread that it interrupts holds Event's lock: every
+    waiter, and the thread that is to set it, would then block forever. So would a thread whose handler waits for the
+    Event that it was about to wait for itself.
+    """
+
+    _LONGEST = 0.2  # seconds until a waiter checks again, as another may have been interrupted holding the lock
+
+    def __init__(self) -> None:
+        self._is_set = False
+        self._lock = _thread.allocate_lock()
+        self._lock.acquire()
+
+    def is_set(self) -> bool:
+        return self._is_set
+
+    def set(self) -> None:
+        """Must be called only once."""
+        self._is_set = True
+        self._lock.release()
+
+    def wait(self) -> None:
+        while not self._is_set:
+            if self._lock.acquire(timeout=self._LONGEST):
+                self._lock.release()
