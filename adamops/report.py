@@ -162,7 +162,7 @@ def main(arguments: list[str] | None = None) -> int:
 
 
 def _check() -> list[dict[str, Any]]:
-    """How the steps of both optimizers end, as JSON types."""
+    """How the steps of each optimizer end, as JSON types."""
     try:
         from . import _smoke_step
 

@@ -185,14 +185,15 @@ class Run:
         """The median time of a step, without the first ones, which make the states."""
         return statistics.median(self.step_ms[2:])
 
-    def final_loss(self) -> float:
-        """The mean loss at the end."""
-        return statistics.fmean(end_of(self.losses))
-
 
 def end_of(losses: list[float]) -> list[float]:
     """Those of the last tenth of the steps."""
     return losses[-max(1, len(losses) // 10) :]
+
+
+def final_loss(losses: list[float]) -> float:
+    """The mean loss at the end."""
+    return statistics.fmean(end_of(losses))
 
 
 def rate_factor(step: int, steps: int) -> float:
@@ -233,7 +234,7 @@ def print_summary(runs: dict[str, Run], console: Console) -> None:
     table = Table("", "loss", "step, ms", "speed", "bytes", box=None)
     for name, run in runs.items():
         speed, size = f"{first / run.median_ms():.1f} x", f"{run.bytes_per_param():.1f}"
-        table.add_row(name, f"{run.final_loss():.3f}", f"{run.median_ms():.2f}", speed, size)
+        table.add_row(name, f"{final_loss(run.losses):.3f}", f"{run.median_ms():.2f}", speed, size)
     table.columns[0].no_wrap = True
     for column in table.columns[1:]:
         column.justify = "right"
@@ -263,7 +264,7 @@ def plot(runs: dict[str, Run], path: Path) -> None:
         steps = range(1, len(run.losses) + 1)
         width = 1.4 + 1.6 * (len(runs) - 1 - i)  # later curves lie on earlier ones
         curves.plot(steps, smoothed(run.losses), color=run.kind.color, linewidth=width, alpha=0.8)
-    curves.legend([f"{name}: {run.final_loss():.3f}" for name, run in runs.items()], frameon=False, fontsize=10)
+    curves.legend([f"{name}: {final_loss(run.losses):.3f}" for name, run in runs.items()], frameon=False, fontsize=10)
     curves.set(xlabel="step", ylabel="loss: cross-entropy, nats per character", xlim=(0, len(steps)))
     curves.set_title("Loss of each (all coincide), and the mean of its last tenth", loc="left")
     curves.grid(alpha=0.25)
@@ -299,8 +300,8 @@ def verdict(runs: dict[str, Run], console: Console) -> bool:
                 f"[bold red]{name}: the losses at the end differ by {difference:.1%}[/] (allowed: {allowed:.0%})"
             )
             is_good = False
-        if not run.final_loss() < LEARNT * run.losses[0]:
-            console.print(f"[bold red]{name} has not learnt:[/] {run.losses[0]:.3f} -> {run.final_loss():.3f}")
+        if not final_loss(run.losses) < LEARNT * run.losses[0]:
+            console.print(f"[bold red]{name} has not learnt:[/] {run.losses[0]:.3f} -> {final_loss(run.losses):.3f}")
             is_good = False
     if is_good:
         console.print(

@@ -20,7 +20,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from demo import LEARNING_RATE, WEIGHT_DECAY, CharTransformer, Size, Text, end_of, rate_factor, smoothed
+from demo import LEARNING_RATE, WEIGHT_DECAY, CharTransformer, Size, Text, final_loss, rate_factor, smoothed
 from rich.console import Console
 from rich.progress import Progress
 from rich.table import Table
@@ -105,11 +105,6 @@ def train_all(names: list[str], seeds: list[int], steps: int, jobs: int) -> dict
             runs[name][seed] = losses
             progress.advance(task)
     return runs
-
-
-def final_loss(losses: list[float]) -> float:
-    """The mean loss at the end of a run."""
-    return statistics.fmean(end_of(losses))
 
 
 def mean_loss(runs: Runs) -> float:

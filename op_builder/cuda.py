@@ -4,10 +4,10 @@ from __future__ import annotations
 
 import os
 import platform
-import re
 from collections.abc import Sequence
 from typing import Any
 
+from . import environment
 from .compiler import Compiler, cannot_compile_extensions
 from .cuda_architectures import ArchitectureChoice, choose_architectures, visible_gpus
 from .loading import OpBuilder
@@ -146,6 +146,6 @@ class CUDAOpBuilder(OpBuilder):
             return Compatibility(False, f"nvcc {nvcc.version} has no {missing}")
         choice = choose_architectures(nvcc)
         if not choice.enabled:
-            numbers = ", ".join(re.sub(r"(\d\D?)$", r".\1", name) for name, _ in choice.dropped)
+            numbers = ", ".join(environment.capability(name) for name, _ in choice.dropped)
             return Compatibility(False, f"nvcc {nvcc.version} does not know {numbers} ({choice.requested})")
         return Compatibility(True, f"nvcc {nvcc.version} on {platform.machine()}")

@@ -89,6 +89,11 @@ _NAMED_ARCHITECTURES = {
 }
 
 
+def capability(name: str) -> str:
+    """As torch and NVIDIA write it: 9.0 for "90", 9.0a for "90a"."""
+    return re.sub(r"(\d\D?)$", r".\1", name)
+
+
 class CudaArchs(NamedTuple):
     """What a variable asks for. 9.0 is "90", 9.0a is "90a", and 9.0+PTX is "90+PTX"."""
 
@@ -122,7 +127,7 @@ def cuda_archs(valid: Sequence[str]) -> CudaArchs | None:
             match = re.fullmatch(r"(\d+)\.(\d)([af]?)", number)  # nvcc does not list the names with a letter
             known = match is not None and match[1] + match[2] in valid
             if not match or (plus and ptx != "PTX") or (not known and variable == "ADAMOPS_CUDA_ARCHS"):
-                numbers = [f"{name[:-1]}.{name[-1]}" for name in valid]
+                numbers = map(capability, valid)
                 raise ValueError(
                     f"{variable}={value!r}: {word!r} is not an architecture that this nvcc knows; use native, all, or "
                     f"a list of {', '.join(numbers)}, {', '.join(_NAMED_ARCHITECTURES)}, with +PTX where PTX is wanted"

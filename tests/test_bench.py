@@ -104,7 +104,7 @@ def test_table_in_a_pipe_is_plain_text(small_run):
     assert report["environment"]["simd_target"] in text
     for case in report["cases"].values():
         assert case["title"] in text
-    assert all(len(line) <= 80 for line in text.splitlines() if "/" not in line)  # paths stay whole
+    assert all(len(line) <= 80 or len(line.split()) == 1 for line in text.splitlines())  # a long path stays whole
     assert "cases: about" in text and "GB of memory" in text  # before the first case
     assert text.index("GB of memory") < text.index("10000, fp32")
 
@@ -195,33 +195,6 @@ def test_memory_that_is_needed_and_free(monkeypatch, capsys, arguments, free, re
         with pytest.raises(SystemExit, match="2"):
             bench.parse(arguments)
         assert reason in capsys.readouterr().err
-
-
-@pytest.mark.parametrize(
-    ("membership", "files", "free"),
-    [
-        (None, {}, None),
-        (None, {"meminfo": "MemTotal:  9 kB\nMemAvailable:    5 kB"}, 5120),
-        ("0::/a\n", {"a/memory.max": "max", "memory.max": "4096", "meminfo": "MemAvailable:    5 kB"}, 4096),
-        ("0::/a\n", {"a/memory.max": "8192", "meminfo": "MemAvailable:    5 kB"}, 5120),
-        ("4:memory:/a\n0::/\n", {"memory/a/memory.limit_in_bytes": "2048", "meminfo": "MemAvailable:    5 kB"}, 2048),
-        (
-            "4:memory:/\n",
-            {"memory/memory.limit_in_bytes": "9223372036854771712", "meminfo": "MemAvailable: 5 kB"},
-            5120,
-        ),
-    ],
-)
-def test_free_memory(monkeypatch, tmp_path, membership, files, free):
-    for name, text in files.items():
-        (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
-        (tmp_path / name).write_text(text + "\n")
-    if membership is not None:
-        (tmp_path / "membership").write_text(membership)
-    monkeypatch.setattr(_limits, "_CGROUPS", tmp_path)
-    monkeypatch.setattr(_limits, "_MEMBERSHIP", tmp_path / "membership")
-    monkeypatch.setattr(_limits, "_MEMINFO", tmp_path / "meminfo")
-    assert _limits.free_memory() == free
 
 
 @pytest.mark.parametrize(

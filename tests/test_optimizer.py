@@ -541,6 +541,8 @@ def test_what_a_printed_optimizer_says(cpu_adam):
     assert "Rule: Adam: weight decay decoupled, or added to the grads, by param group\n" in repr(mixed)
     del mixed.param_groups[0]
     assert "Rule: AdamW: decoupled weight decay\n" in repr(mixed)
+    del mixed.param_groups[0]
+    assert "Rule: Adam: weight decay added to the grads\n" in repr(mixed)
     slow = DeepSpeedCPUAdam(params, stochastic_rounding=True, fp32_optimizer_states=False)
     slow._backends = {torch.device("cpu"): TorchBackend()}
     assert "Precision: states of their param's dtype, no master weights, stochastic rounding\n" in repr(slow)

@@ -104,34 +104,6 @@ def test_a_bad_variable_is_an_error_before_anything_is_written(monkeypatch, valu
     assert not found["ok"] and found["machine"]["step_threads"]["number"] is None
 
 
-@pytest.mark.parametrize(
-    ("membership", "files", "cores"),
-    [
-        ("0::/\n", {}, 64),
-        ("0::/\n", {"cpu.max": "max 100000"}, 64),
-        ("0::/\n", {"cpu.max": "250000 100000"}, 3),
-        ("0::/a/b\n", {"a/cpu.max": "400000 100000", "a/b/cpu.max": "max 100000"}, 4),
-        ("0::/a/b\n", {"a/cpu.max": "400000 100000", "a/b/cpu.max": "50000 100000"}, 1),
-        ("0::/gone\n", {"cpu.max": "200000 100000"}, 2),
-        ("0::/\n", {"cpu.max": "nonsense"}, 64),
-        ("3:cpuset:/x\n1:cpu,cpuacct:/c\n0::/\n", {"cpu/c/cpu.cfs_quota_us": "30", "cpu/c/cpu.cfs_period_us": "10"}, 3),
-        ("1:cpu:/c\n", {"cpu/cpu.cfs_quota_us": "-1", "cpu/cpu.cfs_period_us": "100000"}, 64),
-        ("1:cpu:/c\n", {"cpu/cpu.cfs_quota_us": "100000", "cpu/cpu.cfs_period_us": "0"}, 64),
-        (None, {}, 64),
-    ],
-)  # fmt: skip
-def test_quotas_of_cgroups(monkeypatch, tmp_path, membership, files, cores):
-    for name, text in files.items():
-        (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
-        (tmp_path / name).write_text(text + "\n")
-    if membership is not None:
-        (tmp_path / "membership").write_text(membership)
-    monkeypatch.setattr(_limits, "_CGROUPS", tmp_path)
-    monkeypatch.setattr(_limits, "_MEMBERSHIP", tmp_path / "membership")
-    monkeypatch.setattr(os, "sched_getaffinity", lambda process: set(range(64)))
-    assert _limits.cores() == cores
-
-
 def run(code, tmp_path, *prefix, **environment):
     """The standard output of code in processes of their own, away from the checkout. `prefix` precedes the command."""
     script = tmp_path / "script.py"

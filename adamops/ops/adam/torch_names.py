@@ -56,7 +56,7 @@ class _TorchAdamRule(AdamRule):
         return (*numbers, 1.0 if self._is_decoupled(group) else 0.0)
 
     def in_words(self, groups: Sequence[Mapping[str, Any]]) -> str:
-        decoupled = set(map(self._is_decoupled, groups))
+        decoupled = set(map(self._is_decoupled, groups)) or {self._adamw_mode}
         if len(decoupled) == 2:
             return "Adam: weight decay decoupled, or added to the grads, by param group"
         return str(_ADAMW if decoupled.pop() else _ADAM)
